@@ -1,0 +1,62 @@
+"""Every error microscale raises on purpose. All derive from `MicroscaleError`, so one `except` serves a caller."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class MicroscaleError(Exception):
+    """Base of all errors of this package. The message is one a user can act on."""
+
+
+class FormatError(MicroscaleError, ValueError):
+    """A tensor cannot be stored in, or read from, a format: wrong shape, dtype, scale rule or unknown name."""
+
+
+class BackendError(MicroscaleError, ValueError):
+    """A backend was called with operands that contradict each other (the message has both values)."""
+
+
+class NoBackendError(MicroscaleError, LookupError):
+    """Every backend refused a problem. Carries all reasons, in the order tried.
+
+    Attributes:
+        refused: (backend name, sentence) pairs.
+    """
+
+    def __init__(self, problem: object, refused: Sequence[tuple[str, str]]) -> None:
+        self.refused = tuple(refused)
+        lines = "\n".join(f"- {name}: {why}" for name, why in self.refused)
+        super().__init__(f"no backend for {problem}:\n{lines}")
+
+
+class CheckpointError(MicroscaleError, ValueError):
+    """A checkpoint cannot be read as what it says it is.
+
+    Attributes:
+        path: file or directory at fault.
+        tensor: tensor name, where one is at fault.
+        expected, found: the two values that disagree, where there are two.
+    """
+
+    def __init__(
+        self,
+        path: object,
+        problem: str,
+        *,
+        tensor: str | None = None,
+        expected: object = None,
+        found: object = None,
+    ) -> None:
+        self.path = str(path)
+        self.problem = problem
+        self.tensor = tensor
+        self.expected = expected
+        self.found = found
+        parts = [self.path]
+        if tensor is not None:
+            parts.append(f"tensor {tensor!r}")
+        text = f"{': '.join(parts)}: {problem}"
+        if expected is not None or found is not None:
+            text += f" (expected {expected}, found {found})"
+        super().__init__(text)
