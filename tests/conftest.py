@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
 import torch
+
+torch.set_num_threads(1)  # tensors here are small, and a busy neighbour then cannot stall a barrier
+
+with torch.device("meta"):
+    # The first use of a device context notes which functions it redirects: it must see the real `torch.empty`,
+    # or a model built "on meta" inside a test would take its whole memory.
+    torch.empty(0)
 
 _EMPTY = torch.empty
 _EMPTY_LIKE = torch.empty_like
@@ -37,11 +43,11 @@ def poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(autouse=True)
-def seed() -> Iterator[int]:
+def seed() -> int:
     """A fresh seed for every test; repeat a failure with MICROSCALE_TEST_SEED=<the printed number>."""
     value = int(os.environ.get("MICROSCALE_TEST_SEED") or random.SystemRandom().randrange(2**31))
     print(f"seed: MICROSCALE_TEST_SEED={value}")  # pytest shows it with a failure
     torch.manual_seed(value)
     np.random.seed(value % 2**32)
     random.seed(value)
-    yield value
+    return value

@@ -26,7 +26,9 @@ def encode(x: Tensor, element: Element) -> Tensor:
     """
     if element.exponent_bits == 0:
         limit = 2 ** (element.bits - 1) - 1
-        return x.mul(2.0**element.mantissa_bits).round_().clamp_(-limit, limit).to(torch.int8).view(torch.uint8)
+        return (
+            x.mul(2.0**element.mantissa_bits).round_().clamp_(-limit, limit).to(torch.int8).view(torch.uint8)
+        )
     m = element.mantissa_bits
     a = x.abs().clamp_(max=element.max)
     # Exponent of |x|, not below that of the subnormals; then |x| / 2^(e-m) is an exact multiplication.

@@ -68,7 +68,7 @@ class Element:
         """The number that one code stands for; NaN and infinities as Python floats."""
         if self.exponent_bits == 0:
             signed = code - 2**self.bits if code >= 2 ** (self.bits - 1) else code
-            return signed / 2**self.mantissa_bits
+            return float(signed / 2**self.mantissa_bits)
         magnitude = code & (2 ** (self.bits - 1) - 1)
         sign = -1.0 if code >> (self.bits - 1) else 1.0
         field, fraction = divmod(magnitude, 2**self.mantissa_bits)

@@ -11,7 +11,7 @@ from torch import Tensor
 from microscale.elements import decode, encode, pack_codes
 from microscale.errors import FormatError
 from microscale.formats import E4M3, Format, get_format
-from microscale.scales import e4m3_from_amax, e8m0_from_amax, f32_from_amax, scale_value
+from microscale.scales import divide, e4m3_from_amax, e8m0_from_amax, f32_from_amax, scale_value
 
 # Elements worked on at a time: temporaries stay in a core's L2, and quantising never needs a second full copy.
 CHUNK = 1 << 18
@@ -48,19 +48,16 @@ class QuantTensor:
         _expect("codes", self.codes, torch.uint8, (*shape[:-1], fmt.packed_columns(shape[-1])))
         n = shape[-2] if len(shape) > 1 else 1
         blocks = fmt.scale_shape(n, shape[-1])
-        _expect("scales", self.scales, _SCALE_DTYPES[fmt.scale], (*shape[:-2], *blocks[2 - min(len(shape), 2) :]))
+        _expect(
+            "scales", self.scales, _SCALE_DTYPES[fmt.scale], (*shape[:-2], *blocks[2 - min(len(shape), 2) :])
+        )
         if (self.tensor_scale is not None) != fmt.tensor_scale:
             wanted = "needs" if fmt.tensor_scale else "has no"
             raise FormatError(f"{fmt.name} {wanted} tensor_scale")
         if self.tensor_scale is not None:
             if self.tensor_scale.dtype != torch.float32:
                 raise FormatError(f"tensor_scale is {self.tensor_scale.dtype}, not float32")
-            try:
-                self.tensor_scale.expand(shape[:-1])
-            except RuntimeError:
-                raise FormatError(
-                    f"tensor_scale {tuple(self.tensor_scale.shape)} does not broadcast to {shape[:-1]}"
-                ) from None
+            _expect_broadcast(self.tensor_scale, shape[:-1])
 
     @property
     def nbytes(self) -> int:
@@ -91,7 +88,11 @@ class QuantTensor:
 
     def rows(self, start: int, stop: int) -> QuantTensor:
         """Rows [start, stop) of N, as views; `start` and an inner `stop` must lie on a block's edge."""
+        if len(self.shape) < 2:
+            raise FormatError(f"shape {self.shape} has no rows")
         n, height = self.shape[-2], self.format.block[0]
+        if not 0 <= start <= stop <= n:
+            raise FormatError(f"rows {start}:{stop} are not among {n}")
         if start % height or (stop % height and stop != n):
             raise FormatError(f"rows {start}:{stop} cut through {height}-row blocks of {self.format.name}")
         outer = self.tensor_scale
@@ -106,6 +107,7 @@ class QuantTensor:
         )
 
 
+@torch.no_grad()
 def quantize(
     x: Tensor,
     fmt: str | Format,
@@ -126,7 +128,7 @@ def quantize(
         rule: how a block's amax becomes its scale, one of `fmt.rules`, by default the first: "even", "floor",
             "ceil" for the MX formats.
         tensor_scale: NVFP4 only: the multiplier to use, broadcastable to [..., N]. By default
-            amax / (448 * 6), one for each entry of the leading dimensions (each expert).
+            amax / (448 * 6) of the finite numbers, one for each entry of the leading dimensions (expert).
         row_ranges: NVFP4 only: lengths that sum to N; each range of rows (q, k, v of a fused weight) gets its
             own default tensor scale.
     Raises:
@@ -177,8 +179,9 @@ def quantize(
 def dequantize(q: QuantTensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """The numbers that `q` stands for, computed exactly and rounded once to `dtype`.
 
-    Exact in float64 always. In float32, without a tensor scale, exact too, but for values of 2^128 and above
-    (scale bytes near 254), which become infinite. A NaN scale makes its whole block NaN.
+    Exact in float64 always. In float32 exact too where scales are E8M0, but for values of 2^128 and above
+    (scale bytes near 254), which become infinite. A NaN scale makes its whole block NaN. Where the device has no
+    float64, 16-bit results of formats with float scales are rounded to float32 first.
 
     Returns:
         `q.shape`, in `dtype`.
@@ -188,9 +191,11 @@ def dequantize(q: QuantTensor, dtype: torch.dtype = torch.float32) -> Tensor:
     out = torch.zeros(shape, dtype=dtype, device=q.device)
     if out.numel() == 0:
         return out
-    # Codes and scales have few enough significant bits that bfloat16 holds each product: half the traffic.
-    direct = dtype == torch.bfloat16 and fmt.scale != "f32" and not fmt.tensor_scale
-    work = torch.float64 if dtype == torch.float64 else torch.bfloat16 if direct else torch.float32
+    if fmt.scale == "e8m0":
+        # Few enough significant bits that bfloat16 holds each product: half the traffic.
+        work = dtype if dtype in (torch.float64, torch.bfloat16) else torch.float32
+    else:
+        work = torch.float64 if dtype != torch.float32 and _has_float64(q.device) else torch.float32
     flat_out, codes = out.view(-1, k), q.codes.reshape(-1, q.codes.shape[-1])
     outer = None
     if q.tensor_scale is not None:
@@ -213,7 +218,7 @@ def dequantize(q: QuantTensor, dtype: torch.dtype = torch.float32) -> Tensor:
             values[:, whole:].mul_(multiplier[:, -1:])
         if outer is not None:
             values.mul_(outer[part])
-        flat_out[part] = values
+        flat_out[part] = _to_odd(values) if work == torch.float64 != dtype else values
     return out
 
 
@@ -232,15 +237,35 @@ def _quantize_rows(x: Tensor, fmt: Format, rule: str, outer: Tensor | None) -> t
         first, second = _exp2(-half), _exp2(half - e)
         scaled = (tiles * first[:, None, :, None]).mul_(second[:, None, :, None])
     elif fmt.scale == "e4m3":
-        assert outer is not None and height == 1
+        assert outer is not None
         scales = e4m3_from_amax(amax, outer[:, None], fmt.element)
-        scaled = tiles / (scale_value(scales, fmt) * outer[:, None])[:, None, :, None]
+        # Beside a tiny tensor scale the product may round to 0, and 0 / 0 is no code.
+        step = (scale_value(scales, fmt) * outer[:, None]).clamp_(min=2.0**-149)
+        scaled = tiles / step[:, None, :, None]
     else:
         scales = f32_from_amax(amax, fmt.element)
         scaled = tiles / scales[:, None, :, None]
     codes = encode(scaled, fmt.element).masked_fill_(~torch.isfinite(amax)[:, None, :, None], 0)
     codes = codes.flatten(2, 3).flatten(0, 1)[:n, :k]
     return pack_codes(codes, fmt.element.bits), scales
+
+
+def _to_odd(x: Tensor) -> Tensor:
+    """Cut float64 `x`, in place, to 13 significant bits, the last one set if any bit below it was.
+
+    torch takes float64 to 16 bits by way of float32 and so rounds twice. What this leaves, float32 holds, and
+    it rounds to 11 bits or fewer as `x` does.
+    """
+    below = (1 << 40) - 1
+    bits = x.view(torch.int64)
+    bits.bitwise_or_(bits.bitwise_and(below).add_(below)).bitwise_and_(~below)
+    return x
+
+
+def _has_float64(device: torch.device) -> bool:
+    if device.type == "xpu":
+        return bool(torch.xpu.get_device_properties(device).has_fp64)
+    return device.type != "mps"
 
 
 def _exp2(e: Tensor) -> Tensor:
@@ -252,29 +277,39 @@ def _tensor_scale(
     x: Tensor, fmt: Format, given: Tensor | float | None, row_ranges: Sequence[int] | None
 ) -> Tensor:
     """NVFP4's outer multiplier, broadcastable to [..., N]; positive."""
+    n = x.shape[-2] if x.dim() > 1 else 1
     if given is not None:
         if row_ranges is not None:
             raise FormatError("give tensor_scale or row_ranges, not both")
-        scale = torch.as_tensor(given, dtype=torch.float32, device=x.device)
-        if not bool((scale > 0).all()) or not bool(torch.isfinite(scale).all()):
-            raise FormatError("tensor_scale must be positive and finite")
+        scale = torch.as_tensor(given, dtype=torch.float32, device=x.device).detach()
+        bad = scale[~((scale > 0) & torch.isfinite(scale))]
+        if bad.numel():
+            raise FormatError(f"tensor_scale must be positive and finite, found {bad[0].item()}")
+        _expect_broadcast(scale, tuple(x.shape[:-1]))
         return scale
-    n = x.shape[-2] if x.dim() > 1 else 1
-    amax = x.abs().amax(dim=-1).float() if x.shape[-1] else x.new_zeros(x.shape[:-1], dtype=torch.float32)
-    amax = torch.where(torch.isfinite(amax), amax, 0)  # a bad block is marked by its own scale
+    if row_ranges is not None and (sum(row_ranges) != n or min(row_ranges, default=0) <= 0):
+        raise FormatError(f"row_ranges {tuple(row_ranges)} do not divide {n} rows")
+    # What is not finite (in float32) is marked by its own block's scale and must not touch the others.
+    finite = (x.float() if x.dtype == torch.float64 else x).abs().nan_to_num_(0.0, 0.0)
+    amax = finite.amax(dim=-1).float() if x.shape[-1] else x.new_zeros(x.shape[:-1], dtype=torch.float32)
     if x.dim() == 1:
         largest = amax
     elif row_ranges is None:
         largest = amax.amax(dim=-1, keepdim=True) if n else amax.new_zeros(*amax.shape[:-1], 1)
     else:
-        if sum(row_ranges) != n or min(row_ranges, default=0) <= 0:
-            raise FormatError(f"row_ranges {tuple(row_ranges)} do not divide {n} rows")
         parts = [p.amax(dim=-1, keepdim=True).expand(p.shape) for p in amax.split(list(row_ranges), dim=-1)]
         largest = torch.cat(parts, dim=-1)
-    scale = largest / (E4M3.max * fmt.element.max)
+    scale = divide(largest, E4M3.max * fmt.element.max)
     return torch.where(scale > 0, scale, torch.ones_like(scale))
 
 
 def _expect(what: str, t: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     if t.dtype != dtype or tuple(t.shape) != shape:
         raise FormatError(f"{what}: expected {dtype} {shape}, found {t.dtype} {tuple(t.shape)}")
+
+
+def _expect_broadcast(tensor_scale: Tensor, shape: tuple[int, ...]) -> None:
+    try:
+        tensor_scale.expand(shape)
+    except RuntimeError:
+        raise FormatError(f"tensor_scale {tuple(tensor_scale.shape)} does not broadcast to {shape}") from None

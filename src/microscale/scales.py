@@ -26,6 +26,9 @@ def e8m0_from_amax(amax: Tensor, element: Element, rule: str) -> Tensor:
     """
     bits = amax.view(torch.int32)
     fraction_of_max, emax = element.max_parts
+    if emax == 0:
+        # A subnormal amax may reach byte 1: read it as if the exponents of normal numbers went on to -127.
+        bits = torch.where(bits < 0x800000, (bits << 1) - 0x800000, bits)
     if rule == "even":
         byte = (bits + (1 << (22 - element.mantissa_bits))).bitwise_right_shift_(23)
     elif rule == "ceil":
@@ -48,15 +51,20 @@ def e4m3_from_amax(amax: Tensor, tensor_scale: Tensor, element: Element) -> Tens
 
     The lower bound keeps blocks that are tiny beside the tensor's amax from vanishing; a zero block gets it too.
     """
-    wanted = amax.div(element.max).div_(tensor_scale).clamp_(E4M3_SMALLEST, E4M3.max)
+    wanted = divide(amax, element.max).div_(tensor_scale).clamp_(E4M3_SMALLEST, E4M3.max)
     return encode(wanted, E4M3).masked_fill_(~torch.isfinite(amax), E4M3_NAN)
 
 
 def f32_from_amax(amax: Tensor, element: Element) -> Tensor:
-    """amax / max in float32; 1 for a zero block (or one so small that the quotient is 0); NaN where amax is not finite."""
-    scale = amax / element.max
+    """amax / max in float32; 1 where that is 0 (a zero block); NaN where amax is not finite."""
+    scale = divide(amax, element.max)
     scale.masked_fill_(scale == 0, 1.0)
     return scale.masked_fill_(~torch.isfinite(amax), float("nan"))
+
+
+def divide(x: Tensor, by: float) -> Tensor:
+    """x / by, rounded once: by a Python number, torch multiplies with its reciprocal on CUDA and XPU."""
+    return x / x.new_full((), by)
 
 
 def scale_value(scales: Tensor, fmt: Format, dtype: torch.dtype = torch.float32) -> Tensor:
