@@ -1,0 +1,80 @@
+"""The ordered table of backends. Adding one is a line here and a file beside this one."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from functools import cache
+from importlib.metadata import entry_points
+from typing import cast
+
+from microscale.backends.contract import Contract
+from microscale.backends.triton_rules import refuse as refuse_triton
+from microscale.oracle import Backend, Problem
+
+ENTRY_POINTS = "microscale.backends"
+
+
+def _refuse_nothing(problem: Problem) -> str | None:
+    return None
+
+
+# Native first, emulation last: the order is the only priority.
+BACKENDS: tuple[Backend, ...] = (
+    Backend(
+        "triton",
+        "microscale.backends.triton",
+        refuse_triton,
+        "weights decoded in registers, multiplied in the activations' dtype, summed in float32; routing on the device",
+        proven="NVIDIA H200",
+    ),
+    Backend(
+        "emulation",
+        "microscale.backends.emulation",
+        _refuse_nothing,
+        "dequantise a tile, multiply in float32; only the experts that are routed to",
+        proven="x86 CPUs, NVIDIA H200",
+    ),
+)
+
+
+@cache
+def table() -> tuple[Backend, ...]:
+    """Our backends and those that installed packages add.
+
+    A package adds one with an entry point in the group "microscale.backends" that names a `Backend`. It takes its
+    place in front of the one it names in `before`. One that cannot be loaded stays in the table and refuses with
+    the reason, so that it never disappears silently.
+    """
+    return merge(BACKENDS, [_load(point) for point in entry_points(group=ENTRY_POINTS)])
+
+
+def merge(ours: Sequence[Backend], added: Sequence[Backend]) -> tuple[Backend, ...]:
+    """Put each added backend in front of the one it names; unknown names mean in front of the last."""
+    merged = list(ours)
+    for backend in added:
+        names = [b.name for b in merged]
+        place = names.index(backend.before) if backend.before in names else len(merged) - 1
+        merged.insert(place, backend)
+    return tuple(merged)
+
+
+def _load(point: object) -> Backend:
+    name = getattr(point, "name", "?")
+    try:
+        backend = point.load()  # type: ignore[attr-defined]
+    except Exception as error:  # noqa: BLE001 (anything a stranger's module raises becomes its refusal)
+        return _unusable(name, f"its package cannot be loaded: {type(error).__name__}: {error}")
+    if not isinstance(backend, Backend):
+        return _unusable(name, f"its entry point gives a {type(backend).__name__}, not a Backend")
+    return backend
+
+
+def _unusable(name: str, why: str) -> Backend:
+    return Backend(name, "", lambda problem: why, "not usable")
+
+
+@cache
+def load(backend: Backend) -> Contract:
+    """The module of a chosen backend; imported here and nowhere else."""
+    return cast(Contract, importlib.import_module(backend.module))

@@ -1,0 +1,66 @@
+"""Every environment variable microscale reads: default and meaning. No other file looks at os.environ."""
+
+from __future__ import annotations
+
+import os
+import re
+
+from microscale.errors import MicroscaleError
+
+VARIABLES = {
+    "MICROSCALE_BACKEND": "name of the only backend allowed; unset: the oracle chooses",
+    "MICROSCALE_CANARY": "`class` (default): prove each distinct choice once; `all`: every layer; `off`",
+    "MICROSCALE_EMULATION_TILE": "bytes of dequantised weights that emulation may hold at a time; default 64MiB",
+    "MICROSCALE_EMULATION_CACHE": "bytes of dequantised weights that emulation may keep for good; default 0",
+    "MICROSCALE_TRANSFORMERS": "`off`: `import microscale` leaves transformers' own quantisers in place",
+}
+
+_UNITS = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "ki": 1024, "mi": 1024**2, "gi": 1024**3}
+
+
+def parse_bytes(text: str, what: str) -> int:
+    """ "512MiB" -> 536870912. Units: B, kB, MB, GB, KiB, MiB, GiB; a bare number is bytes.
+
+    Raises:
+        MicroscaleError: not a size; the message names `what`.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmg]i?|)b?\s*", text.lower())
+    if match is None:
+        raise MicroscaleError(f"{what}={text!r} is not a size such as 512MiB")
+    return int(float(match[1]) * _UNITS[match[2]])
+
+
+def backend() -> str | None:
+    """The forced backend, if any."""
+    return os.environ.get("MICROSCALE_BACKEND") or None
+
+
+def canary() -> str:
+    """How often choices are proved: "class", "all" or "off"."""
+    value = os.environ.get("MICROSCALE_CANARY") or "class"
+    if value not in ("class", "all", "off"):
+        raise MicroscaleError(f"MICROSCALE_CANARY={value!r}; known: class, all, off")
+    return value
+
+
+def emulation_tile() -> int:
+    """Bytes of float32 weights that emulation may hold at a time."""
+    return parse_bytes(os.environ.get("MICROSCALE_EMULATION_TILE") or "64MiB", "MICROSCALE_EMULATION_TILE")
+
+
+def emulation_cache() -> int:
+    """Bytes of dequantised weights that emulation may keep, over all layers."""
+    return parse_bytes(os.environ.get("MICROSCALE_EMULATION_CACHE") or "0", "MICROSCALE_EMULATION_CACHE")
+
+
+def transformers_hook() -> bool:
+    """Whether importing microscale takes over the checkpoints it can read."""
+    return os.environ.get("MICROSCALE_TRANSFORMERS", "").lower() not in ("off", "0", "no")
+
+
+def wait_quietly() -> None:
+    """Let idle OpenMP threads sleep instead of spin. Only before torch is imported, and only if nobody has decided.
+
+    With one busy neighbour on two cores, spinning threads made decoding ten times slower; sleeping ones cost nothing.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

@@ -1,0 +1,167 @@
+"""What this machine is: the only file that probes. Everything else takes a `Machine` as an argument."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.metadata
+import os
+import platform
+import shutil
+import sys
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+
+# Optional packages that a backend may build on, and the names they are installed under: PyTorch's builds of Triton
+# for AMD and Intel have their own.
+PACKAGES = {"triton": ("triton", "triton-rocm", "pytorch-triton-rocm", "triton-xpu", "pytorch-triton-xpu")}
+
+_ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _XFEATURE_XTILEDATA = 158, 0x1023, 18
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One accelerator.
+
+    Attributes:
+        kind: torch's device word: "cuda", "rocm", "xpu" or "mps".
+        arch: "sm_90", "gfx942", "xe2"; empty where the kind has no such notion.
+        memory: bytes.
+    """
+
+    kind: str
+    arch: str
+    name: str
+    memory: int
+
+
+@dataclass(frozen=True)
+class Machine:
+    """The facts that a choice of kernel may depend on.
+
+    Attributes:
+        name: for people.
+        cpu: model name.
+        isa: instruction sets that can be used, spelt as Linux does: "avx2", "avx512f", "avx512_bf16", "amx_bf16".
+        amx_permitted: the operating system lets this process use AMX tiles.
+        cores: processors this process may use.
+        memory: bytes of RAM.
+        gpus: accelerators that torch sees.
+        packages: (name, version) of the installed optional packages.
+        torch: its version.
+        compiler: path of a C++ compiler, or empty.
+    """
+
+    name: str
+    cpu: str
+    isa: frozenset[str]
+    amx_permitted: bool
+    cores: int
+    memory: int
+    gpus: tuple[Gpu, ...] = ()
+    packages: tuple[tuple[str, str], ...] = ()
+    torch: str = ""
+    compiler: str = ""
+
+    @property
+    def device(self) -> str:
+        """Kind of device that models run on by default: the first GPU's, else "cpu"."""
+        return self.gpus[0].kind if self.gpus else "cpu"
+
+    @property
+    def level(self) -> str:
+        """The widest x86 level there is: "amx", "avx512_bf16", "avx512", "avx2", "neon" or "plain"."""
+        if {"amx_tile", "amx_bf16"} <= self.isa and self.amx_permitted:
+            return "amx"
+        if "avx512_bf16" in self.isa:
+            return "avx512_bf16"
+        if {"avx512f", "avx512bw"} <= self.isa:
+            return "avx512"
+        if {"avx2", "fma"} <= self.isa:
+            return "avx2"
+        return "neon" if "neon" in self.isa else "plain"
+
+
+@cache
+def detect() -> Machine:
+    """The machine this process runs on. Cheap after the first call; never raises for what is merely absent."""
+    flags, cpu = _cpu()
+    return Machine(
+        name="this machine",
+        cpu=cpu,
+        isa=flags,
+        amx_permitted="amx_tile" in flags and _request_amx(),
+        cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        memory=_memory(),
+        gpus=_gpus(),
+        packages=tuple((p, v) for p, names in PACKAGES.items() if (v := _version(names)) is not None),
+        torch=torch.__version__,
+        compiler=shutil.which("c++") or shutil.which("g++") or shutil.which("clang++") or "",
+    )
+
+
+def _cpu() -> tuple[frozenset[str], str]:
+    if sys.platform == "linux" and os.path.exists("/proc/cpuinfo"):
+        fields: dict[str, str] = {}
+        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as lines:
+            for line in lines:
+                key, _, value = line.partition(":")
+                fields.setdefault(key.strip(), value.strip())
+        words = fields.get("flags") or fields.get("Features") or ""
+        flags = {"neon" if word == "asimd" else word for word in words.split()}
+        return frozenset(flags), fields.get("model name") or platform.machine()
+    flags = {"neon"} if platform.machine() in ("arm64", "aarch64") else set()
+    capability = torch.backends.cpu.get_cpu_capability().lower()
+    if capability.startswith("avx512"):
+        flags |= {"avx2", "fma", "avx512f", "avx512bw"}
+    elif capability.startswith("avx2"):
+        flags |= {"avx2", "fma"}
+    return frozenset(flags), platform.processor() or platform.machine()
+
+
+def _request_amx() -> bool:
+    """Ask Linux for the AMX tile registers: each process must, or its first tile instruction is a SIGILL."""
+    if sys.platform != "linux" or platform.machine() != "x86_64":
+        return False
+    libc = ctypes.CDLL(None, use_errno=True)
+    return bool(libc.syscall(_ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _XFEATURE_XTILEDATA) == 0)
+
+
+def _memory() -> int:
+    if not hasattr(os, "sysconf"):
+        return 0
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        if os.path.exists(limit):
+            with open(limit, encoding="ascii") as file:
+                text = file.read().strip()
+            if text.isdigit():
+                total = min(total, int(text))
+    return total
+
+
+def _gpus() -> tuple[Gpu, ...]:
+    found = []
+    if torch.cuda.is_available():
+        kind = "rocm" if torch.version.hip else "cuda"
+        for i in range(torch.cuda.device_count()):
+            p = torch.cuda.get_device_properties(i)
+            arch = p.gcnArchName.split(":")[0] if kind == "rocm" else f"sm_{p.major}{p.minor}"
+            found.append(Gpu(kind, arch, p.name, p.total_memory))
+    elif hasattr(torch, "xpu") and torch.xpu.is_available():
+        for i in range(torch.xpu.device_count()):
+            properties = torch.xpu.get_device_properties(i)
+            found.append(Gpu("xpu", "", properties.name, properties.total_memory))
+    elif torch.backends.mps.is_available():
+        found.append(Gpu("mps", "", "Apple GPU", _memory()))
+    return tuple(found)
+
+
+def _version(names: tuple[str, ...]) -> str | None:
+    for name in names:
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return None

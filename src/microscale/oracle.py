@@ -1,0 +1,138 @@
+"""Which backend runs this layer on this machine, and why each other one was refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from microscale.activations import Activation
+from microscale.errors import NoBackendError
+from microscale.machine import Machine
+
+
+@dataclass(frozen=True)
+class Problem:
+    """All that a choice may depend on: plain values, so that it can be made without the hardware.
+
+    Attributes:
+        op: "linear" or "moe".
+        weight: name of the weights' format.
+        act: "a16", or the name of the format that activations are quantised to.
+        dtype: of the activations as they arrive: "bf16", "fp16" or "fp32".
+        device: "cpu", "cuda", "rocm", "xpu", "mps".
+        arch: of that device: "sm_90", "gfx942", ""; a CPU's level, see `Machine.level`.
+        isa: the CPU's instruction sets.
+        packages: names of the optional packages that are installed.
+        n, k: output and input features. MoE: the hidden size H both, with `intermediate` between.
+        intermediate, experts, top_k, activation: MoE only.
+        bias: there is one (MoE: on either product).
+    """
+
+    op: str
+    weight: str
+    n: int
+    k: int
+    act: str = "a16"
+    dtype: str = "bf16"
+    device: str = "cpu"
+    arch: str = ""
+    isa: frozenset[str] = frozenset()
+    packages: frozenset[str] = frozenset()
+    intermediate: int = 0
+    experts: int = 0
+    top_k: int = 0
+    activation: Activation | None = None
+    bias: bool = False
+
+    def on(self, machine: Machine, device: str | None = None) -> Problem:
+        """The same problem on a machine; `device` defaults to the machine's own."""
+        device = device or machine.device
+        arch = next((g.arch for g in machine.gpus if g.kind == device), machine.level)
+        return replace(
+            self,
+            device=device,
+            arch=arch,
+            isa=machine.isa,
+            packages=frozenset(name for name, _ in machine.packages),
+        )
+
+    def __str__(self) -> str:
+        shape = f"N={self.n} K={self.k}"
+        if self.op == "moe":
+            shape = f"E={self.experts} T={self.top_k} H={self.k} I={self.intermediate}"
+        where = f"{self.device} {self.arch}".strip()
+        return f"{self.op} {self.weight} {self.act} {self.dtype} {shape} on {where}"
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One way to run quantised layers.
+
+    Attributes:
+        name: the word in explanations and in `force`.
+        module: imported only once chosen; see `backends.contract` for what it offers.
+        refuse: None: can run the problem; otherwise one sentence why not. Cheap, total, no side effects.
+        how: one line on what it does.
+        proven: where it ran for us, in words; shown by `explain` so that untried hardware is not mistaken for tried.
+        before: an added backend's place in the table: in front of the one of this name.
+    """
+
+    name: str
+    module: str
+    refuse: Callable[[Problem], str | None]
+    how: str
+    proven: str = ""
+    before: str = "emulation"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The oracle's answer.
+
+    Attributes:
+        problem: what was asked.
+        backend: the first in table order that did not refuse.
+        refused: (name, sentence) of those before it, in the order tried.
+        skipped: names behind it, which were not asked.
+    """
+
+    problem: Problem
+    backend: Backend
+    refused: tuple[tuple[str, str], ...]
+    skipped: tuple[str, ...] = ()
+
+    def explain(self) -> str:
+        """One line for the chosen backend and one for each refused one."""
+        lines = [f"+ {self.backend.name}: {self.backend.how}"]
+        return "\n".join(lines + [f"- {name}: {why}" for name, why in self.refused])
+
+
+def choose(
+    problem: Problem,
+    backends: Sequence[Backend],
+    force: str | None = None,
+    failed: Sequence[tuple[str, str]] = (),
+) -> Choice:
+    """The first backend, in table order, that does not refuse.
+
+    Args:
+        backends: the ordered table; the order is the only priority.
+        force: allow this one only. It may still refuse.
+        failed: (name, sentence) of backends that refused at run time (canary); they are not asked again.
+    Raises:
+        NoBackendError: all refused; carries every reason, also when `force` is not a name in the table.
+    """
+    already = dict(failed)
+    refused: list[tuple[str, str]] = []
+    if force is not None and force not in {b.name for b in backends}:
+        names = ", ".join(b.name for b in backends)
+        raise NoBackendError(problem, [(force, f"no backend has this name; known: {names}")])
+    for i, backend in enumerate(backends):
+        if force is not None and backend.name != force:
+            why: str | None = f"not the forced one ({force})"
+        else:
+            why = already.get(backend.name) or backend.refuse(problem)
+        if why is None:
+            return Choice(problem, backend, tuple(refused), tuple(b.name for b in backends[i + 1 :]))
+        refused.append((backend.name, why))
+    raise NoBackendError(problem, refused)

@@ -1,0 +1,128 @@
+"""The oracle on invented machines: which backend, and the sentence for each refused one. No hardware involved."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from importlib.metadata import EntryPoint
+
+import pytest
+
+from microscale.activations import GPT_OSS
+from microscale.backends import BACKENDS, _load, merge, table
+from microscale.errors import NoBackendError
+from microscale.invented import INVENTED
+from microscale.machine import Machine
+from microscale.oracle import Backend, Choice, Problem, choose
+
+MOE = Problem(
+    "moe", "mxfp4", 2880, 2880, intermediate=2880, experts=32, top_k=4, activation=GPT_OSS, bias=True
+)
+LINEAR = Problem("linear", "fp8_block128", 5120, 2880 // 128 * 128)
+LINEAR_A8 = replace(LINEAR, act="fp8_group128")
+
+
+def backend(name: str, why: str | None = None, before: str = "emulation") -> Backend:
+    return Backend(name, f"nowhere.{name}", lambda problem: why, f"the {name} way", before=before)
+
+
+GPUS = ("a100", "h200", "b200", "mi300x", "mi355x", "arc-b580")
+
+
+@pytest.mark.parametrize("machine", INVENTED.values(), ids=lambda m: m.name)
+def test_a16_mxfp4_experts_run_everywhere(machine: Machine) -> None:
+    choice = choose(MOE.on(machine), BACKENDS)
+    if machine.name in GPUS:
+        assert choice.backend.name == "triton"
+    else:
+        assert choice.backend.name == "emulation"
+        assert f"CUDA, ROCm and XPU, not for {machine.device}" in dict(choice.refused)["triton"]
+
+
+@pytest.mark.parametrize("machine", INVENTED.values(), ids=lambda m: m.name)
+def test_quantised_activations_run_everywhere(machine: Machine) -> None:
+    choice = choose(LINEAR_A8.on(machine), BACKENDS)
+    assert choice.backend.name == "emulation"
+    if machine.name in GPUS:
+        why = "activations quantised to fp8_group128 are not implemented in Triton yet"
+        assert dict(choice.refused)["triton"] == why
+
+
+def test_first_that_does_not_refuse_and_every_reason_before_it() -> None:
+    backends = (backend("a", "too old"), backend("b", "too new"), backend("c"), backend("d"))
+    choice = choose(LINEAR, backends)
+    assert choice == Choice(LINEAR, backends[2], (("a", "too old"), ("b", "too new")), ("d",))
+    assert choice.explain() == "+ c: the c way\n- a: too old\n- b: too new"
+
+
+def test_all_refuse() -> None:
+    with pytest.raises(NoBackendError) as error:
+        choose(MOE, (backend("a", "too old"), backend("b", "too new")))
+    assert error.value.refused == (("a", "too old"), ("b", "too new"))
+    assert "E=32 T=4 H=2880 I=2880" in str(error.value)
+    assert "- a: too old\n- b: too new" in str(error.value)
+
+
+def test_force_allows_one_only_and_it_may_still_refuse() -> None:
+    backends = (backend("a"), backend("b", "no tiles"), backend("c"))
+    assert choose(LINEAR, backends, force="c").backend.name == "c"
+    assert dict(choose(LINEAR, backends, force="c").refused)["a"] == "not the forced one (c)"
+    with pytest.raises(NoBackendError, match="b: no tiles"):
+        choose(LINEAR, backends, force="b")
+    with pytest.raises(NoBackendError, match="no backend has this name; known: a, b, c"):
+        choose(LINEAR, backends, force="z")
+
+
+def test_a_failed_backend_is_not_asked_again() -> None:
+    asked = []
+
+    def refuse(problem: Problem) -> str | None:
+        asked.append(problem)
+        return None
+
+    backends = (Backend("a", "m", refuse, "how"), backend("b"))
+    choice = choose(LINEAR, backends, failed=[("a", "the canary failed")])
+    assert choice.backend.name == "b"
+    assert choice.refused == (("a", "the canary failed"),)
+    assert not asked
+
+
+def test_problem_on_a_machine_takes_its_facts() -> None:
+    h200 = INVENTED["h200"]
+    assert (MOE.on(h200).device, MOE.on(h200).arch, MOE.on(h200).packages) == ("cuda", "sm_90", {"triton"})
+    assert (MOE.on(h200, "cpu").device, MOE.on(h200, "cpu").arch) == ("cpu", "amx")
+    levels = {name: m.level for name, m in INVENTED.items() if not m.gpus}
+    assert levels == {
+        "avx2-laptop": "avx2",
+        "zen5": "avx512_bf16",
+        "sapphire-rapids": "amx",
+        "sapphire-rapids-no-amx": "avx512_bf16",
+        "plain-x86": "plain",
+    }
+    assert INVENTED["mac"].level == "neon"
+
+
+def test_added_backends_go_where_they_say() -> None:
+    ours = (backend("x"), backend("emulation"))
+    names = [
+        b.name for b in merge(ours, [backend("y"), backend("z", before="x"), backend("w", before="gone")])
+    ]
+    assert names == ["z", "x", "y", "w", "emulation"]
+
+
+def test_an_entry_point_that_cannot_be_loaded_refuses_with_the_reason() -> None:
+    broken = _load(EntryPoint("theirs", "no_such_module:backend", "microscale.backends"))
+    why = broken.refuse(LINEAR)
+    assert broken.name == "theirs"
+    assert why is not None
+    assert "ModuleNotFoundError: No module named 'no_such_module'" in why
+    wrong = _load(EntryPoint("theirs", "math:pi", "microscale.backends"))
+    assert "gives a float, not a Backend" in str(wrong.refuse(LINEAR))
+    good = _load(EntryPoint("theirs", "microscale.backends:BACKENDS", "microscale.backends"))
+    assert "gives a tuple" in str(good.refuse(LINEAR))
+
+
+def test_table_ends_with_emulation_and_every_backend_says_how() -> None:
+    names = [b.name for b in table()]
+    assert names[-1] == "emulation"
+    assert len(set(names)) == len(names)
+    assert all(b.how for b in table())
