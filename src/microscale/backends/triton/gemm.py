@@ -1,0 +1,183 @@
+"""y = x W^T with packed weights: the loop over K that linear and MoE share, and linear's kernel.
+
+Weights are the left operand, [rows, K] x [K, tokens]: they go from memory to the matrix unit through registers, and
+any number of tokens takes the same instructions in the same order. K is walked from front to back in fixed steps by
+one program. So a token's result does not depend, to the bit, on which or how many others there are.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from microscale.backends.triton import decode, tiles
+from microscale.backends.triton.layout import Packed
+
+
+@triton.jit
+def product(
+    x,
+    tokens,
+    codes,
+    scales,
+    expert,
+    rows,
+    N,
+    K,
+    GROUPS: tl.constexpr,
+    scale_rows,
+    BITS: tl.constexpr,
+    MANTISSA: tl.constexpr,
+    BIAS: tl.constexpr,
+    SPECIALS: tl.constexpr,
+    SCALE: tl.constexpr,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    UNIT: tl.constexpr,
+    CHUNK: tl.constexpr,
+    IN_TILE: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """float32 [BLOCK_N, BLOCK_M]: W[rows] @ x[tokens]^T, without the tensor scale.
+
+    Two ways, both exact in the weights. IN_TILE: code times scale is a number of x's dtype, and the matrix unit gets
+    that. Else it gets the bare codes, which every 16-bit dtype holds, one scale block at a time, and the block's sum
+    is multiplied by the scale in float32: that takes any scale byte, and any float32 scale.
+
+    Args:
+        x: [*, K]; tokens: int64 [BLOCK_M], rows of it.
+        codes, scales: see `layout`; expert: int64, rows: int32 [BLOCK_N] of its N.
+        GROUPS, scale_rows: of 128 columns in a row, and rows of scales in an expert.
+    """
+    PLANES: tl.constexpr = 128 // UNIT
+    RAW: tl.constexpr = -MANTISSA if SPECIALS == "integer" else 127 - BIAS
+    WORDS: tl.constexpr = 2 if WIDTH == 16 else 1
+    column = tl.arange(0, CHUNK)
+    x_columns = x + tokens[None, :] * K + column[:, None]  # [CHUNK, BLOCK_M]
+    code_rows = (
+        codes + (expert * N + rows)[:, None] * (GROUPS * 16 * BITS) + column[None, :]
+    )  # [BLOCK_N, CHUNK]
+    scale_columns = scales + expert * (GROUPS * WORDS) * scale_rows + rows // HEIGHT  # [BLOCK_N]
+    acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    for group in range(GROUPS):
+        low = tl.load(scale_columns + group * WORDS * scale_rows)
+        high = low
+        if WORDS == 2:
+            high = tl.load(scale_columns + (group * WORDS + 1) * scale_rows)
+        for sub in tl.static_range(UNIT // CHUNK):
+            first = tl.load(code_rows + (group * 16 * BITS + sub * CHUNK))
+            second, third = first, first
+            if BITS == 6:
+                second = tl.load(code_rows + (group * 16 * BITS + UNIT + sub * CHUNK))
+                third = tl.load(code_rows + (group * 16 * BITS + 2 * UNIT + sub * CHUNK))
+            for p in tl.static_range(PLANES):
+                k = group * 128 + (p * UNIT + sub * CHUNK)
+                if EVEN_K:
+                    a = tl.load(x_columns + k)
+                else:
+                    a = tl.load(x_columns + k, mask=(k + column)[:, None] < K, other=0.0)
+                number = decode.plane_raw(first, second, third, p, BITS, MANTISSA, SPECIALS)
+                if IN_TILE:
+                    w = decode.weights(
+                        number, low, high, (p * UNIT + sub * CHUNK) // WIDTH, SCALE, WIDTH, RAW
+                    )
+                    acc = tl.dot(w.to(a.dtype), a, acc, input_precision="ieee")
+                else:
+                    w = number * decode.two_to(RAW)
+                    part = tl.dot(w.to(a.dtype), a, input_precision="ieee")
+                    if SCALE == "f32":
+                        scale = low
+                    else:
+                        scale = decode.e8m0_value(decode.block_byte(low, (p * UNIT + sub * CHUNK) // WIDTH))
+                    acc = tl.fma(part, tl.broadcast_to(scale[:, None], part.shape), acc)
+    return acc
+
+
+@triton.jit
+def scaled(acc, row_scale, bias, rows, ROW_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr):
+    """acc [N, M] times each row's tensor scale, plus each row's bias; `rows` counts through all experts."""
+    # Spelt as fma: whether a compiler joins a product and a sum must not depend on the tile's shape.
+    if ROW_SCALE and HAS_BIAS:
+        factor = tl.broadcast_to(tl.load(row_scale + rows)[:, None], acc.shape)
+        return tl.fma(acc, factor, tl.broadcast_to(tl.load(bias + rows).to(tl.float32)[:, None], acc.shape))
+    elif ROW_SCALE:
+        return acc * tl.load(row_scale + rows)[:, None]
+    elif HAS_BIAS:
+        return acc + tl.load(bias + rows).to(tl.float32)[:, None]
+    else:
+        return acc
+
+
+@triton.jit(do_not_specialize=["M"])
+def _linear_kernel(
+    y,
+    x,
+    codes,
+    scales,
+    row_scale,
+    bias,
+    M,
+    N,
+    K,
+    GROUPS: tl.constexpr,
+    scale_rows,
+    BITS: tl.constexpr,
+    MANTISSA: tl.constexpr,
+    BIAS: tl.constexpr,
+    SPECIALS: tl.constexpr,
+    SCALE: tl.constexpr,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    UNIT: tl.constexpr,
+    CHUNK: tl.constexpr,
+    IN_TILE: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    ROW_SCALE: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    blocks = tl.cdiv(N, BLOCK_N)
+    n = tl.program_id(0) % blocks * BLOCK_N + tl.arange(0, BLOCK_N)
+    m = tl.program_id(0) // blocks * BLOCK_M + tl.arange(0, BLOCK_M)
+    # Past the end a tile repeats the last row and token, and stores neither.
+    rows, tokens = tl.minimum(n, N - 1), tl.minimum(m, M - 1).to(tl.int64)
+    acc = product(
+        x, tokens, codes, scales, tl.program_id(1).to(tl.int64), rows, N, K, GROUPS, scale_rows,
+        BITS, MANTISSA, BIAS, SPECIALS, SCALE, HEIGHT, WIDTH, UNIT, CHUNK, IN_TILE, EVEN_K, BLOCK_M, BLOCK_N,
+    )  # fmt: skip
+    acc = scaled(acc, row_scale, bias, rows, ROW_SCALE, HAS_BIAS)
+    mask = (n < N)[:, None] & (m < M)[None, :]
+    tl.store(y + tokens[None, :] * N + n[:, None], acc.to(y.dtype.element_ty), mask=mask)
+
+
+def linear(x: Tensor, w: Packed, bias: Tensor | None) -> Tensor:
+    """[M, K] -> [M, N] in x's dtype; M and N at least 1."""
+    m, (n, k) = x.shape[0], w.shape
+    a = tiles.as_stored(x)
+    y = torch.empty(m, n, dtype=a.dtype, device=x.device)
+    tile = tiles.choose(w, x.dtype, m, x.device)
+    with tiles.on(x.device):
+        _linear_kernel[(-(-n // tile.block_n) * -(-m // tile.block_m), 1)](
+            y,
+            a,
+            w.codes,
+            w.scales,
+            w.row_scale,
+            bias,
+            m,
+            n,
+            k,
+            w.groups,
+            w.scales.shape[-1],
+            **w.constants(x.dtype),
+            ROW_SCALE=w.row_scale is not None,
+            HAS_BIAS=bias is not None,
+            **tile.constants,
+            **tile.compiler,
+        )
+    return y.to(x.dtype)

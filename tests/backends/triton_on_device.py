@@ -1,0 +1,205 @@
+"""What the Triton kernels compute. Run by `test_triton.py`: on the GPU where there is one, and in Triton's interpreter
+(TRITON_INTERPRET=1, which must be set before Triton is imported) on the CPU. Not collected by itself."""
+
+from __future__ import annotations
+
+import math
+import os
+
+import pytest
+import torch
+from torch import Tensor
+
+from microscale.activations import GPT_OSS, Activation
+from microscale.backends import triton as backend
+from microscale.backends.triton.layout import exponent_range
+from microscale.conformance import Case, cases, run
+from microscale.elements import pack_codes
+from microscale.formats import FORMATS, Format
+from microscale.quant import QuantTensor, dequantize, quantize
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if INTERPRETED else "cuda"
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+ALL = [c for c in cases() if c.act == "a16"]
+# The interpreter takes about a second for each MoE case: one linear and one MoE per format, and every option.
+SOME = [c for c in ALL if c.m and (c.n, c.k) in ((33, 96), (32, 288), (64, 96))]
+
+
+@pytest.mark.parametrize("case", SOME if INTERPRETED else ALL, ids=lambda c: c.name)
+def test_conformance(case: Case, seed: int) -> None:
+    worst = run(case, backend, DEVICE, torch.Generator().manual_seed(seed))
+    assert worst <= 1.0, f"error is {worst:.3g} times the permitted one"
+
+
+def every_code(fmt: Format, scales: list[int]) -> QuantTensor:
+    """A row per scale, and in it every code whose value is finite; what is infinite or NaN is code 0 here."""
+    codes = torch.tensor([c if math.isfinite(v) else 0 for c, v in enumerate(fmt.element.values)])
+    k = max(len(codes), 32)
+    codes = codes.repeat(k // len(codes)).to(torch.uint8).expand(len(scales), k)
+    stored = torch.tensor(scales, dtype=torch.uint8)[:, None].expand(-1, k // fmt.block[1]).contiguous()
+    outer = torch.ones(()) if fmt.tensor_scale else None
+    return QuantTensor(fmt, (len(scales), k), pack_codes(codes, fmt.element.bits), stored, outer)
+
+
+def same(found: Tensor, wanted: Tensor) -> bool:
+    return torch.equal(torch.nan_to_num(found, 3.25), torch.nan_to_num(wanted, 3.25)) and torch.equal(
+        found.isnan(), wanted.isnan()
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2] if INTERPRETED else DTYPES, ids=str)
+@pytest.mark.parametrize("name", [n for n, f in FORMATS.items() if f.scale != "f32"])
+@pytest.mark.parametrize("path", ["in_tile", "on_sums"])
+def test_every_code_times_every_scale_is_exact(name: str, dtype: torch.dtype, path: str) -> None:
+    """Identity activations read the weights back: exact where the output's dtype holds them, else rounded once."""
+    fmt = FORMATS[name]
+    # All of them on a GPU; the interpreter takes some seconds for that, so there the ends and some between.
+    scales = [*range(0, 256, 19), 1, 2, 126, 127, 128, 253, 254, 255] if INTERPRETED else list(range(256))
+    if fmt.scale == "e8m0" and path == "in_tile":
+        least, greatest = exponent_range(fmt.element, dtype)
+        scales = [s for s in scales if least <= s <= greatest] + [least, greatest, 255]
+    elif fmt.scale == "e4m3" and path == "on_sums":
+        pytest.skip("NVFP4's block scales are exact in every dtype")
+    w = every_code(fmt, scales).to(DEVICE)
+    packed = backend.pack(w)
+    assert packed.scale_in_tile(dtype) == (path == "in_tile")
+    y = backend.linear(torch.eye(w.shape[1], dtype=dtype, device=DEVICE), packed)
+    assert same(y.T, dequantize(w, torch.float64).to(dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_block_fp8_codes_are_exact(dtype: torch.dtype) -> None:
+    fmt = FORMATS["fp8_block128"]
+    codes = torch.tensor(
+        [c if math.isfinite(v) else 0 for c, v in enumerate(fmt.element.values)], dtype=torch.uint8
+    )
+    scales = torch.tensor([[1.0, 2.0**-70], [float("nan"), 3.0]])
+    w = QuantTensor(fmt, (130, 256), codes.expand(130, 256).contiguous(), scales).to(DEVICE)
+    y = backend.linear(torch.eye(256, dtype=dtype, device=DEVICE), backend.pack(w))
+    wanted = dequantize(w, torch.float64)
+    wanted[128:] = float("nan")  # a NaN scale reaches every column of its rows
+    assert same(y.T, wanted.to(dtype))
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_infinite_and_nan_codes(name: str) -> None:
+    fmt = FORMATS[name]
+    odd = [c for c, v in enumerate(fmt.element.values) if not math.isfinite(v)]
+    if not odd:
+        pytest.skip(f"{fmt.element.name} has none")
+    k = 128
+    codes = torch.zeros(len(odd), k, dtype=torch.uint8)
+    codes[:, 5] = torch.tensor(odd, dtype=torch.uint8)
+    scales = torch.ones(fmt.scale_shape(len(odd), k)) if fmt.scale == "f32" else None
+    if scales is None:
+        scales = torch.full(fmt.scale_shape(len(odd), k), 127, dtype=torch.uint8)
+    w = QuantTensor(fmt, (len(odd), k), codes, scales).to(DEVICE)
+    for dtype in DTYPES:
+        y = backend.linear(torch.ones(2, k, dtype=dtype, device=DEVICE), backend.pack(w))
+        assert same(y[0], dequantize(w, torch.float64)[:, 5].to(dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_nan_scale_reaches_its_rows_and_no_other(name: str, dtype: torch.dtype) -> None:
+    x = torch.randn(3, 200, device=DEVICE).to(dtype)
+    w = quantize(torch.randn(140, 200, device=DEVICE), name)
+    rows = slice(0, 128) if name == "fp8_block128" else slice(7, 8)
+    block = rows.start // w.format.block[0]
+    w.scales[block, -1] = {"e8m0": 255, "e4m3": 0x7F, "f32": float("nan")}[w.format.scale]
+    w.codes[rows] = 0
+    y = backend.linear(x, backend.pack(w))
+    wanted = torch.zeros(140, dtype=torch.bool, device=DEVICE)
+    wanted[rows] = True
+    assert torch.equal(y.isnan(), wanted.expand(3, -1))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", ["mxfp4", "nvfp4", "fp8_block128"])
+def test_a_row_does_not_depend_on_the_others(name: str, dtype: torch.dtype) -> None:
+    """To the bit. NaN in other rows, as padding tokens may hold, does not matter either.
+
+    The interpreter multiplies with numpy, whose order of summation depends on the shape, so there only the NaN
+    half of this is checked.
+    """
+    k, m = 160, 130
+    x = torch.randn(m, k, device=DEVICE).to(dtype)
+    packed = backend.pack(quantize(torch.randn(70, k, device=DEVICE), name))
+    y = backend.linear(x, packed)
+    x[40:] = float("nan")
+    for count in (1, 3, 17, 40, 130):
+        found = backend.linear(x[:count], packed)[:40]
+        if INTERPRETED:
+            assert torch.isfinite(found).all()
+        else:
+            assert torch.equal(found, y[: min(count, 40)])
+
+
+@pytest.mark.skipif(INTERPRETED, reason="numpy's order of summation depends on the shape")
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_token_does_not_depend_on_the_others(name: str) -> None:
+    x, ids, weights, w13, w2 = experts(name, tokens=130)
+    y = backend.moe(x, ids, weights, w13, w2, GPT_OSS)
+    assert torch.equal(y, backend.moe(x, ids, weights, w13, w2, GPT_OSS))
+    for rows in (slice(0, 1), slice(3, 6), slice(7, 24), slice(90, 130)):
+        assert torch.equal(backend.moe(x[rows], ids[rows], weights[rows], w13, w2, GPT_OSS), y[rows])
+
+
+def experts(name: str, tokens: int = 5) -> tuple[Tensor, Tensor, Tensor, backend.Packed, backend.Packed]:
+    e, hidden, i = 6, 96, 64
+    x = torch.randn(tokens, hidden, device=DEVICE).bfloat16()
+    ids = torch.rand(tokens, e, device=DEVICE).argsort(-1)[:, :2]
+    weights = torch.rand(tokens, 2, device=DEVICE)
+    w13 = backend.pack(quantize(torch.randn(e, 2 * i, hidden, device=DEVICE) / 10, name))
+    w2 = backend.pack(quantize(torch.randn(e, hidden, i, device=DEVICE) / 10, name))
+    return x, ids, weights, w13, w2
+
+
+def test_an_id_that_does_not_exist_makes_its_token_nan() -> None:
+    x, ids, weights, w13, w2 = experts("mxfp4")
+    y = backend.moe(x, ids, weights, w13, w2, GPT_OSS)
+    bad = ids.clone()
+    bad[1, 0], bad[3, 1] = 6, -2
+    found = backend.moe(x, bad, weights, w13, w2, GPT_OSS)
+    assert found[[1, 3]].isnan().all()
+    assert torch.equal(found[[0, 2, 4]], y[[0, 2, 4]])
+
+
+def test_no_route_at_all_gives_zero() -> None:
+    x, ids, weights, w13, w2 = experts("mxfp4")
+    y = backend.moe(x, torch.full_like(ids, -1), weights * float("nan"), w13, w2, GPT_OSS)
+    assert torch.equal(y, torch.zeros_like(y))
+
+
+@pytest.mark.parametrize("kind", ["silu", "swiglu_oai", "swiglu_step", "relu2"])
+def test_nan_passes_every_clamp(kind: str) -> None:
+    x, ids, weights, w13, w2 = experts("mxfp4")
+    limit = None if kind == "relu2" else 1.0
+    x[2] = float("nan")
+    y = backend.moe(x, ids, weights, w13, w2, Activation(kind, limit=limit))
+    assert torch.equal(y.isnan().all(-1), torch.arange(5, device=DEVICE) == 2)
+
+
+def test_gradients_are_those_of_the_numbers() -> None:
+    x = torch.randn(4, 96, device=DEVICE, requires_grad=True)
+    w = quantize(torch.randn(40, 96, device=DEVICE), "mxfp4")
+    upstream = torch.randn(4, 40, device=DEVICE)
+    backend.linear(x, backend.pack(w)).backward(upstream)
+    assert x.grad is not None
+    torch.testing.assert_close(x.grad, upstream @ dequantize(w))
+
+
+@pytest.mark.skipif(INTERPRETED, reason="needs a GPU")
+def test_a_captured_graph_replays_the_same_result() -> None:
+    x, ids, weights, w13, w2 = experts("mxfp4", tokens=33)
+    wanted = backend.moe(x, ids, weights, w13, w2, GPT_OSS)
+    other = [torch.randn_like(x), torch.randint_like(ids, 6), torch.rand_like(weights)]
+    static = [t.clone() for t in other]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = backend.moe(*static, w13, w2, GPT_OSS)
+    for given, held in zip((x, ids, weights), static, strict=True):
+        held.copy_(given)
+    graph.replay()
+    assert torch.equal(y, wanted)
