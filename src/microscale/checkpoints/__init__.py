@@ -1,0 +1,85 @@
+"""Checkpoints: safetensors mapped lazily, a producer's layout turned into `QuantTensor`s, nothing executed.
+
+`open_checkpoint` is the way in. A dialect is one module (see `dialect.Dialect`) and a line in `DIALECTS`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from microscale.checkpoints import gpt_oss, plain
+from microscale.checkpoints.config import CONFIG, architecture, quant_method, read_config
+from microscale.checkpoints.dialect import Dialect, Entry
+from microscale.checkpoints.header import TensorInfo
+from microscale.checkpoints.source import Source
+from microscale.checkpoints.strict import brief
+from microscale.checkpoints.writer import write
+from microscale.errors import CheckpointError
+from microscale.quant import QuantTensor
+
+DIALECTS: tuple[Dialect, ...] = (gpt_oss, plain)
+_DIALECT = {d.NAME: d for d in DIALECTS}
+
+
+@dataclass(frozen=True, eq=False)
+class Checkpoint:
+    """An opened checkpoint: everything about it is checked, nothing of its data is read.
+
+    Attributes:
+        path: the directory.
+        config: config.json.
+        source: the tensors by their names in the files.
+        dialect: name of the dialect that read it.
+        groups: what each tensor is; every name of the source is in exactly one entry.
+    """
+
+    path: Path
+    config: dict[str, Any]
+    source: Source
+    dialect: str
+    groups: tuple[Entry, ...]
+
+    def load(self, entry: Entry) -> Tensor | QuantTensor:
+        """An entry's numbers, as views of the files: a `QuantTensor` where it has a format."""
+        if entry.format is None:
+            return self.source.tensor(entry.tensors[0])
+        return _DIALECT[self.dialect].load(self.source, entry)
+
+
+def open_checkpoint(directory: str | Path) -> Checkpoint:
+    """Open a directory with config.json and safetensors.
+
+    Raises:
+        CheckpointError: anything about it that is not exactly right, or quantised by a method not known here.
+    """
+    path = Path(directory)
+    if not path.is_dir():
+        raise CheckpointError(path, "no such directory")
+    config = read_config(path)
+    method = quant_method(config, path / CONFIG)
+    dialect = next((d for d in DIALECTS if d.matches(config)), None)
+    if dialect is None:
+        known = ", ".join(method for d in DIALECTS for method in d.METHODS)
+        raise CheckpointError(
+            path / CONFIG, f"unknown quant_method {brief(method)}; known: {known}, or none (not quantised)"
+        )
+    source = Source.open(path)
+    return Checkpoint(path, config, source, dialect.NAME, tuple(dialect.read(source, config)))
+
+
+__all__ = [
+    "DIALECTS",
+    "Checkpoint",
+    "Dialect",
+    "Entry",
+    "Source",
+    "TensorInfo",
+    "architecture",
+    "open_checkpoint",
+    "read_config",
+    "write",
+]
