@@ -1,0 +1,56 @@
+"""Names that stand for models: the bundled one, and configs of public models whose weights are not here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from microscale.errors import CheckpointError
+
+HERE = Path(__file__).parent
+BUNDLED = "stdlib-moe"  # the default of every command
+
+# Configs only: their weights are the publisher's, but every shape is known.
+CONFIGS = ("gpt-oss-20b", "gpt-oss-120b")
+
+
+def resolve(name: str | Path, weights: bool = True) -> Path:
+    """The directory of a model: a bundled name, a directory, or an id on the Hugging Face hub.
+
+    Args:
+        weights: of a hub id; False fetches its configs only.
+    Raises:
+        CheckpointError: none of these; says what was tried.
+    """
+    if str(name) == BUNDLED or str(name) in CONFIGS:
+        return HERE / str(name)
+    path = Path(name).expanduser()
+    if path.exists():
+        return path
+    text = str(name)
+    if text.count("/") != 1 or text.startswith((".", "/", "~")):
+        names = ", ".join((BUNDLED, *CONFIGS))
+        raise CheckpointError(text, f"no such directory, not a bundled name ({names}), and not a hub id")
+    return _download(text, weights)
+
+
+def has_weights(path: Path) -> bool:
+    """Whether any tensors lie beside the config."""
+    return any(path.glob("*.safetensors"))
+
+
+def _download(model_id: str, weights: bool) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    patterns = ["*.json", "*.jinja", "*.txt", "tokenizer.model"]
+    if weights:
+        patterns.append("*.safetensors")  # never pickles: *.bin and *.pt are not asked for
+    try:
+        return Path(
+            snapshot_download(model_id, allow_patterns=patterns, ignore_patterns=["original/*", "metal/*"])
+        )
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise CheckpointError(
+            model_id, f"not a local directory, and the hub did not give it: {reason}"
+        ) from error
