@@ -1,10 +1,41 @@
 """microscale: language models with block-scaled weights, exactly, on the machine you have."""
 
+from typing import TYPE_CHECKING, Any
+
 from microscale.errors import BackendError, CheckpointError, FormatError, MicroscaleError, NoBackendError
 from microscale.formats import FORMATS, Format, get_format
-from microscale.quant import QuantTensor, dequantize, quantize
+from microscale.integrations import hf as _hf
+
+if TYPE_CHECKING:
+    from microscale.quant import QuantTensor, dequantize, quantize
 
 __version__ = "0.1.0"
+
+
+def load(model: Any, **options: Any) -> Any:
+    """A checkpoint as a transformers model that keeps its weights packed; see `integrations.hf.loading.load`."""
+    from microscale.integrations.hf.loading import load as load_model
+
+    return load_model(model, **options)
+
+
+def requantize(model: Any, fmt: str | Format, **options: Any) -> Any:
+    """Store a loaded model's weights in a format, in place; see `integrations.hf.requantize.requantize`."""
+    from microscale.integrations.hf.requantize import requantize as requantize_model
+
+    return requantize_model(model, fmt, **options)
+
+
+def __getattr__(name: str) -> Any:
+    """What needs torch, imported when first asked for: `microscale --help` does not wait for it."""
+    if name in ("QuantTensor", "dequantize", "quantize"):
+        from microscale import quant
+
+        return getattr(quant, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+_hf.install()
 
 __all__ = [
     "FORMATS",
@@ -17,5 +48,7 @@ __all__ = [
     "QuantTensor",
     "dequantize",
     "get_format",
+    "load",
     "quantize",
+    "requantize",
 ]

@@ -1,0 +1,37 @@
+"""transformers as the host: it owns architectures, attention, caches and generation; we own experts and linears."""
+
+from __future__ import annotations
+
+import sys
+from functools import partial
+from typing import Any
+
+import wrapt
+
+from microscale import env
+
+
+def install() -> None:
+    """Take over `quant_method: mxfp4`: now if transformers is loaded, else as soon as it is."""
+    if not env.transformers_hook():
+        return
+    module = "transformers.quantizers.auto"
+    if module in sys.modules:
+        _register(sys.modules[module])
+    else:
+        wrapt.register_post_import_hook(_register, module)
+
+
+def _register(auto: Any) -> None:
+    stock = auto.AUTO_QUANTIZER_MAPPING["mxfp4"]
+    if not (isinstance(stock, partial) and stock.func is _make_quantizer):
+        auto.AUTO_QUANTIZER_MAPPING["mxfp4"] = partial(_make_quantizer, stock)
+
+
+def _make_quantizer(stock: Any, config: Any, **kwargs: Any) -> Any:
+    """Ours, or transformers' own where the caller asks it to dequantise or to quantise dense weights itself."""
+    if getattr(config, "dequantize", False) or not kwargs.get("pre_quantized", True):
+        return stock(config, **kwargs)
+    from microscale.integrations.hf.quantizer import MicroscaleQuantizer
+
+    return MicroscaleQuantizer(config, **kwargs)

@@ -1,0 +1,97 @@
+"""`microscale.load`: a checkpoint that has been checked, as a transformers model that is ready to generate."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from microscale.checkpoints import open_checkpoint
+from microscale.checkpoints.config import read_config
+from microscale.errors import CheckpointError
+from microscale.integrations.hf.dummy import dummy_model
+from microscale.integrations.hf.options import Options, using
+from microscale.integrations.hf.quantizer import place_all
+from microscale.machine import detect
+from microscale.models import has_weights, resolve
+
+Progress = Callable[[Iterable[Any]], Iterable[Any]]
+
+
+def load(
+    model: str | Path,
+    *,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | str = "auto",
+    backend: str | None = None,
+    act: str = "a16",
+    canary: str | None = None,
+    load_format: str = "auto",
+    layers: int | None = None,
+    progress: Progress | None = None,
+    **kwargs: Any,
+) -> Any:
+    """A transformers causal language model whose quantised weights stay packed.
+
+    Args:
+        model: a directory, a hub id, or a bundled name ("stdlib-moe"; "gpt-oss-20b" with `load_format="dummy"`).
+        device: where to run; by default the machine's first GPU, else the CPU.
+        dtype: of activations and unquantised weights; "auto" is the checkpoint's own.
+        backend: the only backend allowed.
+        act: how activations are stored before each product: "a16" (not quantised), "a8", "a6", "a4", a format.
+        canary: "class" (prove each distinct choice once), "all", "off".
+        load_format: "auto" reads the checkpoint; "dummy" invents random weights in the config's shapes.
+        layers: dummy only: cut the model to its first layers.
+        progress: wraps the iterable of layers to place, as tqdm does.
+        kwargs: go to transformers' `from_pretrained`.
+    Returns:
+        The model, in eval mode, every quantised layer placed on a backend and proved.
+    Raises:
+        CheckpointError: the files are not what they say, or tensors are missing.
+        NoBackendError: every backend refused a layer, or the forced one did; carries all reasons.
+    """
+    from transformers import AutoModelForCausalLM
+
+    path = resolve(model)
+    target = torch.device(device or {"rocm": "cuda"}.get(detect().device, detect().device))
+    if load_format not in ("auto", "dummy"):
+        raise CheckpointError(path, "unknown load_format", expected="auto or dummy", found=load_format)
+    if load_format == "dummy":
+        with using(Options(backend, act, canary, place=False, checkpoint=path)):
+            host = dummy_model(path, read_config(path), layers, dtype)
+        return _ready(host, target, progress)
+    if layers is not None:
+        raise CheckpointError(path, "layers can be cut with load_format='dummy' only")
+    if (path / "config.json").exists() and not has_weights(path):
+        hint = "it is a config alone; load_format='dummy' (--load-format dummy) runs it with random weights"
+        raise CheckpointError(path, f"no .safetensors files: {hint}")
+    checkpoint = open_checkpoint(path)
+    with using(Options(backend, act, canary, place=False, checkpoint=checkpoint)):
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, output_loading_info=True, trust_remote_code=False, **kwargs
+        )
+    host, info = loaded
+    _check_complete(path, info)
+    return _ready(host, target, progress)
+
+
+def _ready(host: Any, target: torch.device, progress: Progress | None) -> Any:
+    host = host.to(target).eval()
+    place_all(host, progress)
+    return host
+
+
+def _check_complete(path: Path, info: dict[str, Any]) -> None:
+    """transformers fills what is missing with random numbers and goes on; we do not."""
+    for key, problem in (
+        ("missing_keys", "missing from the checkpoint"),
+        ("mismatched_keys", "of the wrong shape"),
+    ):
+        names = sorted(str(name) for name in info.get(key) or ())
+        if names:
+            raise CheckpointError(path, f"{len(names)} tensors {problem}, such as", tensor=names[0])
+    scales = sorted(name for name in info.get("unexpected_keys") or () if "scale" in name)
+    if scales:
+        raise CheckpointError(path, f"{len(scales)} scales that nothing reads, such as", tensor=scales[0])

@@ -1,0 +1,162 @@
+"""Our packed gpt-oss against transformers' own classes and MXFP4 arithmetic: same logits, same greedy tokens."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from original import write
+from transformers import AutoModelForCausalLM, Mxfp4Config
+
+import microscale
+from microscale.errors import CheckpointError, NoBackendError
+from microscale.integrations.hf.quantizer import runners
+
+# float32 all through: two orders of summation, three layers deep. Each sum has at most a few hundred terms.
+FP32_BOUND = 256 * 2.0**-24 * 8
+
+
+def logits(model: Any, tokens: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return model(tokens).logits.double()
+
+
+@pytest.fixture
+def tokens() -> torch.Tensor:
+    return torch.randint(2, 160, (2, 40))
+
+
+def test_float32_logits_and_greedy_tokens_equal_transformers(tmp_path: Path, tokens: torch.Tensor) -> None:
+    reference = write(tmp_path)
+    ours = microscale.load(tmp_path, dtype=torch.float32, device="cpu")
+    wanted, found = logits(reference, tokens), logits(ours, tokens)
+    assert (found - wanted).abs().max() <= FP32_BOUND * wanted.abs().max()
+    options = {"max_new_tokens": 24, "do_sample": False}
+    assert torch.equal(ours.generate(tokens, **options), reference.generate(tokens, **options))
+
+
+def test_bf16_logits_are_no_worse_than_those_of_the_dequantised_model(
+    tmp_path: Path, tokens: torch.Tensor
+) -> None:
+    """Both round to bf16 in every layer; what each loses against float32 is the yardstick."""
+    reference = write(tmp_path)
+    wanted = logits(reference, tokens)
+    dense = copy.deepcopy(reference).bfloat16()
+    ours = microscale.load(tmp_path, device="cpu")
+    assert ours.dtype == torch.bfloat16
+    rms = [(logits(m, tokens) - wanted).square().mean().sqrt() for m in (ours, dense)]
+    assert rms[0] <= 1.25 * rms[1]
+
+
+def test_plain_from_pretrained_is_the_same_model(tmp_path: Path, tokens: torch.Tensor) -> None:
+    write(tmp_path)
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(logits(plain, tokens), logits(microscale.load(tmp_path, device="cpu"), tokens))
+    packed = dict(plain.named_parameters())
+    for name in ("gate_up_proj", "down_proj"):
+        assert packed[f"model.layers.0.mlp.experts.{name}_blocks"].dtype == torch.uint8
+        assert f"model.layers.0.mlp.experts.{name}" not in packed
+    assert [r.placement.choice.backend.name for _, r in runners(plain)] == ["emulation"] * 3
+
+
+def test_asking_transformers_to_dequantise_still_works(tmp_path: Path, tokens: torch.Tensor) -> None:
+    reference = write(tmp_path)
+    dense = AutoModelForCausalLM.from_pretrained(
+        tmp_path, quantization_config=Mxfp4Config(dequantize=True), dtype=torch.float32
+    )
+    wanted = logits(reference, tokens)
+    assert (logits(dense, tokens) - wanted).abs().max() <= FP32_BOUND * wanted.abs().max()
+
+
+def test_tied_embeddings(tmp_path: Path, tokens: torch.Tensor) -> None:
+    reference = write(tmp_path, tie_word_embeddings=True)
+    reference.tie_weights()
+    wanted = logits(reference, tokens)
+    found = logits(microscale.load(tmp_path, dtype=torch.float32, device="cpu"), tokens)
+    assert (found - wanted).abs().max() <= FP32_BOUND * wanted.abs().max()
+
+
+def test_saving_gives_the_checkpoint_back(tmp_path: Path) -> None:
+    write(tmp_path / "a")
+    microscale.load(tmp_path / "a", device="cpu").save_pretrained(tmp_path / "b")
+    ours, again = (microscale.checkpoints.open_checkpoint(tmp_path / d) for d in "ab")
+    assert sorted(ours.source.names()) == sorted(again.source.names())
+    for name in ours.source.names():
+        assert torch.equal(ours.source.tensor(name), again.source.tensor(name)), name
+
+
+def test_activations_in_eight_bits_differ_and_stay_close(tmp_path: Path, tokens: torch.Tensor) -> None:
+    reference = logits(write(tmp_path), tokens)
+    errors = {}
+    for act in ("a16", "a8", "a6", "a4"):
+        model = microscale.load(tmp_path, dtype=torch.float32, device="cpu", act=act)
+        # The median token: one whose route flips says nothing about the width of its activations.
+        errors[act] = float((logits(model, tokens) - reference).abs().mean(dim=-1).median())
+    assert errors["a16"] < errors["a8"] < errors["a4"]
+    assert errors["a16"] < errors["a6"] < errors["a4"]
+    assert errors["a8"] < 0.2 * float(reference.std())
+
+
+def test_a_moved_model_is_placed_again(tmp_path: Path, tokens: torch.Tensor) -> None:
+    write(tmp_path)
+    model = microscale.load(tmp_path, device="cpu")
+    before = logits(model, tokens)
+    assert torch.equal(logits(model.to("cpu"), tokens), before)
+    assert torch.equal(logits(copy.deepcopy(model), tokens), before)
+
+
+def test_adapters_beside_packed_experts_get_gradients(tmp_path: Path, tokens: torch.Tensor) -> None:
+    write(tmp_path)
+    model = microscale.load(tmp_path, device="cpu")
+    model(tokens, labels=tokens).loss.backward()
+    grad = model.model.layers[0].self_attn.q_proj.weight.grad
+    assert grad is not None
+    assert torch.isfinite(grad).all()
+    assert grad.abs().max() > 0
+
+
+def test_forced_backend_that_refuses(tmp_path: Path) -> None:
+    write(tmp_path)
+    with pytest.raises(NoBackendError, match="triton: Triton compiles for CUDA, ROCm and XPU, not for cpu"):
+        microscale.load(tmp_path, device="cpu", backend="triton")
+
+
+@pytest.mark.parametrize(
+    "load", [microscale.load, AutoModelForCausalLM.from_pretrained], ids=["load", "plain"]
+)
+def test_a_checkpoint_that_lies_is_refused_on_both_ways_in(tmp_path: Path, load: Any) -> None:
+    write(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(path.read_text().replace('"num_local_experts": 4', '"num_local_experts": 5'))
+    with pytest.raises(CheckpointError, match=r"expected .*5.*found .*4"):
+        load(tmp_path)
+
+
+def test_config_alone_says_how_to_try_it() -> None:
+    with pytest.raises(CheckpointError, match="--load-format dummy"):
+        microscale.load("gpt-oss-20b")
+
+
+def test_dummy_weights_in_true_shapes() -> None:
+    from microscale.integrations.hf.dummy import dummy_config, meta_model
+    from microscale.models import resolve
+
+    path = resolve("gpt-oss-20b")
+    cut = dummy_config(path, microscale.checkpoints.read_config(path), 2)
+    shapes = {name: tuple(p.shape) for name, p in meta_model(cut).named_parameters()}
+    assert shapes["model.layers.1.mlp.experts.gate_up_proj_blocks"] == (32, 5760, 90, 16)
+    assert shapes["model.layers.1.mlp.experts.down_proj_scales"] == (32, 2880, 90)
+    assert shapes["model.embed_tokens.weight"] == (201088, 2880)
+    assert not any(name.startswith("model.layers.2") for name in shapes)
+
+
+def test_dummy_of_the_bundled_architecture_runs(tmp_path: Path) -> None:
+    write(tmp_path)
+    model = microscale.load(tmp_path, load_format="dummy", layers=2, device="cpu")
+    out = model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=3, do_sample=False)
+    assert out.shape == (1, 6)
+    with pytest.raises(CheckpointError, match="expected 1 to 3, found 9"):
+        microscale.load(tmp_path, load_format="dummy", layers=9)
