@@ -1,0 +1,93 @@
+"""The `microscale` command. Commands import what they need when they run: `--help` answers at once."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from microscale import env
+from microscale.cli import doctor, explain, inspect, run, selftest
+from microscale.cli import eval as evaluation
+from microscale.cli.output import clean, emit, only_json
+from microscale.errors import MicroscaleError
+
+ERROR, INTERRUPTED = 2, 130
+
+
+class _Group(TyperGroup):
+    """Turns this package's errors into one line and an exit code, wherever in the command line --debug stands."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Take --debug out of the options, in front of the command or behind it."""
+        end = args.index("--") if "--" in args else len(args)
+        ctx.obj = {"debug": "--debug" in args[:end], "json": "--json" in args[:end]}
+        return super().parse_args(ctx, [a for i, a in enumerate(args) if i >= end or a != "--debug"])
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command."""
+        with only_json() if ctx.obj["json"] else nullcontext():
+            try:
+                return super().invoke(ctx)
+            except MicroscaleError as error:
+                if ctx.obj["debug"]:
+                    traceback.print_exc()
+                if ctx.obj["json"]:
+                    emit({"error": {"type": type(error).__name__, "message": str(error)}})
+                print(f"microscale: error: {clean(str(error))}", file=sys.stderr)
+                raise typer.Exit(ERROR) from error
+            except KeyboardInterrupt:
+                if ctx.obj["debug"]:
+                    traceback.print_exc()
+                print("microscale: interrupted", file=sys.stderr)
+                raise typer.Exit(INTERRUPTED) from None
+
+
+app = typer.Typer(
+    cls=_Group,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command()(run.run)
+app.command()(explain.explain)
+app.command()(inspect.inspect)
+app.command("eval")(evaluation.evaluate)
+app.command()(selftest.selftest)
+app.command()(doctor.doctor)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from microscale import __version__
+
+        print(f"microscale {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+    debug: Annotated[
+        bool,
+        typer.Option("--debug", help="Show the traceback of an error; may stand behind the command, too."),
+    ] = False,
+) -> None:
+    """Run language models with block-scaled weights (MXFP4, NVFP4 ...) exactly, on the machine you have."""
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Run the command line and exit: 0 done, 1 checked and found wanting, 2 an error, 130 interrupted."""
+    env.wait_quietly()
+    for stream in (sys.stdout, sys.stderr):
+        # A character that the terminal's encoding lacks is no reason to stop.
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    app(args)

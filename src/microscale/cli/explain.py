@@ -1,0 +1,303 @@
+"""`microscale explain`: which backend would run each layer, why each other one was refused, and how many bytes."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from microscale.errors import MicroscaleError
+
+if TYPE_CHECKING:
+    from microscale.machine import Machine
+    from microscale.oracle import Backend
+    from microscale.plan import Outline, Placed, Plan
+
+HERE = "this"  # the word for the machine that this runs on
+
+
+def explain(
+    model: Annotated[
+        str | None, typer.Argument(help="Directory, hub id, or bundled name; the bundled model if left out.")
+    ] = None,
+    machine: Annotated[
+        list[str] | None,
+        typer.Option(help="An invented machine, or `this`; repeat for several. `list` lists them."),
+    ] = None,
+    all_machines: Annotated[
+        bool, typer.Option("--all-machines", help="This machine and all invented ones.")
+    ] = False,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda ...: not the machine's first GPU.")] = None,
+    act: Annotated[
+        str, typer.Option(help="How activations are stored: a16, a8, a6, a4, or a format.")
+    ] = "a16",
+    backend: Annotated[str | None, typer.Option(help="The only backend allowed.")] = None,
+    layers: Annotated[int | None, typer.Option(help="Count the model's first layers only.")] = None,
+    op: Annotated[str | None, typer.Option(help="Explain one layer, not a model: linear or moe.")] = None,
+    format: Annotated[str | None, typer.Option(help="--op: format of its weights.")] = None,
+    n: Annotated[int | None, typer.Option("--n", help="--op linear: output features.")] = None,
+    k: Annotated[int | None, typer.Option("--k", help="--op: input features (moe: the hidden size).")] = None,
+    experts: Annotated[int | None, typer.Option(help="--op moe: experts.")] = None,
+    top_k: Annotated[int | None, typer.Option("--top-k", help="--op moe: experts per token.")] = None,
+    intermediate: Annotated[int | None, typer.Option(help="--op moe: intermediate size.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+) -> None:
+    """Say which backend runs each layer on a machine, and why the others do not. Needs no weights.
+
+    Exit code 0; 1 where a layer has no backend (possible with --backend only).
+
+    microscale explain gpt-oss-20b --machine h200 --machine zen5
+    """
+    from microscale import env
+    from microscale.backends import table
+    from microscale.cli.output import emit, known, quiet_libraries
+    from microscale.formats import FORMATS
+    from microscale.models import BUNDLED
+    from microscale.plan import outline, outline_shape
+
+    if machine and "list" in machine:
+        _list_machines(as_json)
+        return
+    machines = _machines(machine or [], all_machines)
+    backend = backend or env.backend()
+    if backend is not None:
+        known(backend, [b.name for b in table()], "backend")
+    check_act(act)
+    shape = {"n": n, "k": k, "experts": experts, "top_k": top_k, "intermediate": intermediate}
+    if op is None:
+        given = [
+            f"--{key.replace('_', '-')}" for key, v in {"format": format, **shape}.items() if v is not None
+        ]
+        if given:
+            raise MicroscaleError(f"{', '.join(given)} describes one layer: add --op linear or --op moe")
+        quiet_libraries()
+        what = outline(model or BUNDLED, act=act, layers=layers)
+    else:
+        if model is not None:
+            raise MicroscaleError("give a model or --op, not both")
+        known(op, ("linear", "moe"), "op")
+        needed = (
+            ("format", "n", "k") if op == "linear" else ("format", "k", "experts", "top_k", "intermediate")
+        )
+        shape = {key: size for key, size in shape.items() if size is not None}
+        _check_shape(op, needed, {**shape, **({"format": format} if format else {})})
+        if op == "moe":
+            shape.setdefault("n", shape["k"] or 0)
+        sizes: dict[str, Any] = dict(shape)
+        what = outline_shape(op, known(format or "", FORMATS, "format"), act=act, **sizes)
+    plans = [what.on(m, device=device, backend=backend) for m in machines]
+    if as_json:
+        emit({**_outline_document(what), "machines": [_plan_document(p) for p in plans]})
+    else:
+        for i, plan in enumerate(plans):
+            _show(plan, first=i == 0)
+    if not all(p.runs for p in plans):
+        raise typer.Exit(1)
+
+
+def check_act(act: str) -> None:
+    """Refuse a word for activations that is none.
+
+    Raises:
+        MicroscaleError: unknown; lists the known ones.
+    """
+    from microscale.cli.output import known
+    from microscale.formats import FORMATS, FP8_GROUP128
+
+    formats = [f.name for f in (*FORMATS.values(), FP8_GROUP128) if f.block[0] == 1]
+    known(act, ("a16", "a8", "a6", "a4", *formats), "activation format")
+
+
+def proven(backend: Backend, machine: Machine, device: str) -> bool:
+    """Whether `backend.proven` names this kind of hardware: the GPU's model, or the CPU's family or level."""
+    if device == "cpu":
+        words = {"arm" if machine.level == "neon" else "x86", machine.level}
+    else:
+        gpus = [g for g in machine.gpus if g.kind == device]
+        words = {w for g in gpus for w in re.findall(r"[a-z]*\d[a-z\d]*", g.name.lower())[:1]}
+        words |= {g.arch for g in gpus if g.arch}
+    return any(re.search(rf"\b{re.escape(w)}\b", backend.proven.lower()) for w in words)
+
+
+def _machines(names: list[str], everything: bool) -> list[Machine]:
+    from microscale.cli.output import known
+    from microscale.invented import INVENTED
+    from microscale.machine import detect
+
+    if everything:
+        return [detect(), *INVENTED.values()]
+    for name in names:
+        known(name, (HERE, *INVENTED), "machine")
+    return [detect() if name == HERE else INVENTED[name] for name in names or [HERE]]
+
+
+def _check_shape(op: str, needed: tuple[str, ...], given: dict[str, Any]) -> None:
+    missing = [f"--{key.replace('_', '-')}" for key in needed if key not in given]
+    if missing:
+        raise MicroscaleError(f"--op {op} needs {', '.join(missing)}")
+    extra = [f"--{key.replace('_', '-')}" for key in given if key not in (*needed, "n")]
+    if extra:
+        raise MicroscaleError(f"--op {op} has no {', '.join(extra)}")
+
+
+def describe(machine: Machine, device: str) -> str:
+    """The part of a machine that matters for a device, in a line."""
+    if device == "cpu":
+        return f"{machine.cpu} ({machine.level}, {machine.cores} cores, {_gib(machine.memory)})"
+    gpus = [g for g in machine.gpus if g.kind == device]
+    return "; ".join(f"{g.name} ({', '.join(filter(None, (g.arch, _gib(g.memory))))})" for g in gpus)
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.0f} GiB"
+
+
+def _list_machines(as_json: bool) -> None:
+    from microscale.cli.output import emit, say
+    from microscale.invented import INVENTED
+    from microscale.machine import detect
+
+    machines = {HERE: detect(), **INVENTED}
+    if as_json:
+        emit({name: machine_document(m) for name, m in machines.items()})
+        return
+    width = max(map(len, machines)) + 2
+    for name, m in machines.items():
+        say(f"{name:{width}}{describe(m, m.device)}", hang=width)
+
+
+def machine_document(m: Machine) -> dict[str, Any]:
+    """A machine for JSON."""
+    return {
+        "name": m.name,
+        "cpu": m.cpu,
+        "level": m.level,
+        "cores": m.cores,
+        "memory_bytes": m.memory,
+        "gpus": [{"kind": g.kind, "arch": g.arch, "name": g.name, "memory_bytes": g.memory} for g in m.gpus],
+        "packages": dict(m.packages),
+        "torch": m.torch,
+    }
+
+
+def _outline_document(what: Outline) -> dict[str, Any]:
+    kv = what.kv
+    return {
+        "model": what.model,
+        "stored_bytes": what.stored,
+        "read_bytes_per_token": what.read,
+        "kv_cache": {
+            "bytes_per_token": kv.per_token,
+            "bytes_per_token_beyond_window": kv.beyond,
+            "window": kv.window,
+        },
+    }
+
+
+def _plan_document(plan: Plan) -> dict[str, Any]:
+    return {
+        "machine": machine_document(plan.machine),
+        "device": plan.device,
+        "memory_bytes": plan.memory,
+        "fits": plan.outline.stored <= plan.memory,
+        "layers": [_placed_document(p, plan) for p in plan.placed],
+    }
+
+
+def _placed_document(p: Placed, plan: Plan) -> dict[str, Any]:
+    layer = p.layer
+    document: dict[str, Any] = {
+        "name": layer.name,
+        "count": layer.count,
+        "format": layer.format,
+        "stored_bytes": layer.stored,
+        "read_bytes_per_token": layer.read,
+        "backend": p.backend,
+    }
+    if p.problem is not None:
+        document |= {
+            "problem": str(p.problem),
+            "act": {"declared": layer.declared, "run": p.problem.act},
+            "refused": [{"backend": name, "reason": why} for name, why in p.refused],
+        }
+    if p.choice is not None:
+        backend = p.choice.backend
+        document |= {
+            "how": backend.how,
+            "proven": {"on": backend.proven, "here": proven(backend, plan.machine, plan.device)},
+            "not_asked": list(p.choice.skipped),
+        }
+    return document
+
+
+def _show(plan: Plan, first: bool) -> None:
+    from microscale.cli.output import clean, grid, human, say, show
+
+    what, machine = plan.outline, plan.machine
+    if not first:
+        say()
+    say(f"{what.model} on {machine.name}: {describe(machine, plan.device)}", style="bold")
+    columns = ("layers", "count", "format", "numerics", "backend", "stored", "per token")
+    rows = grid(*columns, right=("count", "stored", "per token"), wrap=("layers", "numerics"))
+    for p in plan.placed:
+        layer = p.layer
+        numerics = "" if p.problem is None else f"run {p.problem.act}"
+        if layer.declared is not None:
+            numerics = f"declared {layer.declared}, {numerics}"
+        name, backend = clean(layer.name), p.backend or "none"
+        rows.add_row(
+            name, str(layer.count), layer.format, numerics, backend, human(layer.stored), human(layer.read)
+        )
+    rows.add_row("total", "", "", "", "", human(what.stored), human(what.read))
+    show(rows)
+    _show_reasons(plan)
+    say(_memory_line(plan), hang=0)
+
+
+def _show_reasons(plan: Plan) -> None:
+    """Once for all classes that got the same answer."""
+    from microscale.cli.output import say
+
+    answers: dict[tuple[Any, ...], list[str]] = {}
+    for p in plan.placed:
+        if p.problem is not None:
+            key = (
+                None if p.choice is None else p.choice.backend,
+                p.refused,
+                p.choice.skipped if p.choice else (),
+            )
+            answers.setdefault(key, []).append(p.layer.name)
+    for (backend, refused, skipped), names in answers.items():
+        say(f"{', '.join(dict.fromkeys(names))}:")
+        if backend is None:
+            say("no backend: every one refused", indent=2)
+        else:
+            say(f"+ {backend.name}: {backend.how}", indent=2)
+            say(_proven_line(backend, plan), indent=4, hang=0)
+        for name, why in refused:
+            say(f"- {name}: {why}", indent=2)
+        if skipped:
+            say(f"not asked, being behind it in the table: {', '.join(skipped)}", indent=2)
+
+
+def _proven_line(backend: Backend, plan: Plan) -> str:
+    if not backend.proven:
+        return "we have not run it on any hardware yet"
+    if proven(backend, plan.machine, plan.device):
+        return f"proven on this kind of hardware ({backend.proven})"
+    return f"never run by us on this kind of hardware (only on: {backend.proven}); its canary decides at load"
+
+
+def _memory_line(plan: Plan) -> str:
+    from microscale.cli.output import human
+
+    stored, kv = plan.outline.stored, plan.outline.kv
+    verdict = "fit in" if stored <= plan.memory else "DO NOT FIT in"
+    line = f"The weights ({human(stored)}) {verdict} {human(plan.memory)} of {plan.device} memory."
+    if kv.per_token:
+        line += f" The key/value cache takes {human(kv.per_token)} for each token"
+        if kv.window:
+            line += f", and {human(kv.beyond)} once beyond the window of {kv.window}"
+        line += "."
+    return line

@@ -1,0 +1,176 @@
+"""One generation: streamed, timed, and its ids kept."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from transformers.generation.streamers import BaseStreamer, TextStreamer
+
+from microscale.errors import MicroscaleError
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to choose tokens; None: as the checkpoint's generation_config says, which without one is greedily.
+
+    Attributes:
+        temperature: 0 takes the likeliest token.
+        seed: of the sampling.
+    """
+
+    max_new_tokens: int = 128
+    temperature: float | None = None
+    top_p: float | None = None
+    seed: int = 0
+
+    def arguments(self, model: Any) -> dict[str, Any]:
+        """For transformers' `generate`."""
+        found: dict[str, Any] = {}
+        if self.temperature is not None:
+            found["do_sample"] = self.temperature > 0
+            if self.temperature > 0:
+                found["temperature"] = self.temperature
+        if self.top_p is not None:
+            found["top_p"] = self.top_p
+            found.setdefault("do_sample", True)
+        eos = model.generation_config.eos_token_id
+        if model.generation_config.pad_token_id is None and eos is not None:
+            found["pad_token_id"] = eos[0] if isinstance(eos, list) else eos
+        return found
+
+    def samples(self, model: Any) -> bool:
+        """Whether the seed matters."""
+        return bool(self.arguments(model).get("do_sample", model.generation_config.do_sample))
+
+
+@dataclass
+class Generation:
+    """What came out.
+
+    Attributes:
+        text: empty without a tokenizer.
+        prefill, decode: seconds until the first token, and from there to the last.
+        stopped: "length", "end" (the model ended it) or "interrupted".
+    """
+
+    prompt_ids: list[int]
+    ids: list[int] = field(default_factory=list)
+    text: str = ""
+    prefill: float = 0.0
+    decode: float = 0.0
+    stopped: str = "length"
+
+    @property
+    def prefill_rate(self) -> float:
+        """Prompt tokens per second."""
+        return len(self.prompt_ids) / self.prefill if self.prefill else 0.0
+
+    @property
+    def decode_rate(self) -> float:
+        """Tokens per second behind the first one; 0 where there are none."""
+        return (len(self.ids) - 1) / self.decode if self.decode else 0.0
+
+
+def generate(
+    model: Any,
+    tokenizer: Any,
+    prompt_ids: Sequence[int],
+    settings: Settings,
+    write: Callable[[str], None],
+    interruptible: bool = False,
+) -> Generation:
+    """Run a prompt and hand over text as it comes, or ids in words where there is no tokenizer.
+
+    Args:
+        interruptible: Ctrl-C ends this generation only.
+    Raises:
+        MicroscaleError: the prompt is empty or as long as the model's context.
+    """
+    settings = _fitted(model, len(prompt_ids), settings)
+    result = Generation(list(prompt_ids))
+    streamer = _Stream(tokenizer, result, write)
+    ids = torch.tensor([list(prompt_ids)], device=model.device)
+    arguments = settings.arguments(model)
+    if tokenizer is None:  # random weights may end at once; their speed is what is asked for
+        arguments["min_new_tokens"] = settings.max_new_tokens
+    torch.manual_seed(settings.seed)
+    started = time.perf_counter()
+    try:
+        with torch.inference_mode():
+            model.generate(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=settings.max_new_tokens,
+                streamer=streamer,
+                **arguments,
+            )
+    except KeyboardInterrupt:
+        streamer.end()
+        result.stopped = "interrupted"
+        if not interruptible:
+            raise
+    if streamer.times:
+        result.prefill = streamer.times[0] - started
+        result.decode = streamer.times[-1] - streamer.times[0]
+    if result.stopped == "length" and len(result.ids) < settings.max_new_tokens:
+        result.stopped = "end"
+    return result
+
+
+def _fitted(model: Any, length: int, settings: Settings) -> Settings:
+    """Settings whose tokens fit in the model's context behind a prompt."""
+    if not length:
+        raise MicroscaleError("the prompt is empty")
+    config = model.config.get_text_config()
+    context = getattr(config, "max_position_embeddings", None)
+    if context is None:
+        return settings
+    if length >= context:
+        raise MicroscaleError(f"the prompt has {length} tokens, and the model's context is {context}")
+    return replace(settings, max_new_tokens=min(settings.max_new_tokens, context - length))
+
+
+class _Stream(BaseStreamer):
+    """Notes when each token came, and passes text on in whole words."""
+
+    def __init__(self, tokenizer: Any, result: Generation, write: Callable[[str], None]) -> None:
+        self.result, self.write = result, write
+        self.times: list[float] = []
+        self.text: Any = None if tokenizer is None else _Words(tokenizer, self._add)
+        self.prompt_seen = False
+
+    def put(self, value: Any) -> None:
+        """Take the prompt, then tokens one at a time."""
+        if not self.prompt_seen:
+            self.prompt_seen = True
+            return
+        self.times.append(time.perf_counter())
+        self.result.ids += value.flatten().tolist()
+        if self.text is None:
+            self._add(f"{self.result.ids[-1]} ")
+        else:
+            self.text.put(value)
+
+    def end(self) -> None:
+        """Pass on what is left."""
+        if self.text is not None:
+            self.text.end()
+
+    def _add(self, text: str) -> None:
+        if text:
+            self.result.text += text if self.text is not None else ""
+            self.write(text)
+
+
+class _Words(TextStreamer):
+    def __init__(self, tokenizer: Any, add: Callable[[str], None]) -> None:
+        super().__init__(tokenizer, skip_special_tokens=True)
+        self.add = add
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        """Called with text that no later token will change."""
+        self.add(text)

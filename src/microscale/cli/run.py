@@ -1,0 +1,179 @@
+"""`microscale run`: complete a prompt, or chat."""
+
+from __future__ import annotations
+
+import os
+import random
+import select
+import sys
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from microscale.errors import MicroscaleError
+
+if TYPE_CHECKING:
+    from microscale.cli.generate import Generation
+    from microscale.cli.session import Session
+
+# What `microscale run` shows without arguments: a class that the bundled model can go on with in many ways.
+PROMPT = '''class Stack:
+    """A last-in, first-out collection."""
+
+    def __init__(self):
+        self._items = []
+
+    def push(self, item):
+        self._items.append(item)
+
+    def '''
+_TEMPERATURE, _SEED = 0.8, 0  # of that alone: greedily, a model so small soon repeats itself
+
+
+def run(
+    model: Annotated[
+        str | None, typer.Argument(help="Directory, hub id, or bundled name; the bundled model if left out.")
+    ] = None,
+    prompt: Annotated[
+        str | None,
+        typer.Argument(
+            help="Text to go on from; token ids for a model without a tokenizer. Left out: stdin, or a chat."
+        ),
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Stop after so many tokens.")] = 128,
+    temperature: Annotated[
+        float | None,
+        typer.Option(min=0, help="0: the likeliest token. Default: what the checkpoint says, else 0."),
+    ] = None,
+    top_p: Annotated[
+        float | None, typer.Option("--top-p", min=0, max=1, help="Sample from this share only.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Of sampling; a new one each time if left out.")] = None,
+    backend: Annotated[str | None, typer.Option(help="The only backend allowed.")] = None,
+    act: Annotated[
+        str, typer.Option(help="How activations are stored: a16, a8, a6, a4, or a format.")
+    ] = "a16",
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda, cuda:1 ...; the first GPU if left out.")
+    ] = None,
+    canary: Annotated[
+        str | None,
+        typer.Option(help="class: prove each distinct choice once (default); all: every layer; off."),
+    ] = None,
+    load_format: Annotated[
+        str,
+        typer.Option(
+            "--load-format", help="auto: read the weights; dummy: random ones in the config's shapes."
+        ),
+    ] = "auto",
+    layers: Annotated[int | None, typer.Option(help="--load-format dummy: the first layers only.")] = None,
+    chat: Annotated[
+        bool | None, typer.Option("--chat/--no-chat", help="Use the chat template; default: if there is one.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document, at the end.")] = False,
+) -> None:
+    """Complete a prompt and stream the text; without one on a terminal, chat. Timings go to stderr.
+
+    microscale run
+
+    microscale run gpt-oss-20b --load-format dummy --layers 2
+    """
+    from microscale.models import BUNDLED
+
+    _check(backend, act, device, canary, load_format)
+    from microscale.cli.generate import Settings
+    from microscale.cli.session import note, open_session, tokenizer_of, write
+
+    name = model or BUNDLED
+    tokenizer = tokenizer_of(name)
+    if model is not None and prompt is None and tokenizer is not None:
+        if not sys.stdin.isatty():
+            prompt = sys.stdin.read()
+        elif as_json:
+            raise MicroscaleError("--json needs a prompt")
+    built_in = model is None and prompt is None and not (prompt := _waiting_on_stdin())
+    if built_in:
+        prompt = PROMPT
+        temperature = _TEMPERATURE if temperature is None else temperature
+        seed = _SEED if seed is None else seed
+    seed = random.SystemRandom().randrange(2**31) if seed is None else seed
+    session = open_session(
+        name,
+        Settings(max_new_tokens, temperature, top_p, seed),
+        chat,
+        tokenizer,
+        device=None if device is None else device.replace("rocm", "cuda"),
+        backend=backend,
+        act=act,
+        canary=canary,
+        load_format=load_format,
+        layers=layers,
+    )
+    if model is not None and prompt is None and tokenizer is not None:
+        from microscale.cli.chat import converse
+
+        note(session.report(None))
+        converse(session)
+        return
+    text, ids = session.encode(prompt)
+    if as_json:
+        from microscale.cli.output import emit
+
+        emit(_document(session, text, session.generate(ids, lambda _: None)))
+        return
+    if built_in or (sys.stdout.isatty() and not session.chat):
+        write(text)
+    result = session.generate(ids, write)
+    write("\n")
+    note(session.report(result))
+
+
+def _check(backend: str | None, act: str, device: str | None, canary: str | None, load_format: str) -> None:
+    """Refuse bad words before anything is loaded."""
+    from microscale.backends import table
+    from microscale.cli.explain import check_act
+    from microscale.cli.output import known
+    from microscale.machine import detect
+
+    check_act(act)
+    known(load_format, ("auto", "dummy"), "load format")
+    if backend is not None:
+        known(backend, [b.name for b in table()], "backend")
+    if canary is not None:
+        known(canary, ("class", "all", "off"), "canary")
+    if device is not None:
+        kind, _, index = device.partition(":")
+        kinds = {"cpu", *(g.kind for g in detect().gpus)}
+        known(kind, sorted(kinds | ({"cuda"} if "rocm" in kinds else set())), "device")
+        if index and not (index.isdigit() and int(index) < max(len(detect().gpus), 1)):
+            raise MicroscaleError(
+                f"device {device}: this machine has {len(detect().gpus)} GPUs, numbered from 0"
+            )
+
+
+def _waiting_on_stdin() -> str | None:
+    """What was piped in by now, if anything. Never waits: `microscale run` in a script must not hang."""
+    if sys.stdin.isatty() or os.name != "posix":
+        return None
+    try:
+        ready, _, _ = select.select([sys.stdin], [], [], 0)
+    except (OSError, ValueError):  # no file behind it
+        return None
+    return sys.stdin.read() if ready else None
+
+
+def _document(session: Session, prompt: str, result: Generation) -> dict[str, Any]:
+    return {
+        "model": session.name,
+        "device": str(session.model.device),
+        "prompt": prompt,
+        "prompt_ids": result.prompt_ids,
+        "text": result.text,
+        "ids": result.ids,
+        "stopped": result.stopped,
+        "seed": session.settings.seed,
+        "samples": session.settings.samples(session.model),
+        "seconds": {"load": session.loading, "prefill": result.prefill, "decode": result.decode},
+        "tokens_per_second": {"prefill": result.prefill_rate, "decode": result.decode_rate},
+        "layers": session.layers(),
+    }

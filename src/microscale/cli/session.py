@@ -1,0 +1,173 @@
+"""A loaded model and its tokenizer: opened, fed with prompts, reported on."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer
+
+from microscale import load
+from microscale.cli.generate import Generation, Settings, generate
+from microscale.cli.output import clean, progress, quiet_libraries, say
+from microscale.errors import CheckpointError, MicroscaleError
+from microscale.integrations.hf.quantizer import runners
+from microscale.models import resolve
+from microscale.plan import kind_of
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
+_RANDOM_PROMPT = 16  # token ids
+
+
+@dataclass
+class Session:
+    """A model that is ready.
+
+    Attributes:
+        tokenizer: None: prompts and results are token ids.
+        chat: prompts go through the chat template.
+        loading: seconds that it took.
+    """
+
+    name: str
+    model: Any
+    tokenizer: Any
+    settings: Settings
+    chat: bool
+    loading: float
+
+    def encode(self, prompt: str | None) -> tuple[str, list[int]]:
+        """A prompt as text and ids. Without a tokenizer, `prompt` is ids in words, or None for random ones.
+
+        Raises:
+            MicroscaleError: no prompt, or ids that are none.
+        """
+        if self.chat:
+            return self.encode_chat([{"role": "user", "content": prompt or ""}])
+        if self.tokenizer is not None:
+            return prompt or "", list(self.tokenizer(prompt or "").input_ids)
+        vocabulary = self.model.config.get_text_config().vocab_size
+        if prompt is None or not prompt.split():
+            generator = torch.Generator().manual_seed(self.settings.seed)
+            ids = torch.randint(vocabulary, (_RANDOM_PROMPT,), generator=generator).tolist()
+        else:
+            words = prompt.split()
+            if not all(w.isdecimal() and int(w) < vocabulary for w in words):
+                problem = "has no tokenizer, so a prompt is token ids"
+                raise MicroscaleError(f"{self.name} {problem} from 0 to {vocabulary - 1}, such as '17 4 96'")
+            ids = [int(w) for w in words]
+        return " ".join(map(str, ids)) + " ", ids
+
+    def encode_chat(self, messages: list[dict[str, str]]) -> tuple[str, list[int]]:
+        """A conversation through the tokenizer's template, which transformers runs in a sandbox.
+
+        Raises:
+            MicroscaleError: the template fails.
+        """
+        from jinja2 import TemplateError
+
+        try:
+            text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        except (TemplateError, TypeError, ValueError) as error:
+            raise MicroscaleError(f"the chat template of {self.name} fails: {error}") from error
+        return text, list(self.tokenizer(text, add_special_tokens=False).input_ids)
+
+    def generate(
+        self, ids: list[int], write: Callable[[str], None], interruptible: bool = False
+    ) -> Generation:
+        """See `generate.generate`."""
+        return generate(self.model, self.tokenizer, ids, self.settings, write, interruptible)
+
+    def layers(self) -> list[dict[str, Any]]:
+        """What runs each class of quantised layers, and what its canary said."""
+        classes: dict[tuple[Any, ...], dict[str, Any]] = {}
+        for path, runner in runners(self.model):
+            placement = runner.placement
+            if placement is None:
+                continue
+            choice = placement.choice
+            name = " ".join(filter(None, kind_of(path, matrix=True)))
+            key = (name, runner.format.name, choice.backend.name, choice.refused)
+            entry = classes.setdefault(
+                key,
+                {
+                    "name": name,
+                    "count": 0,
+                    "format": runner.format.name,
+                    "backend": choice.backend.name,
+                    "how": choice.backend.how,
+                    "refused": [{"backend": b, "reason": why} for b, why in choice.refused],
+                    "canary": {},
+                },
+            )
+            entry["count"] += 1
+            entry["canary"][placement.proof] = entry["canary"].get(placement.proof, 0) + 1
+        return list(classes.values())
+
+    def report(self, result: Generation | None) -> str:
+        """One line: what ran the layers, how fast, and how long loading took."""
+        made = [f"{c['name']} by {c['backend']} ({', '.join(c['canary'])})" for c in self.layers()]
+        parts = [f"{self.name} on {self.model.device}: " + (", ".join(made) or "nothing is quantised")]
+        if result is not None:
+            parts.append(rates(result))
+            if self.settings.samples(self.model):
+                parts.append(f"seed {self.settings.seed}")
+        parts.append(f"loaded in {self.loading:.1f} s")
+        return "; ".join(parts)
+
+
+def open_session(name: str, settings: Settings, chat: bool | None, tokenizer: Any, **options: Any) -> Session:
+    """Load a model. `options` go to `load`.
+
+    Raises:
+        MicroscaleError: it cannot be loaded, or `chat` is asked for and there is no chat template.
+    """
+    quiet_libraries()
+    template = getattr(tokenizer, "chat_template", None) is not None
+    if chat and not template:
+        raise MicroscaleError(f"{name} has no chat template; without --chat it completes text")
+    started = time.perf_counter()
+    model = load(name, progress=lambda items: progress(items, "placing layers"), **options)
+    return Session(
+        name, model, tokenizer, settings, template if chat is None else chat, time.perf_counter() - started
+    )
+
+
+def tokenizer_of(name: str) -> Any:
+    """The tokenizer beside a checkpoint, or None where there is none. No code of the checkpoint is run.
+
+    Raises:
+        CheckpointError: there is one, and it cannot be read.
+    """
+    path: Path = resolve(name)
+    if not any((path / file).exists() for file in _TOKENIZER_FILES):
+        return None
+    quiet_libraries()
+    try:
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except Exception as error:  # whatever a broken file raises: the Rust side has plain Exceptions only
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(path, f"its tokenizer cannot be read: {reason}") from error
+
+
+def rates(result: Generation) -> str:
+    """ "prompt 45 tokens at 310 tok/s, 128 new at 14.2 tok/s"."""
+    ended = {"end": ", ended by the model", "interrupted": ", interrupted"}.get(result.stopped, "")
+    prompt = f"prompt {len(result.prompt_ids)} tokens at {result.prefill_rate:.3g} tok/s"
+    return f"{prompt}, {len(result.ids)} new at {result.decode_rate:.3g} tok/s{ended}"
+
+
+def write(text: str) -> None:
+    """To stdout at once; on a terminal without control characters, which a model may be made to utter."""
+    sys.stdout.write(clean(text) if sys.stdout.isatty() else text)
+    sys.stdout.flush()
+
+
+def note(text: str) -> None:
+    """A line beside the text, on stderr."""
+    say(text, style="dim", stderr=True)

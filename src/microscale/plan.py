@@ -1,0 +1,397 @@
+"""What a model becomes on a machine, without its weights: layer classes, the backend of each, and bytes.
+
+An `Outline` is a model's layers, grouped; it knows no machine. `Outline.on` asks the oracle what `load` would ask.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from microscale.activations import Activation
+from microscale.backends import table
+from microscale.canary import DTYPE_WORDS
+from microscale.errors import CheckpointError, FormatError, MicroscaleError, NoBackendError
+from microscale.formats import activation_format, get_format
+from microscale.machine import Machine
+from microscale.oracle import Backend, Choice, Problem, choose
+
+HOST = "transformers"  # runs whatever is not quantised
+
+_ROUTERS = {"router", "gate", "shared_expert_gate"}
+_MAX_SIZE = 2**31  # of a dimension of a bare shape
+_BF16 = 2  # bytes
+_Packed = dict[tuple[str, str], tuple[str, int]]  # (module, role) -> format and bytes of a quantised tensor
+_NOWHERE = Machine("nowhere", "", frozenset(), False, 0, 0)
+
+
+@dataclass(frozen=True)
+class LayerClass:
+    """Layers of one model that are the same to the oracle.
+
+    Attributes:
+        name: "experts", "attention q/k/v/o", "router", "lm_head", "embedding" ...
+        count: modules.
+        format: of the weights: a block-scaled format, or a dtype word ("bf16").
+        stored: bytes that all of them take in memory, biases included.
+        read: bytes of them that one decoded token reads: of experts those it is routed to, of an embedding one row.
+        problem: what the oracle is asked, on no machine yet; None: not quantised, so transformers runs it.
+        declared: how the checkpoint says activations are stored; None: not quantised, or no checkpoint.
+    """
+
+    name: str
+    count: int
+    format: str
+    stored: int
+    read: int
+    problem: Problem | None = None
+    declared: str | None = None
+
+
+@dataclass(frozen=True)
+class KvCache:
+    """Bytes that the key/value cache grows by for each token of a sequence.
+
+    Attributes:
+        per_token: while the sequence is shorter than `window`.
+        beyond: behind it, where layers with sliding attention have stopped growing.
+        window: tokens; 0: no layer slides, so `beyond` is `per_token`.
+    """
+
+    per_token: int = 0
+    beyond: int = 0
+    window: int = 0
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A layer class on a machine.
+
+    Attributes:
+        problem: with the machine's facts; None: not quantised.
+        choice: None: not quantised, or every backend refused.
+        refused: (backend, sentence), in the order tried.
+    """
+
+    layer: LayerClass
+    problem: Problem | None = None
+    choice: Choice | None = None
+    refused: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def backend(self) -> str | None:
+        """The name of what runs it; None: nothing does."""
+        if self.layer.problem is None:
+            return HOST
+        return None if self.choice is None else self.choice.backend.name
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `load` would do with a model on a machine.
+
+    Attributes:
+        device: kind of device on that machine, "cpu", "cuda" ...
+    """
+
+    outline: Outline
+    machine: Machine
+    device: str
+    placed: tuple[Placed, ...]
+
+    @property
+    def memory(self) -> int:
+        """Bytes of the device's memory."""
+        return next((g.memory for g in self.machine.gpus if g.kind == self.device), self.machine.memory)
+
+    @property
+    def runs(self) -> bool:
+        """Every quantised class has a backend."""
+        return all(p.backend is not None for p in self.placed)
+
+
+@dataclass(frozen=True)
+class Outline:
+    """A model's layers, grouped, on no machine.
+
+    Attributes:
+        model: its name, for people.
+        classes: experts first, then by the order of the forward pass.
+        kv: bytes of the key/value cache.
+    """
+
+    model: str
+    classes: tuple[LayerClass, ...]
+    kv: KvCache = KvCache()
+
+    @property
+    def stored(self) -> int:
+        """Bytes of all weights in memory."""
+        return sum(c.stored for c in self.classes)
+
+    @property
+    def read(self) -> int:
+        """Bytes of weights that one decoded token reads; the key/value cache comes on top."""
+        return sum(c.read for c in self.classes)
+
+    def on(
+        self,
+        machine: Machine,
+        *,
+        device: str | None = None,
+        backend: str | None = None,
+        backends: Sequence[Backend] | None = None,
+    ) -> Plan:
+        """Ask the oracle for every class.
+
+        Args:
+            device: kind; by default the machine's first GPU, else the CPU.
+            backend: the only one allowed.
+            backends: the ordered table; by default `backends.table()`.
+        Raises:
+            MicroscaleError: the machine has no such device.
+        """
+        device = device or machine.device
+        kinds = list(dict.fromkeys(["cpu", *(g.kind for g in machine.gpus)]))
+        if device not in kinds:
+            raise MicroscaleError(f"{machine.name} has no device {device!r}; it has {', '.join(kinds)}")
+        backends = table() if backends is None else backends
+        placed = tuple(_place(c, machine, device, backend, backends) for c in self.classes)
+        return Plan(self, machine, device, placed)
+
+
+def plan(
+    model: str | Path,
+    machine: Machine,
+    *,
+    act: str = "a16",
+    backend: str | None = None,
+    layers: int | None = None,
+    device: str | None = None,
+) -> Plan:
+    """What `load(model, act=act, backend=backend)` would do on a machine; see `outline`."""
+    return outline(model, act=act, layers=layers).on(machine, device=device, backend=backend)
+
+
+def outline(model: str | Path, *, act: str = "a16", layers: int | None = None) -> Outline:
+    """A model's layer classes, from its config and, where there are weights, their headers. Imports transformers.
+
+    Args:
+        model: as in `load`.
+        act: how activations are to be stored before each product.
+        layers: count the first ones only.
+    Raises:
+        CheckpointError: no such model, or one that cannot be read.
+        FormatError: unknown `act`.
+    """
+    from microscale.checkpoints import DIALECTS, open_checkpoint, read_config
+    from microscale.integrations.hf.dummy import dummy_config, meta_model
+    from microscale.integrations.hf.options import Options, using
+    from microscale.integrations.hf.quantizer import attach_all
+    from microscale.models import has_weights, resolve
+
+    path = resolve(model, weights=False)
+    checkpoint = open_checkpoint(path) if has_weights(path) else None
+    config = read_config(path)
+    if checkpoint is None and not any(d.matches(config) for d in DIALECTS):
+        known = ", ".join(m for d in DIALECTS for m in d.METHODS)
+        raise CheckpointError(path, f"unknown quant_method; known: {known}, or none (not quantised)")
+    host = meta_model(dummy_config(path, config, layers))
+    if config.get("quantization_config") is not None:
+        with using(Options(act=act, canary="off", place=False)):
+            attach_all(host)
+    packed: _Packed = {}
+    if checkpoint is not None:
+        size = checkpoint.source.info
+        entries = (e for e in checkpoint.groups if e.format is not None)
+        packed = {
+            (e.module, e.role): (str(e.format), sum(size(t).nbytes for t in e.tensors)) for e in entries
+        }
+    return Outline(Path(model).name, _classes(host, packed, act), _kv_cache(host.config.get_text_config()))
+
+
+def plan_shape(
+    op: str, format: str, n: int, k: int, machine: Machine, *, backend: str | None = None, **shape: Any
+) -> Plan:
+    """The plan of one layer of a given shape; `shape` goes to `outline_shape`."""
+    return outline_shape(op, format, n, k, **shape).on(machine, backend=backend)
+
+
+def outline_shape(
+    op: str,
+    format: str,
+    n: int,
+    k: int,
+    *,
+    act: str = "a16",
+    experts: int = 0,
+    top_k: int = 0,
+    intermediate: int = 0,
+    activation: Activation | None = None,
+    bias: bool = False,
+) -> Outline:
+    """One layer of a given shape, with bf16 activations.
+
+    Args:
+        op: "linear" [n, k], or "moe" of `experts` with hidden size n = k and `intermediate` between.
+        activation: of a MoE; plain SwiGLU by default.
+    Raises:
+        FormatError: unknown names, or a shape that is none.
+    """
+    fmt, act_format = get_format(format), activation_format(format, act)
+    if op not in ("linear", "moe"):
+        raise FormatError(f"unknown op {op!r}; known: linear, moe")
+    sizes = {"experts": experts, "top_k": top_k, "intermediate": intermediate} if op == "moe" else {}
+    for name, size in {"n": n, "k": k, **sizes}.items():
+        if not 1 <= size <= _MAX_SIZE:
+            raise FormatError(f"{op} needs {name} from 1 to {_MAX_SIZE}, not {size}")
+    run = "a16" if act_format is None else act_format.name
+    problem = Problem(op, fmt.name, n, k, run, bias=bias)
+    stored = read = stored_bytes(fmt.name, (n, k)) + bias * n * _BF16
+    if op == "moe":
+        if n != k:
+            raise FormatError(f"moe maps the hidden size to itself: n and k must be equal, not {n} and {k}")
+        if top_k > experts:
+            raise FormatError(f"top_k {top_k} is more than the {experts} experts")
+        activation = activation or Activation("silu")
+        problem = replace(problem, activation=activation, experts=experts, top_k=top_k)
+        problem = replace(problem, intermediate=intermediate)
+        rows = activation.rows(intermediate)
+        one = stored_bytes(fmt.name, (rows, k)) + stored_bytes(fmt.name, (k, intermediate))
+        one += bias * (rows + k) * _BF16
+        stored, read = experts * one, top_k * one
+    layer = LayerClass(op, 1, fmt.name, stored, read, problem)
+    return Outline(str(problem).partition(" on ")[0], (layer,))
+
+
+def stored_bytes(format: str, shape: tuple[int, ...]) -> int:
+    """Bytes of codes, scales and one tensor scale per matrix, of a [..., N, K] weight."""
+    fmt = get_format(format)
+    *lead, n, k = shape
+    matrix = n * fmt.packed_columns(k) + fmt.scale_bytes * prod(fmt.scale_shape(n, k)) + 4 * fmt.tensor_scale
+    return prod(lead) * matrix
+
+
+def _place(
+    layer: LayerClass, machine: Machine, device: str, backend: str | None, backends: Sequence[Backend]
+) -> Placed:
+    if layer.problem is None:
+        return Placed(layer)
+    problem = layer.problem.on(machine, device)
+    try:
+        choice = choose(problem, backends, backend)
+    except NoBackendError as error:
+        return Placed(layer, problem, None, error.refused)
+    return Placed(layer, problem, choice, choice.refused)
+
+
+def _classes(host: Any, packed: _Packed, act: str) -> tuple[LayerClass, ...]:
+    """Group the modules of a meta model."""
+    groups: dict[tuple[str, str, Problem | None], list[Any]] = {}
+    seen: set[int] = set()
+    for path, module in host.named_modules():
+        own = list(module.named_parameters(recurse=False))
+        transient = module._non_persistent_buffers_set
+        own += [(n, b) for n, b in module.named_buffers(recurse=False) if n not in transient]
+        if not own:
+            continue
+        kind, leaf = _kind(path, module, host)
+        fmt, problem, weight = _format_of(path, module, host, packed, act)
+        total = weight + sum(t.nbytes for name, t in own if not (weight and name == "weight"))
+        tied = all(id(t) in seen for _, t in own)
+        seen.update(id(t) for _, t in own)
+        group = groups.setdefault((kind, fmt, problem), [{}, 0, 0, 0])
+        group[0][leaf] = None
+        group[1] += 1
+        group[2] += 0 if tied else total
+        group[3] += _read(kind, module, total, problem, host)
+        if tied:
+            group[0] = {"(tied)": None}
+    classes = []
+    for (kind, fmt, problem), (leaves, count, stored, read) in groups.items():
+        name = " ".join(filter(None, (kind, "/".join(filter(None, leaves)))))
+        # The only dialect that has formats, gpt_oss, quantises weights alone.
+        declared = None if problem is None else "a16"
+        classes.append(LayerClass(name, count, fmt, stored, read, problem, declared))
+    # Stable: experts, then the order of the forward pass, then what is in no product.
+    return tuple(sorted(classes, key=lambda c: (not c.name.startswith("experts"), c.name.startswith("norm"))))
+
+
+def kind_of(path: str, matrix: bool) -> tuple[str, str]:
+    """(class, leaf) of a module by its path: ("attention", "q"). `matrix`: it holds more than vectors."""
+    parts = path.split(".")
+    leaf = parts[-1].removesuffix("_proj")
+    if "experts" in parts:
+        return "experts", "" if leaf == "experts" else leaf
+    if parts[-1] in _ROUTERS:
+        return "router", ""
+    if not matrix:
+        return "norms etc.", ""
+    if any(part.startswith("shared_expert") for part in parts):
+        return "shared experts", leaf
+    if any("attn" in part or "attention" in part for part in parts):
+        return "attention", leaf
+    return ("mlp" if "mlp" in parts else "linear"), leaf
+
+
+def _kind(path: str, module: nn.Module, host: Any) -> tuple[str, str]:
+    if module is host.get_output_embeddings():
+        return "lm_head", ""
+    if isinstance(module, nn.Embedding):
+        return "embedding", ""
+    return kind_of(path, any(p.dim() > 1 for p in module.parameters(recurse=False)))
+
+
+def _format_of(
+    path: str, module: Any, host: Any, packed: _Packed, act: str
+) -> tuple[str, Problem | None, int]:
+    """(format or dtype word, problem, bytes of the packed weight where they are not the module's own)."""
+    from microscale.nn import QuantLinear, dtype_word
+
+    runner = module if isinstance(module, QuantLinear) else getattr(module, "microscale", None)
+    if runner is not None:
+        # The very question that loading asks, but for the machine.
+        return runner.format.name, runner.problem(host.dtype, _NOWHERE).on(_NOWHERE), 0
+    if (path, "weight") in packed:
+        fmt, nbytes = packed[path, "weight"]
+        n, k = module.weight.shape
+        act_format = activation_format(fmt, act)
+        run = "a16" if act_format is None else act_format.name
+        bias = getattr(module, "bias", None) is not None
+        return fmt, Problem("linear", fmt, n, k, run, dtype_word(host.dtype), bias=bias), nbytes
+    dtype = next(p.dtype for p in (*module.parameters(recurse=False), *module.buffers(recurse=False)))
+    return DTYPE_WORDS.get(dtype, str(dtype).removeprefix("torch.")), None, 0
+
+
+def _read(kind: str, module: Any, total: int, problem: Problem | None, host: Any) -> int:
+    """Bytes that one token reads of a module that takes `total`."""
+    if kind == "embedding":
+        return int(module.weight.nbytes // max(module.weight.shape[0], 1))
+    if kind != "experts":
+        return total
+    from microscale.integrations.hf.quantizer import top_k_of
+
+    top_k = problem.top_k if problem else top_k_of(host.config)
+    experts = problem.experts if problem else int(next(module.parameters(recurse=False)).shape[0])
+    return total * min(top_k, experts) // max(experts, 1)
+
+
+def _kv_cache(config: Any) -> KvCache:
+    """What transformers' cache stores: keys and values of every attention head that has its own, 16 bits each."""
+    heads = getattr(config, "num_key_value_heads", None) or getattr(config, "num_attention_heads", 0)
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // max(config.num_attention_heads, 1)
+    keys = getattr(config, "qk_head_dim", None) or head_dim
+    values = getattr(config, "v_head_dim", None) or head_dim
+    layer = heads * (keys + values) * (config.dtype.itemsize if config.dtype is not None else 2)
+    kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
+    sliding = sum(kind in ("sliding_attention", "chunked_attention") for kind in kinds)
+    full = sum("attention" in kind and kind != "linear_attention" for kind in kinds) - sliding
+    window = getattr(config, "sliding_window", None) or getattr(config, "attention_chunk_size", None) or 0
+    if not sliding or not window:
+        return KvCache((full + sliding) * layer, (full + sliding) * layer)
+    return KvCache((full + sliding) * layer, full * layer, window)

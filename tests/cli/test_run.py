@@ -1,0 +1,308 @@
+"""`microscale run`: on tiny models with random weights, whose text means nothing but whose bytes must add up."""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from made import LAYERS, document
+from typer.testing import Result
+
+from microscale import MicroscaleError
+from microscale.cli.chat import converse
+from microscale.cli.generate import Generation, Settings
+from microscale.cli.run import PROMPT, _waiting_on_stdin
+from microscale.cli.session import Session, open_session, tokenizer_of
+
+Cli = Callable[..., Result]
+
+
+def test_a_prompt_is_completed_and_reported(cli: Cli, tiny: Path) -> None:
+    found = document(cli("run", tiny, "abc", "--max-new-tokens", "5", "--json"))
+    assert found["prompt"] == "abc"
+    assert len(found["prompt_ids"]) == 3
+    assert len(found["ids"]) == 5
+    assert (found["stopped"], found["samples"], found["device"]) == ("length", False, "cpu")
+    (experts,) = found["layers"]
+    assert (experts["name"], experts["count"], experts["format"]) == ("experts", LAYERS, "mxfp4")
+    assert sum(experts["canary"].values()) == LAYERS
+    assert all(verdict.startswith("canary passed at 0.") for verdict in experts["canary"])
+    assert all(seconds > 0 for seconds in found["seconds"].values())
+
+
+def test_text_goes_to_stdout_and_timings_to_stderr(cli: Cli, tiny: Path) -> None:
+    wanted = document(cli("run", tiny, "abc", "--max-new-tokens", "5", "--json"))["text"]
+    result = cli("run", tiny, "abc", "--max-new-tokens", "5")
+    assert result.exit_code == 0
+    assert result.stdout == wanted + "\n"
+    (line,) = result.stderr.splitlines()
+    assert line.startswith(f"{tiny} on cpu: experts by ")
+    assert "prompt 3 tokens at" in line
+    assert "5 new at" in line
+    assert "loaded in" in line
+    assert "seed" not in line
+
+
+def test_a_prompt_comes_through_a_pipe(cli: Cli, tiny: Path) -> None:
+    found = document(cli("run", tiny, "--max-new-tokens", "2", "--json", input="from a pipe"))
+    assert found["prompt"] == "from a pipe"
+
+
+def test_an_empty_prompt_is_refused(cli: Cli, tiny: Path) -> None:
+    result = cli("run", tiny, "--json", input="")
+    assert result.exit_code == 2
+    assert "the prompt is empty" in result.stderr
+
+
+def test_sampling_depends_on_the_seed_alone(cli: Cli, tiny: Path) -> None:
+    def ids(seed: int) -> list[int]:
+        options = ("--max-new-tokens", "12", "--temperature", "2", "--seed", str(seed), "--json")
+        found = document(cli("run", tiny, "abc", *options))
+        assert (found["seed"], found["samples"]) == (seed, True)
+        return list(found["ids"])
+
+    assert ids(1) == ids(1) != ids(2)
+
+
+def test_temperature_0_is_greedy(cli: Cli, tiny: Path) -> None:
+    greedy, default = (
+        document(cli("run", tiny, "abc", "--max-new-tokens", "6", "--json", *more))["ids"]
+        for more in (("--temperature", "0", "--seed", "9"), ())
+    )
+    assert greedy == default
+
+
+def test_a_seed_that_was_drawn_is_told(cli: Cli, tiny: Path) -> None:
+    result = cli("run", tiny, "abc", "--max-new-tokens", "2", "--top-p", "0.5")
+    assert "; seed " in result.stderr
+
+
+def test_tokens_stop_at_the_end_of_the_context(cli: Cli, tiny: Path) -> None:
+    found = document(cli("run", tiny, "a" * 90, "--max-new-tokens", "50", "--json"))
+    assert len(found["ids"]) == 6
+    too_long = cli("run", tiny, "a" * 96)
+    assert too_long.exit_code == 2
+    assert "the prompt has 96 tokens, and the model's context is 96" in too_long.stderr
+
+
+def test_without_arguments_the_bundled_model_completes_a_built_in_prompt(
+    cli: Cli, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("microscale.models.BUNDLED", str(tiny))
+    short = PROMPT[:40]
+    monkeypatch.setattr("microscale.cli.run.PROMPT", short)
+    result = cli("run", "--max-new-tokens", "3")
+    assert result.exit_code == 0
+    assert result.stdout.startswith(short)
+    assert "; seed 0; " in result.stderr
+
+
+def test_without_arguments_stdin_is_read_if_something_waits_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    read, write = os.pipe()
+    with os.fdopen(read) as stdin:
+        monkeypatch.setattr(sys, "stdin", stdin)
+        assert _waiting_on_stdin() is None  # open, and nobody writes: must not hang
+        os.write(write, b"hello")
+        os.close(write)
+        assert _waiting_on_stdin() == "hello"
+    monkeypatch.setattr(sys, "stdin", io.StringIO("not a file"))
+    assert _waiting_on_stdin() is None
+
+
+def test_a_chat_template_is_used_where_there_is_one(cli: Cli, chatty: Path, tiny: Path) -> None:
+    found = document(cli("run", chatty, "hi", "--max-new-tokens", "2", "--json"))
+    assert found["prompt"] == "[user]hi[assistant]"
+    plain = document(cli("run", chatty, "hi", "--no-chat", "--max-new-tokens", "2", "--json"))
+    assert plain["prompt"] == "hi"
+    refused = cli("run", tiny, "hi", "--chat")
+    assert refused.exit_code == 2
+    assert "has no chat template" in refused.stderr
+
+
+def test_a_model_without_a_tokenizer_speaks_ids(cli: Cli, bare: Path) -> None:
+    result = cli("run", bare, "1 2 3", "--max-new-tokens", "4")
+    ids = document(cli("run", bare, "1 2 3", "--max-new-tokens", "4", "--json"))["ids"]
+    assert result.stdout == " ".join(map(str, ids)) + " \n"
+    random = document(cli("run", bare, "--max-new-tokens", "4", "--seed", "3", "--json"))
+    assert len(random["prompt_ids"]) == 16
+    words = cli("run", bare, "hello")
+    assert words.exit_code == 2
+    assert "token ids from 0 to 259, such as '17 4 96'" in words.stderr
+    assert cli("run", bare, "260").exit_code == 2
+
+
+def test_dummy_weights_need_a_config_only(cli: Cli, bare: Path, tmp_path: Path) -> None:
+    config = tmp_path / "config-only"
+    config.mkdir()
+    (config / "config.json").write_bytes((bare / "config.json").read_bytes())
+    found = document(
+        cli("run", config, "--load-format", "dummy", "--layers", "1", "--max-new-tokens", "3", "--json")
+    )
+    assert found["layers"][0]["count"] == 1
+    assert len(found["ids"]) == 3
+    assert "--load-format dummy" in cli("run", config, "1 2").stderr
+
+
+def test_the_canary_can_be_switched_off_and_doubled(cli: Cli, bare: Path) -> None:
+    def verdicts(word: str) -> dict[str, int]:
+        found = document(cli("run", bare, "1", "--max-new-tokens", "1", "--canary", word, "--json"))
+        return dict(found["layers"][0]["canary"])
+
+    assert verdicts("off") == {"not proved: the canary is off": LAYERS}
+    assert sum(n for verdict, n in verdicts("all").items() if "passed" in verdict) == LAYERS
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (("--backend", "emulatoin"), "unknown backend 'emulatoin'; did you mean emulation?"),
+        (("--act", "a7"), "unknown activation format 'a7'"),
+        (("--device", "abacus"), "unknown device 'abacus'; known: cpu"),
+        (("--canary", "on"), "unknown canary 'on'"),
+        (("--load-format", "dumy"), "did you mean dummy?"),
+        (("--layers", "1"), "layers can be cut with load_format='dummy' only"),
+    ],
+)
+def test_what_is_wrong_is_said(cli: Cli, bare: Path, arguments: tuple[str, ...], message: str) -> None:
+    result = cli("run", bare, "1", *arguments)
+    assert result.exit_code == 2
+    assert message in result.stderr
+
+
+def test_a_broken_tokenizer_is_an_error_of_its_own(cli: Cli, bare: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for file in bare.iterdir():
+        (broken / file.name).write_bytes(file.read_bytes())
+    (broken / "tokenizer.json").write_text('{"version": "1.0"}')
+    result = cli("run", broken, "x")
+    assert result.exit_code == 2
+    assert "its tokenizer cannot be read" in result.stderr
+
+
+@pytest.fixture(scope="module")
+def session(chatty: Path) -> Session:
+    return open_session(str(chatty), Settings(max_new_tokens=4), None, tokenizer_of(str(chatty)))
+
+
+def lines(*given: str) -> Callable[[str], str]:
+    waiting: Iterator[str] = iter(given)
+
+    def read(prompt: str) -> str:
+        try:
+            return next(waiting)
+        except StopIteration:
+            raise EOFError from None
+
+    return read
+
+
+def asked_of(session: Session, monkeypatch: pytest.MonkeyPatch, answer: Any = None) -> list[str]:
+    """Prompts that reach the model, as text."""
+    seen: list[str] = []
+
+    def generate(ids: list[int], write: Callable[[str], None], interruptible: bool = False) -> Generation:
+        seen.append(session.tokenizer.decode(ids))
+        if isinstance(answer, Exception):
+            raise answer
+        write("yes")
+        return Generation(ids, [1, 2], "yes", 0.1, 0.1)
+
+    monkeypatch.setattr(session, "generate", generate)
+    return seen
+
+
+def test_a_chat_remembers_until_reset(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = asked_of(session, monkeypatch)
+    converse(session, lines("a", "", "b", "/reset", "c", "/exit", "never"))
+    assert seen == ["[user]a[assistant]", "[user]a[assistant]yes[user]b[assistant]", "[user]c[assistant]"]
+
+
+def test_a_chat_outlives_an_error(
+    session: Session, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seen = asked_of(session, monkeypatch, MicroscaleError("too long"))
+    converse(session, lines("a", "b"))
+    assert seen == ["[user]a[assistant]", "[user]b[assistant]"]
+    assert "too long" in capsys.readouterr().err
+
+
+def test_without_a_template_each_line_stands_alone(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(session, "chat", False)
+    seen = asked_of(session, monkeypatch)
+    converse(session, lines("a", "b"))
+    assert seen == ["a", "b"]
+
+
+def test_an_interrupted_reply_keeps_what_was_said(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    real = session.model.generate
+
+    def interrupted(**options: Any) -> None:
+        real(**(options | {"max_new_tokens": 2}))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(session.model, "generate", interrupted)
+    result = session.generate([1, 2, 3], said.append, interruptible=True)
+    assert (result.stopped, len(result.ids)) == ("interrupted", 2)
+    assert "".join(said) == result.text
+    with pytest.raises(KeyboardInterrupt):
+        session.generate([1, 2, 3], said.append)
+
+
+def test_the_models_own_end_is_told_from_the_length(session: Session) -> None:
+    first = session.generate([1, 2, 3], lambda _: None).ids[0]
+    config = session.model.generation_config
+    before, config.eos_token_id = config.eos_token_id, first
+    try:
+        result = session.generate([1, 2, 3], lambda _: None)
+    finally:
+        config.eos_token_id = before
+    assert (result.stopped, result.ids, result.decode) == ("end", [first], 0.0)
+    assert result.decode_rate == 0.0
+
+
+@pytest.mark.parametrize(
+    "settings, expected",
+    [
+        (Settings(), {}),
+        (Settings(temperature=0), {"do_sample": False}),
+        (Settings(temperature=0.5), {"do_sample": True, "temperature": 0.5}),
+        (Settings(top_p=0.9), {"do_sample": True, "top_p": 0.9}),
+        (Settings(temperature=0, top_p=0.9), {"do_sample": False, "top_p": 0.9}),
+    ],
+)
+def test_settings_for_transformers(settings: Settings, expected: dict[str, Any]) -> None:
+    config = SimpleNamespace(eos_token_id=None, pad_token_id=None, do_sample=False)
+    assert settings.arguments(SimpleNamespace(generation_config=config)) == expected
+
+
+def test_ends_without_padding_get_the_first_end_as_padding() -> None:
+    config = SimpleNamespace(eos_token_id=[7, 8], pad_token_id=None, do_sample=False)
+    assert Settings().arguments(SimpleNamespace(generation_config=config)) == {"pad_token_id": 7}
+
+
+def test_a_template_that_fails_is_an_error(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(session.tokenizer, "chat_template", "{{ raise_exception('no system role') }}")
+    with pytest.raises(MicroscaleError, match=r"the chat template of .* fails: no system role"):
+        session.encode("hi")
+
+
+def test_a_template_cannot_reach_python(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    attack = "{{ messages.__class__.__mro__[1].__subclasses__() }}"
+    monkeypatch.setattr(session.tokenizer, "chat_template", attack)
+    with pytest.raises(MicroscaleError, match="chat template"):
+        session.encode("hi")
+
+
+def test_generation_does_not_move_the_global_seed_of_a_greedy_run(session: Session) -> None:
+    first = session.generate([1, 2, 3], lambda _: None).ids
+    torch.manual_seed(123)
+    assert session.generate([1, 2, 3], lambda _: None).ids == first
