@@ -41,14 +41,18 @@ def test_float32_logits_and_greedy_tokens_equal_transformers(tmp_path: Path, tok
 def test_bf16_logits_are_no_worse_than_those_of_the_dequantised_model(
     tmp_path: Path, tokens: torch.Tensor
 ) -> None:
-    """Both round to bf16 in every layer; what each loses against float32 is the yardstick."""
+    """Both round to bf16 in every layer; what each loses against float32 is the yardstick.
+
+    Of the median token: where rounding flips a route, either model may lose much more. Over seeds the ratio is 0.92
+    with a standard deviation of 0.09.
+    """
     reference = write(tmp_path)
     wanted = logits(reference, tokens)
     dense = copy.deepcopy(reference).bfloat16()
     ours = microscale.load(tmp_path, device="cpu")
     assert ours.dtype == torch.bfloat16
-    rms = [(logits(m, tokens) - wanted).square().mean().sqrt() for m in (ours, dense)]
-    assert rms[0] <= 1.25 * rms[1]
+    lost = [(logits(m, tokens) - wanted).abs().mean(dim=-1).median() for m in (ours, dense)]
+    assert lost[0] <= 1.5 * lost[1]
 
 
 def test_plain_from_pretrained_is_the_same_model(tmp_path: Path, tokens: torch.Tensor) -> None:
@@ -62,13 +66,13 @@ def test_plain_from_pretrained_is_the_same_model(tmp_path: Path, tokens: torch.T
     assert [r.placement.choice.backend.name for _, r in runners(plain)] == ["emulation"] * 3
 
 
-def test_asking_transformers_to_dequantise_still_works(tmp_path: Path, tokens: torch.Tensor) -> None:
+def test_asking_transformers_to_dequantise_still_works(tmp_path: Path) -> None:
     reference = write(tmp_path)
-    dense = AutoModelForCausalLM.from_pretrained(
-        tmp_path, quantization_config=Mxfp4Config(dequantize=True), dtype=torch.float32
-    )
-    wanted = logits(reference, tokens)
-    assert (logits(dense, tokens) - wanted).abs().max() <= FP32_BOUND * wanted.abs().max()
+    dense = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=Mxfp4Config(dequantize=True))
+    for ours, theirs in zip(dense.model.layers, reference.model.layers, strict=True):
+        for name in ("gate_up_proj", "down_proj"):  # bf16 holds every MXFP4 number
+            found, wanted = getattr(ours.mlp.experts, name), getattr(theirs.mlp.experts, name)
+            assert torch.equal(found.float(), wanted)
 
 
 def test_tied_embeddings(tmp_path: Path, tokens: torch.Tensor) -> None:
