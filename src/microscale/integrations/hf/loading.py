@@ -11,9 +11,7 @@ import torch
 from microscale.checkpoints import open_checkpoint
 from microscale.checkpoints.config import read_config
 from microscale.errors import CheckpointError
-from microscale.integrations.hf.dummy import dummy_model
 from microscale.integrations.hf.options import Options, using
-from microscale.integrations.hf.quantizer import place_all
 from microscale.machine import detect
 from microscale.models import has_weights, resolve
 
@@ -52,13 +50,13 @@ def load(
         CheckpointError: the files are not what they say, or tensors are missing.
         NoBackendError: every backend refused a layer, or the forced one did; carries all reasons.
     """
-    from transformers import AutoModelForCausalLM
-
     path = resolve(model)
     target = torch.device(device or {"rocm": "cuda"}.get(detect().device, detect().device))
     if load_format not in ("auto", "dummy"):
         raise CheckpointError(path, "unknown load_format", expected="auto or dummy", found=load_format)
     if load_format == "dummy":
+        from microscale.integrations.hf.dummy import dummy_model
+
         with using(Options(backend, act, canary, place=False, checkpoint=path)):
             host = dummy_model(path, read_config(path), layers, dtype)
         return _ready(host, target, progress)
@@ -67,7 +65,11 @@ def load(
     if (path / "config.json").exists() and not has_weights(path):
         hint = "it is a config alone; load_format='dummy' (--load-format dummy) runs it with random weights"
         raise CheckpointError(path, f"no .safetensors files: {hint}")
+    # Before transformers is imported: a file that lies is known in an instant.
     checkpoint = open_checkpoint(path)
+
+    from transformers import AutoModelForCausalLM
+
     with using(Options(backend, act, canary, place=False, checkpoint=checkpoint)):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             path, dtype=dtype, output_loading_info=True, trust_remote_code=False, **kwargs
@@ -78,6 +80,8 @@ def load(
 
 
 def _ready(host: Any, target: torch.device, progress: Progress | None) -> Any:
+    from microscale.integrations.hf.quantizer import place_all
+
     host = host.to(target).eval()
     place_all(host, progress)
     return host
