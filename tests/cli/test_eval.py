@@ -47,7 +47,7 @@ def by_name(found: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 def test_as_shipped_is_the_perplexity_of_the_model(cli: Cli, tiny: Path, text: Path) -> None:
     found = document(cli("eval", tiny, "--text", text, "--formats", "none", "--json"))
-    (shipped,) = found["variants"]
+    shipped, unpacked = found["variants"]
     ids = torch.tensor(AutoTokenizer.from_pretrained(tiny)(TEXT)["input_ids"])
     model = microscale.load(tiny, dtype=torch.float32, device="cpu")
     wanted = perplexity(model, ids, 96)  # the model's context
@@ -63,12 +63,15 @@ def test_as_shipped_is_the_perplexity_of_the_model(cli: Cli, tiny: Path, text: P
     assert (shipped["weights"], shipped["bits_per_weight"]) == (weights, 4.25)
     assert shipped["quantised"] == "experts mxfp4"
     assert (shipped["change"], shipped["sqnr_db"]) == (0, None)
+    # The same numbers as dense weights, through transformers' own experts.
+    assert (unpacked["name"], unpacked["quantised"]) == ("unpacked to bf16", "nothing")
+    assert unpacked["nll"] == pytest.approx(shipped["nll"], abs=1e-5)
 
 
 def test_all_formats_from_the_shipped_weights(cli: Cli, tiny: Path, text: Path) -> None:
     found = document(cli("eval", tiny, "--text", text, "--max-tokens", "100", "--json"))
     variants = by_name(found)
-    assert list(variants) == ["as shipped", *FORMATS]
+    assert list(variants) == ["as shipped", "unpacked to bf16", *FORMATS]
     assert found["tokens"] == 100
     for name, fmt in FORMATS.items():
         v = variants[name]
@@ -122,9 +125,15 @@ def test_markdown(cli: Cli, tiny: Path, text: Path) -> None:
     assert result.exit_code == 0
     lines = result.stdout.splitlines()
     table = [line for line in lines if line.startswith("|")]
-    assert [line.count("|") for line in table] == [8] * 4
-    assert [line.split("|")[1].strip() for line in table] == ["weights", "---", "as shipped", "nvfp4"]
-    assert " ± " in table[3]
+    assert [line.count("|") for line in table] == [8] * 5
+    assert [line.split("|")[1].strip() for line in table] == [
+        "weights",
+        "---",
+        "as shipped",
+        "unpacked to bf16",
+        "nvfp4",
+    ]
+    assert " ± " in table[4]
     assert "on 60 tokens (60 bytes) of some.txt, in windows of 10;" in lines[-1]
     assert result.stderr == ""  # no bars where there is no terminal
 
@@ -142,7 +151,7 @@ def test_a_format_that_does_not_fit_is_said(
     options = ("--text", text, "--max-tokens", "20")
     found = document(cli("eval", tiny, *options, "--json"))
     assert found["refused"] == {"mxfp4": "mlp: K = 80 is no multiple"}
-    assert len(found["variants"]) == len(FORMATS)
+    assert len(found["variants"]) == 2 + len(FORMATS) - 1
     asked = cli("eval", tiny, *options, "--formats", "mxfp4")
     assert (asked.exit_code, asked.stdout) == (2, "")
 

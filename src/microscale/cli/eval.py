@@ -120,6 +120,8 @@ def evaluate(
     if master is not None:
         variants.append(_unquantised(resolve(master), setting))
     variants.append(_shipped(path, None if master is None else resolve(master), setting))
+    if master is None and variants[0].report.rows:
+        variants.append(_unpacked(path, setting))
     for name in progress(names, "formats"):
         try:
             variants.append(_requantised(resolve(master) if master else path, name, setting))
@@ -214,6 +216,17 @@ def _shipped(path: Path, master: Path | None, setting: Setting) -> Variant:
     bits = report.bits_per_weight if report.rows else _stored(path)[1]
     sqnr = report.sqnr if report.rows and master else None
     return Variant(SHIPPED, bits, report, sqnr, result, time.perf_counter() - started)
+
+
+def _unpacked(path: Path, setting: Setting) -> Variant:
+    """The shipped numbers as dense weights: another path through other code, so its perplexity is a check."""
+    from microscale.integrations.hf.requantize import dequantize_model
+    from microscale.integrations.hf.survey import Report
+
+    started = time.perf_counter()
+    model = dequantize_model(_load(path, setting))
+    result = _measure(model, setting)
+    return Variant("unpacked to bf16", 16, Report(()), None, result, time.perf_counter() - started)
 
 
 def _requantised(path: Path, fmt: str, setting: Setting) -> Variant:
