@@ -16,7 +16,7 @@ from torch import Tensor
 from microscale.activations import GPT_OSS, Activation
 from microscale.backends.contract import Contract
 from microscale.canary import DTYPE_WORDS
-from microscale.formats import FORMATS, activation_format
+from microscale.formats import FORMATS, activation_format, activation_word
 from microscale.machine import Machine
 from microscale.oracle import Problem
 from microscale.quant import QuantTensor, quantize
@@ -89,7 +89,7 @@ class Case:
             weight=self.weight,
             n=self.k if self.activation else self.n,
             k=self.k,
-            act="a16" if fmt is None else fmt.name,
+            act=activation_word(fmt),
             dtype=DTYPE_WORDS[self.dtype],
             intermediate=self.n if self.activation else 0,
             experts=self.experts,

@@ -190,6 +190,11 @@ def get_format(name: str | Format) -> Format:
     return FORMATS[name]
 
 
+def activation_word(act: Format | None) -> str:
+    """What a `Problem` calls it: the format's name, or "a16" for activations that stay as they are."""
+    return "a16" if act is None else act.name
+
+
 def activation_format(weight: str, act: str) -> Format | None:
     """What `act` means beside weights in format `weight`: None for "a16" (activations stay 16-bit).
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from microscale.activations import Activation
 from microscale.canary import DTYPE_WORDS, Placement, Placer
 from microscale.errors import BackendError
-from microscale.formats import Format, activation_format
+from microscale.formats import Format, activation_format, activation_word
 from microscale.machine import Machine
 from microscale.oracle import Problem
 from microscale.quant import QuantTensor
@@ -31,6 +31,10 @@ def dtype_word(dtype: torch.dtype) -> str:
     if dtype not in DTYPE_WORDS:
         raise BackendError(f"activations are {dtype}; microscale runs {', '.join(DTYPE_WORDS.values())}")
     return DTYPE_WORDS[dtype]
+
+
+# Path components of linears that choose experts: tiny, and an error there changes which expert runs.
+ROUTER_NAMES = frozenset({"router", "gate", "shared_expert_gate"})
 
 
 class QuantLinear(nn.Module):
@@ -77,7 +81,7 @@ class QuantLinear(nn.Module):
             weight=self.format.name,
             n=self.out_features,
             k=self.in_features,
-            act="a16" if self.act is None else self.act.name,
+            act=activation_word(self.act),
             dtype=dtype_word(dtype),
             bias=self.bias is not None,
         ).on(machine, device_kind(self.weight_codes.device))
@@ -147,6 +151,7 @@ class QuantExperts:
         self.act: Format | None = activation_format(self.format.name, act)
         self.placement: Placement | None = None
         self._placed_on: torch.device | None = None
+        self._biases: tuple[Tensor | None, Tensor | None] = (None, None)
 
     @property
     def weights(self) -> ExpertWeights:
@@ -166,7 +171,7 @@ class QuantExperts:
             weight=self.format.name,
             n=hidden,
             k=weights.w13.shape[-1],
-            act="a16" if self.act is None else self.act.name,
+            act=activation_word(self.act),
             dtype=dtype_word(dtype),
             intermediate=intermediate,
             experts=experts,
@@ -178,6 +183,7 @@ class QuantExperts:
     def place(self, dtype: torch.dtype) -> Placement:
         """Choose, pack and prove, for activations of `dtype`."""
         weights = self.weights
+        self._biases = weights.b13, weights.b2
         self.placement = self.placer.moe(self.problem(dtype, self.placer.machine), *weights)
         self._placed_on = weights.w13.device
         return self.placement
@@ -187,8 +193,8 @@ class QuantExperts:
         placement = self.placement
         if placement is None or self._placed_on != x.device:
             placement = self.place(x.dtype)
-        weights = self.weights
         w13, w2 = placement.packed
+        b13, b2 = self._biases
         y = placement.backend.moe(
             x.reshape(-1, x.shape[-1]),
             topk_ids,
@@ -196,8 +202,16 @@ class QuantExperts:
             w13,
             w2,
             self.activation,
-            b13=weights.b13,
-            b2=weights.b2,
+            b13=b13,
+            b2=b2,
             act=self.act,
         )
         return y.view(*x.shape[:-1], y.shape[-1])
+
+
+def runner_of(module: nn.Module) -> QuantLinear | QuantExperts | None:
+    """What runs a module's quantised weights: a linear itself, or what an experts module was given; None: neither."""
+    if isinstance(module, QuantLinear):
+        return module
+    runner = getattr(module, "microscale", None)
+    return runner if isinstance(runner, QuantExperts) else None

@@ -17,13 +17,13 @@ from microscale.activations import Activation
 from microscale.backends import table
 from microscale.canary import DTYPE_WORDS
 from microscale.errors import CheckpointError, FormatError, MicroscaleError, NoBackendError
-from microscale.formats import activation_format, get_format
+from microscale.formats import activation_format, activation_word, get_format
 from microscale.machine import Machine
+from microscale.nn import ROUTER_NAMES, dtype_word, runner_of
 from microscale.oracle import Backend, Choice, Problem, choose
 
 HOST = "transformers"  # runs whatever is not quantised
 
-_ROUTERS = {"router", "gate", "shared_expert_gate"}
 _MAX_SIZE = 2**31  # of a dimension of a bare shape
 _BF16 = 2  # bytes
 _Packed = dict[tuple[str, str], tuple[str, int]]  # (module, role) -> format and bytes of a quantised tensor
@@ -250,8 +250,7 @@ def outline_shape(
     for name, size in {"n": n, "k": k, **sizes}.items():
         if not 1 <= size <= _MAX_SIZE:
             raise FormatError(f"{op} needs {name} from 1 to {_MAX_SIZE}, not {size}")
-    run = "a16" if act_format is None else act_format.name
-    problem = Problem(op, fmt.name, n, k, run, bias=bias)
+    problem = Problem(op, fmt.name, n, k, activation_word(act_format), bias=bias)
     stored = read = stored_bytes(fmt.name, (n, k)) + bias * n * _BF16
     if op == "moe":
         if n != k:
@@ -328,7 +327,7 @@ def kind_of(path: str, matrix: bool) -> tuple[str, str]:
     leaf = parts[-1].removesuffix("_proj")
     if "experts" in parts:
         return "experts", "" if leaf == "experts" else leaf
-    if parts[-1] in _ROUTERS:
+    if parts[-1] in ROUTER_NAMES:
         return "router", ""
     if not matrix:
         return "norms etc.", ""
@@ -351,17 +350,14 @@ def _format_of(
     path: str, module: Any, host: Any, packed: _Packed, act: str
 ) -> tuple[str, Problem | None, int]:
     """(format or dtype word, problem, bytes of the packed weight where they are not the module's own)."""
-    from microscale.nn import QuantLinear, dtype_word
-
-    runner = module if isinstance(module, QuantLinear) else getattr(module, "microscale", None)
+    runner = runner_of(module)
     if runner is not None:
         # The very question that loading asks, but for the machine.
         return runner.format.name, runner.problem(host.dtype, _NOWHERE).on(_NOWHERE), 0
     if (path, "weight") in packed:
         fmt, nbytes = packed[path, "weight"]
         n, k = module.weight.shape
-        act_format = activation_format(fmt, act)
-        run = "a16" if act_format is None else act_format.name
+        run = activation_word(activation_format(fmt, act))
         bias = getattr(module, "bias", None) is not None
         return fmt, Problem("linear", fmt, n, k, run, dtype_word(host.dtype), bias=bias), nbytes
     dtype = next(p.dtype for p in (*module.parameters(recurse=False), *module.buffers(recurse=False)))

@@ -10,12 +10,12 @@ import torch
 from torch import nn
 from transformers.quantizers.base import HfQuantizer
 
-from microscale.canary import Placer
 from microscale.checkpoints import open_checkpoint
 from microscale.errors import CheckpointError
 from microscale.formats import FORMATS
 from microscale.integrations.hf.experts import attach, experts_modules, swap_parameters
 from microscale.integrations.hf.options import current_options
+from microscale.nn import runner_of
 
 
 class MicroscaleQuantizer(HfQuantizer):
@@ -65,14 +65,13 @@ class MicroscaleQuantizer(HfQuantizer):
         return True
 
 
-def attach_all(model: Any) -> Placer:
+def attach_all(model: Any) -> None:
     """Give every swapped experts module of `model` its runner; all share one placer."""
     options = current_options()
     placer = options.placer()
     top_k = top_k_of(model.config)
     for _, module in experts_modules(model):
         attach(module, top_k, placer, options.act)
-    return placer
 
 
 def top_k_of(config: Any) -> int:
@@ -83,16 +82,18 @@ def top_k_of(config: Any) -> int:
 
 def runners(model: nn.Module) -> list[tuple[str, Any]]:
     """(module path, runner) of everything in `model` that runs on a backend."""
-    found = []
-    for name, module in model.named_modules():
-        runner = getattr(module, "microscale", None) or (module if hasattr(module, "placer") else None)
-        if runner is not None and hasattr(runner, "place"):
-            found.append((name, runner))
-    return found
+    found = ((name, runner_of(module)) for name, module in model.named_modules())
+    return [(name, runner) for name, runner in found if runner is not None]
+
+
+def activation_dtype(model: Any) -> torch.dtype:
+    """What the model's activations arrive in; bfloat16 where most of its parameters are codes."""
+    dtype: torch.dtype = model.dtype
+    return dtype if dtype.is_floating_point else torch.bfloat16
 
 
 def place_all(model: Any, progress: Any = None) -> None:
     """Choose, pack and prove for every quantised layer, in order."""
-    dtype = model.dtype if model.dtype.is_floating_point else torch.bfloat16
+    dtype = activation_dtype(model)
     for _, runner in progress(runners(model)) if progress else runners(model):
         runner.place(dtype)

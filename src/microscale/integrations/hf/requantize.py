@@ -16,13 +16,10 @@ from microscale.errors import CheckpointError, FormatError
 from microscale.formats import Format, activation_format, get_format
 from microscale.integrations.hf.experts import activation_of, attach, hold
 from microscale.integrations.hf.options import Options
-from microscale.integrations.hf.quantizer import top_k_of
+from microscale.integrations.hf.quantizer import activation_dtype, top_k_of
 from microscale.integrations.hf.survey import GROUPS, Report, matrices, packable, row, weights_of
-from microscale.nn import QuantLinear
+from microscale.nn import ROUTER_NAMES, QuantLinear
 from microscale.quant import QuantTensor, dequantize, quantize
-
-# Path components of linears that choose experts. They are tiny, and an error there changes which expert runs.
-_ROUTERS = frozenset({"router", "gate", "shared_expert_gate"})
 
 Progress = Callable[[Iterable[Any]], Iterable[Any]]
 
@@ -72,7 +69,7 @@ def requantize(
             activation_of(module)
 
     placer = Options(backend, act, canary).placer()
-    dtype = model.dtype if model.dtype.is_floating_point else torch.bfloat16
+    dtype = activation_dtype(model)
     rows = []
     with torch.no_grad():
         for name, module, group in progress(chosen) if progress else chosen:
@@ -133,7 +130,7 @@ def _choose(model: nn.Module, what: Sequence[str], ignore: Sequence[str]) -> lis
     chosen = []
     for name, module, group in packable(model):
         shared = isinstance(module, nn.Linear) and owners[id(module.weight)] > 1
-        special = group == "linear" and (shared or not _ROUTERS.isdisjoint(name.split(".")))
+        special = group == "linear" and (shared or not ROUTER_NAMES.isdisjoint(name.split(".")))
         wanted = any(matches(name, p) for p in patterns) or (group in what and not special)
         if wanted and not any(matches(name, p) for p in ignore):
             chosen.append((name, module, group))
