@@ -1,0 +1,98 @@
+// Python's view of the C ABI: addresses and sizes as integers, a status as an exception. Arguments are checked in
+// Python (backends/cpu.py); what arrives here is only held against the packed buffer's own header.
+#include <nanobind/nanobind.h>
+
+#include <cstdint>
+#include <new>
+#include <string>
+
+#include "microscale.h"
+
+namespace nb = nanobind;
+
+namespace {
+
+using Address = std::uintptr_t;  // of a tensor's data, 0 for NULL
+
+template <typename T>
+T *at(Address address) {
+  return reinterpret_cast<T *>(address);  // NOLINT(performance-no-int-to-ptr)
+}
+
+void check(int status, const char *what) {
+  switch (status) {
+    case MS_OK:
+      return;
+    case MS_NO_MEMORY:
+      throw std::bad_alloc();
+    case MS_BAD_HEADER:
+      throw nb::value_error((std::string(what) + ": the buffer does not hold a tensor that this core packed").c_str());
+    case MS_BAD_LEVEL:
+      throw nb::value_error((std::string(what) + ": this processor, or this build, does not have that level").c_str());
+    default:
+      throw nb::value_error((std::string(what) + ": an argument is out of range").c_str());
+  }
+}
+
+int64_t packed_bytes(int format, int64_t experts, int64_t n, int64_t k) {
+  const int64_t bytes = ms_packed_bytes(format, experts, n, k);
+  if (bytes < 0) throw nb::value_error("packed_bytes: no such format, or a size that cannot be");
+  return bytes;
+}
+
+void pack(int format, int64_t experts, int64_t n, int64_t k, Address codes, Address scales, Address packed,
+          int threads) {
+  int status;
+  {
+    nb::gil_scoped_release release;
+    status = ms_pack(format, experts, n, k, at<const uint8_t>(codes), at<const void>(scales), at<void>(packed), threads);
+  }
+  check(status, "pack");
+}
+
+void unpack(Address packed, int64_t bytes, Address codes, Address scales, int threads) {
+  int status;
+  {
+    nb::gil_scoped_release release;
+    status = ms_unpack(at<const void>(packed), bytes, at<uint8_t>(codes), at<void>(scales), threads);
+  }
+  check(status, "unpack");
+}
+
+void linear(int level, Address w, Address outer, int dtype, Address x, int64_t x_stride, int64_t m, Address bias,
+            Address y, int threads) {
+  int status;
+  {
+    nb::gil_scoped_release release;
+    status = ms_linear(level, at<const void>(w), at<const float>(outer), dtype, at<const void>(x), x_stride, m,
+                       at<const float>(bias), at<void>(y), threads);
+  }
+  check(status, "linear");
+}
+
+void moe(int level, Address w13, Address outer13, Address w2, Address outer2, int dtype, Address x, int64_t m,
+         Address ids, Address weights, int64_t t, int kind, bool gated, bool interleaved, float alpha, float beta,
+         float limit, Address b13, Address b2, bool weight_on_input, Address y, int threads) {
+  const ms_activation activation{kind, gated, interleaved, alpha, beta, limit};
+  int status;
+  {
+    nb::gil_scoped_release release;
+    status = ms_moe(level, at<const void>(w13), at<const float>(outer13), at<const void>(w2), at<const float>(outer2),
+                    dtype, at<const void>(x), m, at<const int64_t>(ids), at<const float>(weights), t, &activation,
+                    at<const float>(b13), at<const float>(b2), weight_on_input, at<void>(y), threads);
+  }
+  check(status, "moe");
+}
+
+}  // namespace
+
+NB_MODULE(_core, m) {
+  m.doc() = "microscale's C++ core; see csrc/microscale.h. Everything is positional.";
+  m.def("packed_bytes", &packed_bytes);
+  m.def("pack", &pack);
+  m.def("unpack", &unpack);
+  m.def("linear", &linear);
+  m.def("moe", &moe);
+  m.def("level", &ms_level);
+  m.def("compiled_level", &ms_compiled_level);
+}

@@ -1,0 +1,73 @@
+// 16 floats at a time in the compiler's own vectors, which become whatever the unit is compiled for.
+#pragma once
+#include <stdint.h>
+
+namespace microscale {
+namespace {
+
+constexpr int kLanes = 16;
+typedef float f32x16 __attribute__((vector_size(64)));
+typedef int32_t i32x16 __attribute__((vector_size(64)));
+typedef uint32_t u32x16 __attribute__((vector_size(64)));
+typedef uint16_t u16x16 __attribute__((vector_size(32)));
+
+inline f32x16 splat(float v) { return v - f32x16{}; }
+inline u32x16 splat(uint32_t v) { return v - u32x16{}; }
+inline f32x16 as_float(u32x16 v) { return __builtin_bit_cast(f32x16, v); }
+inline u32x16 as_bits(f32x16 v) { return __builtin_bit_cast(u32x16, v); }
+
+template <class T, class S>
+inline T load_lanes(const S *p) {
+  T v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return v;
+}
+template <class T, class S>
+inline void store_lanes(S *p, T v) {
+  __builtin_memcpy(p, &v, sizeof v);
+}
+// The first n < 16 of them; the rest reads as zero.
+template <class T, class S>
+inline T load_lanes(const S *p, int64_t n) {
+  T v{};
+  __builtin_memcpy(&v, p, static_cast<size_t>(n) * sizeof(S));
+  return v;
+}
+template <class T, class S>
+inline void store_lanes(S *p, T v, int64_t n) {
+  __builtin_memcpy(p, &v, static_cast<size_t>(n) * sizeof(S));
+}
+
+inline f32x16 from_bf16(u16x16 v) { return as_float(__builtin_convertvector(v, u32x16) << 16); }
+
+// To nearest, ties to even; a NaN stays one.
+inline u16x16 to_bf16(f32x16 v) {
+  const u32x16 bits = as_bits(v);
+  const u32x16 rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const u32x16 nan = (bits >> 16) | 0x40u;
+  return __builtin_convertvector((bits & 0x7fffffffu) > splat(0x7f800000u) ? nan : rounded, u16x16);
+}
+
+inline f32x16 from_fp16(u16x16 v) {
+  const u32x16 bits = __builtin_convertvector(v, u32x16);
+  const u32x16 magnitude = (bits & 0x7fffu) << 13;
+  // As a float the magnitude is too small by 2^112, subnormals too.
+  u32x16 value = as_bits(as_float(magnitude) * splat(0x1p112f));
+  value = magnitude >= splat(0x7c00u << 13) ? (magnitude | 0x7f800000u) : value;
+  return as_float(value | (bits & 0x8000u) << 16);
+}
+
+inline u16x16 to_fp16(f32x16 v) {
+  const u32x16 bits = as_bits(v);
+  const u32x16 magnitude = bits & 0x7fffffffu;
+  // Subnormal results: the addition of 2^-1 leaves the rounded multiple of 2^-24 in the low bits.
+  const u32x16 small = as_bits(as_float(magnitude) + splat(0.5f)) - 0x3f000000u;
+  const u32x16 normal = (magnitude - (112u << 23) + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
+  u32x16 r = magnitude < splat(113u << 23) ? small : normal;
+  r = magnitude >= splat(0x477ff000u) ? splat(0x7c00u) : r;  // 65520 and above
+  r = magnitude > splat(0x7f800000u) ? splat(0x7e00u) : r;
+  return __builtin_convertvector(r | (bits >> 16 & 0x8000u), u16x16);
+}
+
+}  // namespace
+}  // namespace microscale

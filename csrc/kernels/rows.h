@@ -1,0 +1,93 @@
+// Rows of numbers around the products: operands in, activations between, results out.
+#pragma once
+#include "activation.h"
+#include "table.h"
+
+namespace microscale {
+namespace {
+
+inline f32x16 load_as(int dtype, const void *x, int64_t i, int64_t n) {
+  if (dtype == MS_FP32) {
+    const float *p = static_cast<const float *>(x) + i;
+    return n == kLanes ? load_lanes<f32x16>(p) : load_lanes<f32x16>(p, n);
+  }
+  const uint16_t *p = static_cast<const uint16_t *>(x) + i;
+  const u16x16 v = n == kLanes ? load_lanes<u16x16>(p) : load_lanes<u16x16>(p, n);
+  return dtype == MS_BF16 ? from_bf16(v) : from_fp16(v);
+}
+
+inline void store_as(int dtype, void *y, int64_t i, f32x16 v, int64_t n) {
+  if (dtype == MS_FP32) {
+    float *p = static_cast<float *>(y) + i;
+    n == kLanes ? store_lanes(p, v) : store_lanes(p, v, n);
+    return;
+  }
+  const u16x16 half = dtype == MS_BF16 ? to_bf16(v) : to_fp16(v);
+  uint16_t *p = static_cast<uint16_t *>(y) + i;
+  n == kLanes ? store_lanes(p, half) : store_lanes(p, half, n);
+}
+
+inline int64_t lanes_left(int64_t n, int64_t i) { return n - i < kLanes ? n - i : kLanes; }
+
+inline f32x16 finished(f32x16 raw, const float *outer, const float *bias, int64_t i, int64_t n) {
+  if (outer) raw = raw * load_as(MS_FP32, outer, i, n);
+  if (bias) raw = raw + load_as(MS_FP32, bias, i, n);
+  return raw;
+}
+
+template <int kOperand>
+void load_row(int dtype, const void *x, int64_t n, float factor, void *operands, int64_t padded) {
+  for (int64_t i = 0; i < padded; i += kLanes) {  // padded is a multiple of 32
+    const int64_t count = n > i ? lanes_left(n, i) : 0;
+    f32x16 v{};
+    if (count) v = load_as(dtype, x, i, count);
+    if (factor != 1.0f) v = v * factor;
+    if (count < kLanes)
+      for (int64_t j = count; j < kLanes; ++j) v[j] = 0.0f;  // a factor may be infinite
+    store_as(kOperand, operands, i, v, kLanes);
+  }
+}
+
+inline void add_row(const float *raw, const float *outer, const float *bias, float weight, int64_t n, float *sum) {
+  for (int64_t i = 0; i < n; i += kLanes) {
+    const int64_t count = lanes_left(n, i);
+    const f32x16 v = finished(load_as(MS_FP32, raw, i, count), outer, bias, i, count);
+    store_as(MS_FP32, sum, i, load_as(MS_FP32, sum, i, count) + weight * v, count);
+  }
+}
+
+inline void store_row(const float *raw, const float *outer, const float *bias, int64_t n, int dtype, void *y) {
+  for (int64_t i = 0; i < n; i += kLanes) {
+    const int64_t count = lanes_left(n, i);
+    store_as(dtype, y, i, finished(load_as(MS_FP32, raw, i, count), outer, bias, i, count), count);
+  }
+}
+
+template <int kOperand>
+void activate_rows(const Activate *a) {
+  const ms_activation &kind = *a->activation;
+  for (int64_t row = 0; row < a->m; ++row) {
+    const float *gate = a->gate + row * a->stride;
+    const float *up = kind.gated ? a->up + row * a->stride : nullptr;
+    for (int64_t i = 0; i < a->n; i += kLanes) {
+      const int64_t count = lanes_left(a->n, i);
+      f32x16 g, u{};
+      if (kind.gated && kind.interleaved) {
+        const int64_t first = count * 2 < kLanes ? count * 2 : kLanes, second = count * 2 - first;
+        f32x16 both[2] = {finished(load_as(MS_FP32, gate, 2 * i, first), a->gate_outer, a->gate_bias, 2 * i, first)};
+        if (second)
+          both[1] = finished(load_as(MS_FP32, gate, 2 * i + kLanes, second), a->gate_outer, a->gate_bias,
+                             2 * i + kLanes, second);
+        const float *flat = reinterpret_cast<const float *>(both);
+        for (int j = 0; j < kLanes; ++j) g[j] = flat[2 * j], u[j] = flat[2 * j + 1];
+      } else {
+        g = finished(load_as(MS_FP32, gate, i, count), a->gate_outer, a->gate_bias, i, count);
+        if (kind.gated) u = finished(load_as(MS_FP32, up, i, count), a->up_outer, a->up_bias, i, count);
+      }
+      store_as(kOperand, a->out[row], a->column + i, activated(g, u, kind), count);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace microscale

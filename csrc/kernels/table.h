@@ -1,0 +1,54 @@
+// What one instruction set level offers to the drivers: plain function pointers, so that code compiled for a level is
+// reached in no other way. Units compiled for a level include only this, <stdint.h> and intrinsics: a header with inline
+// functions of external linkage would leave copies that need the level in the hands of the linker.
+#pragma once
+#include <stddef.h>
+#include <stdint.h>
+
+#include "../microscale.h"
+
+namespace microscale {
+
+// out[i][c] = sum over k of rows[i][k] * weight[16 * first + c][k], block scales included, float32.
+struct Product {
+  const uint8_t *panels;     // the expert's first panel
+  int64_t k;                 // of the weights
+  int64_t first, count;      // panels
+  const void *const *rows;   // [m] operands, readable and finite up to k rounded up to 32
+  int64_t m;
+  int64_t spacing;           // bytes between rows where they are equally far apart, else 0
+  float *out;                // [m][stride]
+  int64_t stride;            // elements, at least 16 * count
+  void *scratch;             // Kernels::scratch bytes, aligned to 64
+  int special;               // the tensor has MS_SPECIAL
+};
+
+// Float32 rows to operands of the second product: activation(raw * outer + bias).
+struct Activate {
+  const float *gate, *up;    // [m][stride] raw sums; interleaved: gate holds both; ungated: up is not read
+  int64_t stride;
+  int64_t m, n;              // n results a row
+  const float *gate_outer, *up_outer, *gate_bias, *up_bias;  // [n] ([2 n] in gate_* where interleaved) or null
+  const struct ms_activation *activation;
+  void *const *out;          // [m] rows of operands,
+  int64_t column;            // from this one on
+};
+
+struct Kernels {
+  int operand;               // MS_BF16 or MS_FP32: what rows hold
+  int spaced;                // rows must be equally far apart
+  size_t scratch;            // bytes each thread needs
+  void (*product[MS_FORMATS])(const Product *);
+  void (*activate)(const Activate *);
+  // n elements of `dtype`, times `factor`, to operands; the rest up to `padded` is zero.
+  void (*load)(int dtype, const void *x, int64_t n, float factor, void *operands, int64_t padded);
+  // sum[i] += weight * (raw[i] * outer[i] + bias[i]); outer and bias may be null.
+  void (*add)(const float *raw, const float *outer, const float *bias, float weight, int64_t n, float *sum);
+  // raw[i] * outer[i] + bias[i], rounded to `dtype`.
+  void (*store)(const float *raw, const float *outer, const float *bias, int64_t n, int dtype, void *y);
+};
+
+// One for each level that was compiled in.
+extern const Kernels plain_kernels, avx2_kernels, avx512_kernels, avx512_bf16_kernels, amx_kernels;
+
+}  // namespace microscale

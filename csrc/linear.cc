@@ -1,0 +1,94 @@
+// One product: y = x w^T * outer + bias.
+#include <algorithm>
+
+#include "dispatch.h"
+#include "layout.h"
+#include "operands.h"
+#include "parallel.h"
+
+namespace microscale {
+namespace {
+
+constexpr int64_t kMaxRows = 2048;  // whose sums one thread holds at a time
+
+struct Linear {
+  const Kernels *kernels;
+  const ms_header *w;
+  const float *outer, *bias;
+  int dtype;
+  const void *const *rows;
+  int64_t spacing, m;
+  uint8_t *y;
+  int64_t columns;  // panels of a unit
+  float *sums;
+  uint8_t *scratch;
+  int64_t sums_each, scratch_each;
+
+  static void run(void *context, int64_t unit, int thread) {
+    const Linear &c = *static_cast<const Linear *>(context);
+    const int64_t n = c.w->n, first = unit * c.columns, count = std::min(c.columns, panels(n) - first);
+    float *sums = c.sums + thread * c.sums_each;
+    const int64_t stride = c.columns * kPanelColumns;
+    Product p{};
+    p.panels = reinterpret_cast<const uint8_t *>(c.w) + kHeaderBytes;
+    p.k = c.w->k;
+    p.first = first;
+    p.count = count;
+    p.rows = c.rows;
+    p.m = c.m;
+    p.spacing = c.spacing;
+    p.out = sums;
+    p.stride = stride;
+    p.scratch = c.scratch + thread * c.scratch_each;
+    p.special = (c.w->flags & MS_SPECIAL) != 0;
+    c.kernels->product[c.w->format](&p);
+    const int64_t column = first * kPanelColumns, width = std::min(count * kPanelColumns, n - column);
+    const float *outer = c.outer ? c.outer + column : nullptr, *bias = c.bias ? c.bias + column : nullptr;
+    for (int64_t i = 0; i < c.m; ++i)
+      c.kernels->store(sums + i * stride, outer, bias, width, c.dtype,
+                       c.y + (i * n + column) * element_bytes(c.dtype));
+  }
+};
+
+}  // namespace
+}  // namespace microscale
+
+extern "C" int ms_linear(int level, const void *weights, const float *outer, int dtype, const void *x,
+                         int64_t x_stride, int64_t m, const float *bias, void *y, int threads) {
+  using namespace microscale;
+  const ms_header *w = header_of(weights);
+  if (!w) return MS_BAD_HEADER;
+  if (w->experts != 1 || w->n < 1 || w->k < 1 || m < 0 || dtype < 0 || dtype >= MS_DTYPES || threads < 1)
+    return MS_BAD_ARGUMENT;
+  const Kernels *kernels = kernels_for(level, dtype, w->flags & MS_SPECIAL);
+  if (!kernels) return MS_BAD_LEVEL;
+  if (m == 0) return MS_OK;
+
+  const int64_t all = panels(w->n);
+  // Waking a thread costs microseconds, in which one core reads some 100 KB.
+  if (w->bytes * std::min<int64_t>(m, 16) < (1 << 17)) threads = 1;
+  Linear c{};
+  c.kernels = kernels;
+  c.w = w;
+  c.outer = outer;
+  c.bias = bias;
+  c.dtype = dtype;
+  c.columns = all >= 32 * threads ? 4 : all >= 8 * threads ? 2 : 1;
+  c.sums_each = std::min(m, kMaxRows) * c.columns * kPanelColumns;
+  c.scratch_each = static_cast<int64_t>(kernels->scratch) + 64;
+  Buffer<float> sums(c.sums_each * threads);
+  Buffer<uint8_t> scratch(c.scratch_each * threads);
+  Operands operands;
+  if (!sums || !scratch || !operands.prepare(*kernels, dtype, x, x_stride, w->k, m, nullptr, nullptr, threads))
+    return MS_NO_MEMORY;
+  c.sums = sums.get();
+  c.scratch = scratch.get();
+  c.spacing = operands.spacing();
+  for (int64_t row = 0; row < m; row += kMaxRows) {
+    c.rows = operands.rows() + row;
+    c.m = std::min(m - row, kMaxRows);
+    c.y = static_cast<uint8_t *>(y) + row * w->n * element_bytes(dtype);
+    parallel(threads, ceil_div(all, c.columns), Linear::run, &c);
+  }
+  return MS_OK;
+}

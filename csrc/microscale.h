@@ -1,0 +1,92 @@
+/* The core's C ABI: plain integers and pointers, no exceptions, no torch. Thread-safe; nothing here keeps a pointer
+ * beyond the call.
+ *
+ * A packed tensor [E, N, K] is one buffer, aligned to 64 bytes:
+ *
+ *   header   64 bytes, see `ms_header`
+ *   E x ceil(N / 16) panels, each of 16 output columns and padded with zeros to a multiple of 64 bytes:
+ *     ceil(K / 32) code tiles of 16 columns x 32 k
+ *     the panel's scales
+ *
+ * Every 32-bit word of a tile belongs to one column n = word % 16, so that vectors of any width find the same
+ * columns in their lanes. With q = word / 16 and p the parity of k (bits 15..0 of the word: even k, bits 31..16: odd k):
+ *
+ *   4 bits: 64 words. Nibble j (low first) of half p is k = 8 q + 2 j + p.
+ *   8 bits: 128 words. Byte j (low first) of half p is k = 4 q + 2 j + p.
+ *   6 bits: 64 words as for 4 bits hold each code's low four bits; then 32 words hold the high two: bits 2 i + 1, 2 i of
+ *           half p are k = 16 q + 2 i + p.
+ *
+ *   E8M0 scales: byte [tile][column].   E4M3 (NVFP4): byte [tile][half][column], half = k / 16 % 2.
+ *   float32 (block FP8): float [ceil(K / 128)], the panel's 16 columns share them.
+ *
+ * Columns beyond N and k beyond K hold zero codes and zero scales.
+ */
+#ifndef MICROSCALE_H
+#define MICROSCALE_H
+
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+enum ms_format {
+  MS_MXFP4, MS_MXFP6_E2M3, MS_MXFP6_E3M2, MS_MXFP8_E4M3, MS_MXFP8_E5M2, MS_MXINT8, MS_NVFP4, MS_FP8_BLOCK128,
+  MS_FORMATS
+};
+enum ms_dtype { MS_BF16, MS_FP16, MS_FP32, MS_DTYPES };
+/* Widest last; a machine that has one has all before it. */
+enum ms_level { MS_PLAIN, MS_AVX2, MS_AVX512, MS_AVX512_BF16, MS_AMX, MS_LEVELS };
+/* The kinds of microscale.activations, in its order. */
+enum ms_kind { MS_SILU, MS_SWIGLU_OAI, MS_SWIGLU_STEP, MS_SITU, MS_GELU, MS_GELU_TANH, MS_RELU2, MS_KINDS };
+enum ms_status { MS_OK, MS_BAD_ARGUMENT, MS_BAD_HEADER, MS_BAD_LEVEL, MS_NO_MEMORY };
+
+#define MS_MAGIC 0x314c504353574d73ull /* "sMWSCPL1" */
+/* A scale far from 1 or NaN, or a code that is infinite or NaN: decoded by a slower, exact path. */
+#define MS_SPECIAL 1u
+
+struct ms_header {
+  uint64_t magic;
+  int32_t format;
+  uint32_t flags;
+  int64_t experts, n, k;
+  int64_t bytes; /* of the whole buffer, this header included */
+  uint8_t zero[16];
+};
+
+/* What happens between w13 and w2; see microscale.activations. `limit` is +infinity where there is none. */
+struct ms_activation {
+  int32_t kind, gated, interleaved;
+  float alpha, beta, limit;
+};
+
+/* Bytes of the packed buffer of [experts, n, k], or -1 for a format or size that cannot be. */
+int64_t ms_packed_bytes(int format, int64_t experts, int64_t n, int64_t k);
+
+/* Canonical codes uint8 [E, N, ceil(K bits / 8)] and scales (uint8 or float32 [E, ceil(N / rows), ceil(K / columns)]),
+ * both contiguous, to the packed buffer, which is written whole, and back, bit for bit. */
+int ms_pack(int format, int64_t experts, int64_t n, int64_t k, const uint8_t *codes, const void *scales, void *packed,
+            int threads);
+int ms_unpack(const void *packed, int64_t bytes, uint8_t *codes, void *scales, int threads);
+
+/* y[m, n] = x[m, k] w^T * outer + bias, in x's dtype, summed in float32. `outer` is float32 [n] or NULL (tensor scale),
+ * `bias` float32 [n] or NULL. x's rows are contiguous and `x_stride` elements apart; y is dense. */
+int ms_linear(int level, const void *w, const float *outer, int dtype, const void *x, int64_t x_stride, int64_t m,
+              const float *bias, void *y, int threads);
+
+/* The weighted sum over each token's experts: x [m, h], y [m, n] dense in `dtype`; ids [m, t] local expert or -1;
+ * weights [m, t]; outers and biases float32 [E, rows], [E, n] or NULL. */
+int ms_moe(int level, const void *w13, const float *outer13, const void *w2, const float *outer2, int dtype,
+           const void *x, int64_t m, const int64_t *ids, const float *weights, int64_t t,
+           const struct ms_activation *activation, const float *b13, const float *b2, int weight_on_input, void *y,
+           int threads);
+
+/* The widest level this processor and operating system allow; asks for the permission to use AMX tiles once. */
+int ms_level(void);
+/* The widest level that was compiled in: MS_PLAIN on other architectures. */
+int ms_compiled_level(void);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

@@ -1,0 +1,392 @@
+// Canonical codes and scales <-> the packed layout of microscale.h, one panel of 16 columns a unit.
+//
+// A column's 32 codes of a tile are `bits` consecutive 32-bit words in canonical form, and each packed word
+// holds codes of that column which were neighbours. So packing transposes words, four columns at a time, and
+// then permutes bits within the lanes of vectors that every 64-bit machine has.
+#include <atomic>
+#include <bit>
+#include <cstring>
+
+#include "layout.h"
+#include "parallel.h"
+
+static_assert(std::endian::native == std::endian::little, "canonical codes are little-endian streams");
+
+namespace microscale {
+namespace {
+
+// Four neighbouring columns; the compilers' own vectors, so that one source serves all machines.
+using Lanes = uint32_t __attribute__((vector_size(16)));
+constexpr int64_t kLanes = 4;
+constexpr int64_t kStep = kPanelColumns / kLanes;  // vectors from one packed word of a column to its next
+
+// Tiles after which packing turns to the next four columns, for the panel's lines to be still in the first
+// cache.
+constexpr int64_t kRun = 8;
+
+// Words of four columns to vectors of one word each, or back.
+void transpose(Lanes w[4]) {
+  const Lanes a = __builtin_shufflevector(w[0], w[1], 0, 4, 1, 5), b = __builtin_shufflevector(w[2], w[3], 0, 4, 1, 5);
+  const Lanes c = __builtin_shufflevector(w[0], w[1], 2, 6, 3, 7), d = __builtin_shufflevector(w[2], w[3], 2, 6, 3, 7);
+  w[0] = __builtin_shufflevector(a, b, 0, 1, 4, 5);
+  w[1] = __builtin_shufflevector(a, b, 2, 3, 6, 7);
+  w[2] = __builtin_shufflevector(c, d, 0, 1, 4, 5);
+  w[3] = __builtin_shufflevector(c, d, 2, 3, 6, 7);
+}
+
+void load_rows(const uint8_t *in, int64_t stride, Lanes w[4]) {
+  for (int64_t c = 0; c < kLanes; ++c) std::memcpy(&w[c], in + c * stride, sizeof(Lanes));
+  transpose(w);
+}
+
+void store_rows(const Lanes words[4], uint8_t *out, int64_t stride) {
+  Lanes w[4] = {words[0], words[1], words[2], words[3]};
+  transpose(w);
+  for (int64_t c = 0; c < kLanes; ++c) std::memcpy(out + c * stride, &w[c], sizeof(Lanes));
+}
+
+// Bytes 0 1 2 3 to 0 2 1 3; its own inverse.
+Lanes swap_bytes(Lanes x) {
+  const Lanes t = (x ^ (x >> 8)) & 0x0000ff00;
+  return x ^ t ^ (t << 8);
+}
+
+// Nibbles 0 1 2 3 to 0 2 1 3 in both halves; its own inverse.
+Lanes swap_nibbles(Lanes x) {
+  const Lanes t = (x ^ (x >> 4)) & 0x00f000f0;
+  return x ^ t ^ (t << 4);
+}
+
+// Four 6-bit codes in 24 bits to one a byte, and back.
+Lanes spread(Lanes x) {
+  x = (x & 0x00000fff) | (x & 0x00fff000) << 4;
+  return (x & 0x003f003f) | (x & 0x0fc00fc0) << 2;
+}
+Lanes gather(Lanes x) {
+  x = (x & 0x003f003f) | (x & 0x3f003f00) >> 2;
+  return (x & 0x00000fff) | (x & 0x0fff0000) >> 4;
+}
+
+// The low nibbles of bytes 0 1 2 3 as nibbles 0 2 1 3 of 16 bits, and back.
+Lanes join_low(Lanes x) {
+  x &= 0x0f0f0f0f;
+  return (x | x >> 12) & 0xffff;
+}
+Lanes split_low(Lanes x) { return (x | x << 12) & 0x0f0f0f0f; }
+
+// Bits 4 and 5 of bytes 0 1 2 3: those of 0 and 2 in bits 0 to 3, those of 1 and 3 in bits 8 to 11, and back.
+Lanes join_high(Lanes x) {
+  x = x >> 4 & 0x03030303;
+  return (x | x >> 14) & 0x0f0f;
+}
+Lanes split_high(Lanes x) { return ((x | x << 14) & 0x03030303) << 4; }
+
+// Finds codes that are infinite or NaN: (byte & mask) + carry has its top bit set for these alone.
+struct Bad {
+  uint32_t mask, carry;
+};
+
+Bad bad_codes(int format) {
+  if (format == MS_MXFP8_E4M3 || format == MS_FP8_BLOCK128) return {0x7f7f7f7f, 0x01010101};
+  if (format == MS_MXFP8_E5M2) return {0x7c7c7c7c, 0x04040404};
+  return {0, 0};
+}
+
+// Packs one tile of four columns whose rows are `stride` bytes apart. Sets a byte's top bit in `found` for a
+// bad code.
+template <int Bits>
+void pack_tile(const uint8_t *in, int64_t stride, Lanes *out, Bad bad, Lanes &found) {
+  if constexpr (Bits == 6) {
+    Lanes w[6];
+    load_rows(in + 8, stride, w + 2);  // words 2 to 5
+    Lanes first[4];
+    load_rows(in, stride, first);
+    w[0] = first[0];
+    w[1] = first[1];
+    for (int half = 0; half < 2; ++half) {  // 16 codes in three words
+      const Lanes *x = w + 3 * half;
+      const Lanes a = spread(x[0] & 0xffffff), b = spread((x[0] >> 24 | x[1] << 8) & 0xffffff);
+      const Lanes c = spread((x[1] >> 16 | x[2] << 16) & 0xffffff), d = spread(x[2] >> 8);
+      out[2 * half * kStep] = swap_bytes(join_low(a) | join_low(b) << 16);
+      out[(2 * half + 1) * kStep] = swap_bytes(join_low(c) | join_low(d) << 16);
+      const Lanes high = join_high(a) | join_high(b) << 4 | join_high(c) << 16 | join_high(d) << 20;
+      out[(4 + half) * kStep] = swap_bytes(high);
+    }
+  } else {
+    for (int q = 0; q < Bits; q += 4) {
+      Lanes w[4];
+      load_rows(in + 4 * q, stride, w);
+      for (int i = 0; i < 4; ++i) {
+        if constexpr (Bits == 8) found |= (w[i] & bad.mask) + bad.carry;
+        if constexpr (Bits == 4) w[i] = swap_nibbles(w[i]);
+        out[(q + i) * kStep] = swap_bytes(w[i]);
+      }
+    }
+  }
+}
+
+// The inverse of pack_tile.
+template <int Bits>
+void unpack_tile(const Lanes *in, uint8_t *out, int64_t stride) {
+  if constexpr (Bits == 6) {
+    Lanes w[6];
+    for (int half = 0; half < 2; ++half) {
+      const Lanes first = swap_bytes(in[2 * half * kStep]), second = swap_bytes(in[(2 * half + 1) * kStep]);
+      const Lanes high = swap_bytes(in[(4 + half) * kStep]);
+      const Lanes a = gather(split_low(first & 0xffff) | split_high(high & 0x0f0f));
+      const Lanes b = gather(split_low(first >> 16) | split_high(high >> 4 & 0x0f0f));
+      const Lanes c = gather(split_low(second & 0xffff) | split_high(high >> 16 & 0x0f0f));
+      const Lanes d = gather(split_low(second >> 16) | split_high(high >> 20));
+      w[3 * half] = a | b << 24;
+      w[3 * half + 1] = b >> 8 | c << 16;
+      w[3 * half + 2] = c >> 16 | d << 8;
+    }
+    store_rows(w, out, stride);
+    store_rows(w + 2, out + 8, stride);  // words 2 and 3 once more
+  } else {
+    for (int q = 0; q < Bits; q += 4) {
+      Lanes w[4];
+      for (int i = 0; i < 4; ++i) {
+        w[i] = swap_bytes(in[(q + i) * kStep]);
+        if constexpr (Bits == 4) w[i] = swap_nibbles(w[i]);
+      }
+      store_rows(w, out + 4 * q, stride);
+    }
+  }
+}
+
+// Packs a panel's codes. `stride` is the bytes of a row, `columns` how many of the panel's exist. Returns
+// whether a code is bad.
+template <int Bits>
+bool pack_codes(const uint8_t *rows, int64_t stride, int64_t columns, Lanes *panel, Bad bad) {
+  constexpr int64_t bytes = 4 * Bits, step = Bits * kStep;  // one tile's of a row, and of the panel
+  const int64_t whole = stride / bytes, all = ceil_div(stride, bytes);
+  Lanes found = {};
+  for (int64_t begin = 0; begin < all; begin += kRun) {
+    const int64_t end = begin + kRun < all ? begin + kRun : all;
+    for (int64_t c = 0; c < kPanelColumns; c += kLanes) {
+      const uint8_t *in = rows + c * stride;
+      Lanes *out = panel + c / kLanes;
+      const int64_t direct = columns - c < kLanes ? begin : end < whole ? end : whole;
+      for (int64_t t = begin; t < direct; ++t) {
+        pack_tile<Bits>(in + t * bytes, stride, out + t * step, bad, found);
+      }
+      for (int64_t t = direct; t < end; ++t) {  // ragged in N or K
+        uint8_t copy[kLanes * bytes] = {};
+        const int64_t length = t < whole ? bytes : stride - t * bytes;
+        for (int64_t i = 0; i < kLanes && c + i < columns; ++i) {
+          std::memcpy(copy + i * bytes, in + i * stride + t * bytes, static_cast<size_t>(length));
+        }
+        pack_tile<Bits>(copy, bytes, out + t * step, bad, found);
+      }
+    }
+  }
+  return ((found[0] | found[1] | found[2] | found[3]) & 0x80808080) != 0;
+}
+
+// The inverse of pack_codes.
+template <int Bits>
+void unpack_codes(const Lanes *panel, int64_t stride, int64_t columns, uint8_t *rows) {
+  constexpr int64_t bytes = 4 * Bits, step = Bits * kStep;
+  const int64_t whole = stride / bytes, all = ceil_div(stride, bytes);
+  for (int64_t begin = 0; begin < all; begin += kRun) {
+    const int64_t end = begin + kRun < all ? begin + kRun : all;
+    for (int64_t c = 0; c < columns; c += kLanes) {
+      uint8_t *out = rows + c * stride;
+      const Lanes *in = panel + c / kLanes;
+      const int64_t direct = columns - c < kLanes ? begin : end < whole ? end : whole;
+      for (int64_t t = begin; t < direct; ++t) unpack_tile<Bits>(in + t * step, out + t * bytes, stride);
+      for (int64_t t = direct; t < end; ++t) {
+        uint8_t copy[kLanes * bytes];
+        unpack_tile<Bits>(in + t * step, copy, bytes);
+        const int64_t length = t < whole ? bytes : stride - t * bytes;
+        for (int64_t i = 0; i < kLanes && c + i < columns; ++i) {
+          std::memcpy(out + i * stride + t * bytes, copy + i * bytes, static_cast<size_t>(length));
+        }
+      }
+    }
+  }
+}
+
+// Whether the block of one column in one tile has a number other than zero, from its packed words. Only
+// magnitude bits count, except in the integer -128, which has none and is a number.
+bool any_magnitude(int format, const uint8_t *words) {
+  const int bits = traits(format).bits;
+  uint32_t low = 0, high = 0;
+  for (int q = 0; q < bits; ++q) {
+    uint32_t word;
+    std::memcpy(&word, words + q * 4 * kPanelColumns, 4);
+    (q < 4 || bits == 8 ? low : high) |= word;
+  }
+  if (bits == 4) return (low & 0x77777777) != 0;
+  if (bits == 6) return (low | (high & 0x55555555)) != 0;
+  return (format == MS_MXINT8 ? low : low & 0x7f7f7f7f) != 0;
+}
+
+bool special_e8m0(int format, const uint8_t *panel, const uint8_t *scales, int64_t count) {
+  constexpr uint8_t least = 32, most = 222, nan = 255;
+  uint8_t outside = 0;
+  for (int64_t i = 0; i < count; ++i) outside |= static_cast<uint8_t>(scales[i] - least) > most - least;
+  if (outside == 0) return false;
+  for (int64_t i = 0; i < count; ++i) {
+    if (scales[i] >= least && scales[i] <= most) continue;
+    if (scales[i] == nan) return true;
+    const int64_t tile = i / kPanelColumns, column = i % kPanelColumns;
+    if (any_magnitude(format, panel + tile * tile_bytes(format) + 4 * column)) return true;
+  }
+  return false;
+}
+
+bool special_e4m3(const uint8_t *scales, int64_t count) {
+  uint8_t nan = 0;
+  for (int64_t i = 0; i < count; ++i) nan |= (scales[i] & 0x7f) == 0x7f;
+  return nan != 0;
+}
+
+bool special_float32(const uint8_t *scales, int64_t count) {
+  constexpr uint32_t least = (127 - 60) << 23, most = (127 + 60) << 23;  // infinity and NaN are above
+  for (int64_t i = 0; i < count; ++i) {
+    uint32_t magnitude;
+    std::memcpy(&magnitude, scales + 4 * i, 4);
+    magnitude &= 0x7fffffff;
+    if (magnitude != 0 && (magnitude < least || magnitude > most)) return true;
+  }
+  return false;
+}
+
+// One panel: where it lies in both forms.
+struct Place {
+  int64_t expert, panel, column, columns;  // `columns` of the panel exist, from `column` on
+
+  Place(int64_t n, int64_t unit) {
+    expert = unit / panels(n);
+    panel = unit % panels(n);
+    column = panel * kPanelColumns;
+    columns = n - column < kPanelColumns ? n - column : kPanelColumns;
+  }
+  int64_t codes(int format, int64_t n, int64_t k) const {
+    return (expert * n + column) * row_bytes(format, k);
+  }
+  int64_t scales(int format, int64_t n, int64_t k) const {
+    const int64_t row = expert * scale_rows(format, n) + column / traits(format).block_rows;
+    return row * scale_columns(format, k) * traits(format).scale_bytes;
+  }
+};
+
+struct Packing {
+  const ms_header *header;
+  const uint8_t *codes, *scales;
+  uint8_t *packed;
+  std::atomic<bool> special{false}, dirty{false};
+};
+
+void pack_panel(void *context, int64_t unit, int) {
+  Packing &job = *static_cast<Packing *>(context);
+  const int format = job.header->format;
+  const int64_t n = job.header->n, k = job.header->k, stride = row_bytes(format, k);
+  const Place at(n, unit);
+  const uint8_t *rows = job.codes + at.codes(format, n, k), *in = job.scales + at.scales(format, n, k);
+  uint8_t *start = job.packed + panel_offset(job.header, at.expert, at.panel);
+  uint8_t *out = start + scales_offset(format, k), *end = start + panel_bytes(format, k);
+  Lanes *panel = reinterpret_cast<Lanes *>(start);
+
+  std::memset(out, 0, static_cast<size_t>(end - out));
+
+  const Bad bad = bad_codes(format);
+  const int bits = traits(format).bits;
+  if (bits == 4) pack_codes<4>(rows, stride, at.columns, panel, bad);
+  if (bits == 6) pack_codes<6>(rows, stride, at.columns, panel, bad);
+  bool special = false;
+  if (bits == 8) special = pack_codes<8>(rows, stride, at.columns, panel, bad);
+
+  const int64_t blocks = scale_columns(format, k);
+  if (traits(format).scale == kFloat32) {
+    std::memcpy(out, in, static_cast<size_t>(4 * blocks));
+    special |= special_float32(out, blocks);
+  } else {
+    for (int64_t c = 0; c < at.columns; ++c) {
+      for (int64_t b = 0; b < blocks; ++b) out[b * kPanelColumns + c] = in[c * blocks + b];
+    }
+    const int64_t count = blocks * kPanelColumns;
+    const bool e4m3 = traits(format).scale == kE4M3;
+    special |= e4m3 ? special_e4m3(out, count) : special_e8m0(format, start, out, count);
+  }
+  if (special) job.special.store(true, std::memory_order_relaxed);
+
+  // What the last byte of a row has beyond its codes cannot be kept, so it must be zero.
+  if (const int used = static_cast<int>(k * bits % 8); used != 0) {
+    uint32_t beyond = 0;
+    for (int64_t c = 0; c < at.columns; ++c) beyond |= rows[(c + 1) * stride - 1];
+    if (beyond >> used != 0) job.dirty.store(true, std::memory_order_relaxed);
+  }
+}
+
+struct Unpacking {
+  const ms_header *header;
+  uint8_t *codes, *scales;
+};
+
+void unpack_panel(void *context, int64_t unit, int) {
+  const Unpacking &job = *static_cast<Unpacking *>(context);
+  const int format = job.header->format, bits = traits(format).bits;
+  const int64_t n = job.header->n, k = job.header->k, stride = row_bytes(format, k);
+  const Place at(n, unit);
+  uint8_t *rows = job.codes + at.codes(format, n, k), *out = job.scales + at.scales(format, n, k);
+  const uint8_t *start =
+      reinterpret_cast<const uint8_t *>(job.header) + panel_offset(job.header, at.expert, at.panel);
+  const uint8_t *in = start + scales_offset(format, k);
+  const Lanes *panel = reinterpret_cast<const Lanes *>(start);
+
+  if (bits == 4) unpack_codes<4>(panel, stride, at.columns, rows);
+  if (bits == 6) unpack_codes<6>(panel, stride, at.columns, rows);
+  if (bits == 8) unpack_codes<8>(panel, stride, at.columns, rows);
+
+  const int64_t blocks = scale_columns(format, k);
+  if (traits(format).scale == kFloat32) {
+    // Eight panels share these scales; the first one gives them back.
+    if (at.column % traits(format).block_rows == 0) std::memcpy(out, in, static_cast<size_t>(4 * blocks));
+  } else {
+    for (int64_t c = 0; c < at.columns; ++c) {
+      for (int64_t b = 0; b < blocks; ++b) out[c * blocks + b] = in[b * kPanelColumns + c];
+    }
+  }
+}
+
+bool usable(const void *packed) {
+  return packed != nullptr && reinterpret_cast<uintptr_t>(packed) % kAlignment == 0;
+}
+
+}  // namespace
+}  // namespace microscale
+
+using namespace microscale;
+
+int64_t ms_packed_bytes(int format, int64_t experts, int64_t n, int64_t k) {
+  return packed_bytes(format, experts, n, k);
+}
+
+int ms_pack(int format, int64_t experts, int64_t n, int64_t k, const uint8_t *codes, const void *scales,
+            void *packed, int threads) {
+  const int64_t bytes = packed_bytes(format, experts, n, k);
+  if (bytes < 0 || !usable(packed)) return MS_BAD_ARGUMENT;
+  if (bytes > kHeaderBytes && (codes == nullptr || scales == nullptr)) return MS_BAD_ARGUMENT;
+  ms_header header = {MS_MAGIC, format, 0, experts, n, k, bytes, {}};
+  std::memset(packed, 0, sizeof header);  // a refused tensor leaves no valid header
+  Packing job{&header, codes, static_cast<const uint8_t *>(scales), static_cast<uint8_t *>(packed)};
+  if (bytes > kHeaderBytes) parallel(threads, experts * panels(n), pack_panel, &job);
+  if (job.dirty.load(std::memory_order_relaxed)) return MS_BAD_ARGUMENT;
+  if (job.special.load(std::memory_order_relaxed)) header.flags |= MS_SPECIAL;
+  std::memcpy(packed, &header, sizeof header);
+  return MS_OK;
+}
+
+int ms_unpack(const void *packed, int64_t bytes, uint8_t *codes, void *scales, int threads) {
+  if (!usable(packed)) return MS_BAD_ARGUMENT;
+  const ms_header *header = bytes < kHeaderBytes ? nullptr : header_of(packed);
+  if (header == nullptr || header->bytes != bytes) return MS_BAD_HEADER;
+  if (bytes == kHeaderBytes) return MS_OK;
+  if (codes == nullptr || scales == nullptr) return MS_BAD_ARGUMENT;
+  Unpacking job{header, codes, static_cast<uint8_t *>(scales)};
+  parallel(threads, header->experts * panels(header->n), unpack_panel, &job);
+  return MS_OK;
+}
