@@ -17,7 +17,7 @@ struct Linear {
   const float *outer, *bias;
   int dtype;
   const void *const *rows;
-  int64_t spacing, m;
+  int64_t m;
   uint8_t *y;
   int64_t columns;  // panels of a unit
   float *sums;
@@ -36,7 +36,6 @@ struct Linear {
     p.count = count;
     p.rows = c.rows;
     p.m = c.m;
-    p.spacing = c.spacing;
     p.out = sums;
     p.stride = stride;
     p.scratch = c.scratch + thread * c.scratch_each;
@@ -78,15 +77,17 @@ extern "C" int ms_linear(int level, const void *weights, const float *outer, int
   c.scratch_each = static_cast<int64_t>(kernels->scratch) + 64;
   Buffer<float> sums(c.sums_each * threads);
   Buffer<uint8_t> scratch(c.scratch_each * threads);
-  Operands operands;
-  if (!sums || !scratch || !operands.prepare(*kernels, dtype, x, x_stride, w->k, m, nullptr, nullptr, threads))
-    return MS_NO_MEMORY;
+  if (!sums || !scratch) return MS_NO_MEMORY;
   c.sums = sums.get();
   c.scratch = scratch.get();
-  c.spacing = operands.spacing();
   for (int64_t row = 0; row < m; row += kMaxRows) {
-    c.rows = operands.rows() + row;
     c.m = std::min(m - row, kMaxRows);
+    const int64_t first[2] = {0, c.m};
+    const uint8_t *from = static_cast<const uint8_t *>(x) + row * x_stride * element_bytes(dtype);
+    Operands operands;
+    if (!operands.prepare(*kernels, dtype, from, x_stride, w->k, c.m, first, 1, nullptr, nullptr, threads))
+      return MS_NO_MEMORY;
+    c.rows = operands.rows();
     c.y = static_cast<uint8_t *>(y) + row * w->n * element_bytes(dtype);
     parallel(threads, ceil_div(all, c.columns), Linear::run, &c);
   }

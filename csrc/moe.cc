@@ -12,7 +12,7 @@ namespace microscale {
 namespace {
 
 constexpr int64_t kMaxTokens = 2048;  // at a time: bounds the intermediate, and a thread's sums
-constexpr int64_t kBlock = 32;        // intermediate columns of a unit of the first product
+constexpr int64_t kBlock = 32;        // intermediate columns of a unit of the first product: a tile of the second
 
 struct Weights {
   const ms_header *header;
@@ -35,10 +35,9 @@ struct Moe {
   const ms_activation *activation;
   const Routes *routes;
   const void *const *x;  // operands of each route
-  int64_t x_spacing;
-  uint8_t *middle;       // [routes][middle_spacing] operands of the second product
-  int64_t middle_spacing;
-  void *const *middle_rows;
+  OperandLayout layout;  // of the second product's operands
+  uint8_t *middle;
+  const void **middle_rows;
   int64_t m, width, columns;  // tokens; of the intermediate; panels of a unit of the second product
   int dtype;
   uint8_t *y;
@@ -46,14 +45,12 @@ struct Moe {
   uint8_t *scratch;
   int64_t scratch_each, sums_bytes, raw_bytes;
 
-  Product product(const Weights &w, int64_t expert, int64_t hit, const void *const *rows, int64_t spacing,
-                  void *decoded) const {
+  Product product(const Weights &w, int64_t expert, int64_t hit, const void *const *rows, void *decoded) const {
     Product p{};
     p.panels = w.panels_of(expert);
     p.k = w.header->k;
     p.rows = rows + routes->first(hit);
     p.m = routes->size(hit);
-    p.spacing = spacing;
     p.scratch = decoded;
     p.special = (w.header->flags & MS_SPECIAL) != 0;
     return p;
@@ -73,7 +70,7 @@ struct Moe {
     const int64_t blocks = ceil_div(width, kBlock);
     const int64_t hit = routes->by_size(unit / blocks), column = unit % blocks * kBlock;
     const int64_t expert = routes->expert(hit), count = std::min(kBlock, width - column);
-    Product p = product(w13, expert, hit, x, x_spacing, own);
+    Product p = product(w13, expert, hit, x, own);
     // A block of ups may begin inside a panel and then ends in a third one.
     constexpr int64_t kGates = kBlock + kPanelColumns;
     p.stride = 2 * kGates;
@@ -83,7 +80,10 @@ struct Moe {
     a.stride = p.stride;
     a.m = p.m;
     a.n = count;
-    a.out = middle_rows + routes->first(hit);
+    void **out = reinterpret_cast<void **>(own + kernels->scratch + raw_bytes);
+    for (int64_t i = 0; i < p.m; ++i)
+      out[i] = middle + layout.offset(routes->first(hit), i) + column / 32 * layout.step(p.m, i);
+    a.out = out;
     const bool pairs = activation->gated && activation->interleaved;
     const int64_t row = pairs ? 2 * column : column;
     a.gate = rows_of_w13(p, row, pairs ? 2 * count : count, raw);
@@ -94,14 +94,11 @@ struct Moe {
       a.up_outer = w13.outer_of(expert, width + column);
       a.up_bias = w13.bias_of(expert, width + column);
     }
-    a.column = column;
+    if (count % 32 != 0)  // the second product reads whole tiles
+      for (int64_t i = 0; i < p.m; ++i) std::memset(out[i], 0, static_cast<size_t>(32 * element_bytes(layout.operand)));
     kernels->activate(&a);
-    if (column + count == width && width % 32 != 0)  // the second product reads whole tiles
-      for (int64_t i = 0; i < p.m; ++i) {
-        const int64_t used = width * element_bytes(kernels->operand);
-        std::memset(static_cast<uint8_t *>(a.out[i]) + used, 0,
-                    static_cast<size_t>(padded_k(width) * element_bytes(kernels->operand) - used));
-      }
+    if (column == 0)
+      for (int64_t i = 0; i < p.m; ++i) middle_rows[routes->first(hit) + i] = out[i];
   }
 
   // Some output columns of all tokens: every expert's share in ascending order, so that the sum is always the same.
@@ -114,8 +111,7 @@ struct Moe {
     std::fill_n(sums, m * stride, 0.0f);
     for (int64_t hit = 0; hit < routes->experts(); ++hit) {
       const int64_t expert = routes->expert(hit), first_route = routes->first(hit);
-      const auto rows = reinterpret_cast<const void *const *>(middle_rows);
-      Product p = product(w2, expert, hit, rows, middle_spacing, own);
+      Product p = product(w2, expert, hit, middle_rows, own);
       p.first = panel;
       p.count = count;
       p.out = raw;
@@ -149,33 +145,33 @@ int some_tokens(Moe &c, const void *x, const int64_t *ids, const float *weights,
   c.routes = &routes;
 
   const int64_t routed = routes.count(), n = c.w2.header->n;
-  const bool scaled = !c.weighted;
   Operands operands;
-  Buffer<const void *> rows(routed);
-  c.middle_spacing = operand_spacing(c.kernels->operand, c.width);
-  Buffer<uint8_t> middle(routed * c.middle_spacing);
-  Buffer<void *> middle_rows(routed);
+  Buffer<const void *> rows(routed), middle_rows(routed);
+  c.layout = {c.kernels->operand, c.kernels->tiled != 0, c.width};
+  Buffer<uint8_t> middle(c.layout.bytes(routed));
   if (!rows || !middle || !middle_rows) return MS_NO_MEMORY;
-  if (scaled || c.kernels->spaced) {
-    const float *factor = scaled ? routes.weights() : nullptr;
-    if (!operands.prepare(*c.kernels, c.dtype, x, hidden, hidden, routed, routes.tokens(), factor, threads))
-      return MS_NO_MEMORY;
-    std::copy_n(operands.rows(), routed, rows.get());
-    c.x_spacing = operands.spacing();
-  } else {
-    if (!operands.prepare(*c.kernels, c.dtype, x, hidden, hidden, c.m, nullptr, nullptr, threads)) return MS_NO_MEMORY;
-    for (int64_t i = 0; i < routed; ++i) rows[i] = operands.rows()[routes.tokens()[i]];
-  }
-  for (int64_t i = 0; i < routed; ++i) middle_rows[i] = middle.get() + i * c.middle_spacing;
   c.x = rows.get();
   c.middle = middle.get();
   c.middle_rows = middle_rows.get();
+  if (!c.weighted || c.kernels->tiled) {
+    const float *factor = c.weighted ? nullptr : routes.weights();
+    if (!operands.prepare(*c.kernels, c.dtype, x, hidden, hidden, routed, routes.firsts(), routes.experts(),
+                          routes.tokens(), factor, threads))
+      return MS_NO_MEMORY;
+    c.x = operands.rows();
+  } else {
+    const int64_t first[2] = {0, c.m};
+    if (!operands.prepare(*c.kernels, c.dtype, x, hidden, hidden, c.m, first, 1, nullptr, nullptr, threads))
+      return MS_NO_MEMORY;
+    for (int64_t i = 0; i < routed; ++i) rows[i] = operands.rows()[routes.tokens()[i]];
+  }
 
   const int64_t all = panels(n);
   c.columns = all >= 32 * threads ? 4 : all >= 8 * threads ? 2 : 1;
   const int64_t stride = std::max(2 * (kBlock + kPanelColumns), c.columns * kPanelColumns);
   c.raw_bytes = std::max<int64_t>(routes.largest(), 1) * stride * 4;
-  c.scratch_each = ceil_div(static_cast<int64_t>(c.kernels->scratch) + c.raw_bytes + c.m * stride * 4, 64) * 64 + 64;
+  const int64_t others = std::max(c.m * stride * 4, routes.largest() * static_cast<int64_t>(sizeof(void *)));
+  c.scratch_each = ceil_div(static_cast<int64_t>(c.kernels->scratch) + c.raw_bytes + others, 64) * 64 + 64;
   Buffer<uint8_t> scratch(c.scratch_each * threads);
   if (!scratch) return MS_NO_MEMORY;
   c.scratch = scratch.get();

@@ -9,43 +9,51 @@ struct Conversion {
   const Kernels *kernels;
   int dtype;
   const uint8_t *x;
-  int64_t stride, k, m;  // stride in bytes
-  const int64_t *source;
+  int64_t x_stride;  // bytes
+  OperandLayout layout;
+  const int64_t *first, *source;
   const float *factor;
   uint8_t *out;
-  int64_t spacing;
-  static constexpr int64_t kRows = 8;  // a unit
+  const void **rows;
+  int64_t each, count;  // rows: of a unit, and in all
 
+  void row(int64_t group, int64_t i) const {
+    const int64_t at = first[group] + i, size = first[group + 1] - first[group];
+    uint8_t *to = out + layout.offset(first[group], i);
+    rows[at] = to;
+    kernels->load(dtype, x + (source ? source[at] : at) * x_stride, layout.k, factor ? factor[at] : 1.0f, to,
+                  layout.step(size, i));
+  }
   static void run(void *context, int64_t unit, int) {
     const Conversion &c = *static_cast<const Conversion *>(context);
-    const int64_t last = (unit + 1) * kRows < c.m ? (unit + 1) * kRows : c.m;
-    for (int64_t i = unit * kRows; i < last; ++i)
-      c.kernels->load(c.dtype, c.x + (c.source ? c.source[i] : i) * c.stride, c.k, c.factor ? c.factor[i] : 1.0f,
-                      c.out + i * c.spacing, padded_k(c.k));
+    const int64_t from = unit * c.each, to = from + c.each < c.count ? from + c.each : c.count;
+    int64_t group = 0;
+    while (c.first[group + 1] <= from) ++group;
+    for (int64_t i = from; i < to; ++i) {
+      while (c.first[group + 1] <= i) ++group;
+      c.row(group, i - c.first[group]);
+    }
   }
 };
 
 }  // namespace
 
-bool Operands::prepare(const Kernels &kernels, int dtype, const void *x, int64_t x_stride, int64_t k, int64_t m,
-                       const int64_t *source, const float *factor, int threads) {
+bool Operands::prepare(const Kernels &kernels, int dtype, const void *x, int64_t x_stride, int64_t k, int64_t rows,
+                       const int64_t *first, int64_t groups, const int64_t *source, const float *factor, int threads) {
   const auto bytes = static_cast<const uint8_t *>(x);
   const int64_t stride = x_stride * element_bytes(dtype);
-  rows_ = Buffer<const void *>(m);
+  rows_ = Buffer<const void *>(rows);
   if (!rows_) return false;
-  const bool equal = source == nullptr || m == 1;
-  if (dtype == kernels.operand && k % 32 == 0 && factor == nullptr && (equal || !kernels.spaced)) {
-    for (int64_t i = 0; i < m; ++i) rows_[i] = bytes + (source ? source[i] : i) * stride;
-    spacing_ = equal ? stride : 0;
+  // A group of one row is the same tiled or not.
+  if (dtype == kernels.operand && k % 32 == 0 && factor == nullptr && (!kernels.tiled || groups == rows)) {
+    for (int64_t i = 0; i < rows; ++i) rows_[i] = bytes + (source ? source[i] : i) * stride;
     return true;
   }
-  spacing_ = operand_spacing(kernels.operand, k);
-  converted_ = Buffer<uint8_t>(m * spacing_);
+  const OperandLayout layout{kernels.operand, kernels.tiled != 0, k};
+  converted_ = Buffer<uint8_t>(layout.bytes(rows));
   if (!converted_) return false;
-  Conversion c{&kernels, dtype, bytes, stride, k, m, source, factor, converted_.get(), spacing_};
-  const int64_t units = (m + Conversion::kRows - 1) / Conversion::kRows;
-  parallel(m * k < (1 << 16) ? 1 : threads, units, Conversion::run, &c);
-  for (int64_t i = 0; i < m; ++i) rows_[i] = converted_.get() + i * spacing_;
+  Conversion c{&kernels, dtype, bytes, stride, layout, first, source, factor, converted_.get(), rows_.get(), 16, rows};
+  parallel(rows * k < (1 << 16) ? 1 : threads, (rows + c.each - 1) / c.each, Conversion::run, &c);
   return true;
 }
 

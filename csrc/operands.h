@@ -8,24 +8,42 @@ namespace microscale {
 inline int64_t element_bytes(int dtype) { return dtype == MS_FP32 ? 4 : 2; }
 inline int64_t padded_k(int64_t k) { return (k + 31) / 32 * 32; }
 
-// Bytes between rows of our own: a line more than the numbers, so that rows a power of two long do not all fall into the
-// same set of the cache.
-inline int64_t operand_spacing(int operand, int64_t k) { return padded_k(k) * element_bytes(operand) + 64; }
+// Where the operands of rows lie in memory of our own: `size` rows that are multiplied together begin at row `first` of
+// all rows.
+//
+// Plain: row after row, a cache line between them, so that rows a power of two long do not all fall into one cache set.
+// Tiled: groups of 16 rows (the last has fewer); in a group, 32 k of each row, then the next 32 k of each row.
+struct OperandLayout {
+  int operand;  // MS_BF16 or MS_FP32
+  bool tiled;
+  int64_t k;
 
-// m rows, used where they are if the kernels can and converted otherwise. `source[i]` is the row of x that row i takes,
-// null: i itself. `factor[i]` multiplies it, null: 1. `spaced`: rows must be equally far apart.
+  int64_t bytes(int64_t rows) const { return rows * row_bytes(); }
+  int64_t row_bytes() const { return padded_k(k) * element_bytes(operand) + (tiled ? 0 : 64); }
+  // Bytes from the start of all rows to column 0 of row `i` of those that begin at `first`.
+  int64_t offset(int64_t first, int64_t i) const {
+    return tiled ? (first + i / 16 * 16) * row_bytes() + i % 16 * 64 : (first + i) * row_bytes();
+  }
+  // Bytes from 32 k of row `i` to the next.
+  int64_t step(int64_t size, int64_t i) const {
+    if (!tiled) return 32 * element_bytes(operand);
+    const int64_t left = size - i / 16 * 16;
+    return 64 * (left < 16 ? left : 16);
+  }
+};
+
+// Rows, used where they are if the kernels can and converted otherwise.
 class Operands {
  public:
-  // False: no memory.
-  bool prepare(const Kernels &kernels, int dtype, const void *x, int64_t x_stride, int64_t k, int64_t m,
-               const int64_t *source, const float *factor, int threads);
+  // `rows` rows in groups that are multiplied together: group g is rows [first[g], first[g + 1]). `source[i]` is the row
+  // of x that row i takes, null: i itself. `factor[i]` multiplies it, null: 1. False: no memory.
+  bool prepare(const Kernels &kernels, int dtype, const void *x, int64_t x_stride, int64_t k, int64_t rows,
+               const int64_t *first, int64_t groups, const int64_t *source, const float *factor, int threads);
   const void *const *rows() const { return rows_.get(); }
-  int64_t spacing() const { return spacing_; }  // bytes, 0: not equal
 
  private:
   Buffer<const void *> rows_;
   Buffer<uint8_t> converted_;
-  int64_t spacing_ = 0;
 };
 
 }  // namespace microscale

@@ -115,8 +115,7 @@ void Pool::run(const Job &wanted) {
   hire(wanted.threads);
   job_ = wanted;
   next_unit_.store(0, std::memory_order_relaxed);
-  // A worker may already pass the gate. It must not wake anyone yet: they would find no new epoch and sleep
-  // on.
+  // A worker may pass the gate before the epoch is new. It must not wake others yet: they would sleep on.
   next_wake_.store(kMaxThreads, std::memory_order_relaxed);
   gate_.store(kOpen, std::memory_order_release);
   epoch_.fetch_add(1);  // sequentially consistent with `asleep`: the worker sees this or is seen asleep

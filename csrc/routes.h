@@ -14,6 +14,7 @@ class Routes {
   int64_t experts() const { return hit_count_; }              // with a route
   int64_t expert(int64_t i) const { return hit_[i]; }         // ascending
   int64_t first(int64_t i) const { return first_[i]; }        // route of the i-th hit expert
+  const int64_t *firsts() const { return first_.get(); }      // [experts + 1]
   int64_t size(int64_t i) const { return first_[i + 1] - first_[i]; }
   int64_t largest() const { return largest_; }                // most routes of one expert
   int64_t by_size(int64_t i) const { return by_size_[i]; }    // positions, most routes first

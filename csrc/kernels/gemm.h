@@ -11,30 +11,43 @@
 namespace microscale {
 namespace {
 
-// Rows that share a decoded vector while it is in a register; more rows than kDirect go through decoded tiles in L1.
-template <class V, class D, int R, bool kSpecial>
-void direct(const uint8_t *codes, const uint8_t *scales, int64_t tiles, const typename V::Operand *const *rows,
-            float *out, int64_t stride) {
-  typename V::Total total[R];
-  for (int r = 0; r < R; ++r) total[r] = V::no_total();
+// Few rows: they share each decoded vector while it is in a register. P panels at a time, so that enough sums are under
+// way to hide the latency of a multiplication.
+template <class V, class D, int R, int P, bool kSpecial>
+void direct(const uint8_t *const *panels, const uint8_t *const *scales, int64_t tiles,
+            const typename V::Operand *const *rows, float *out, int64_t stride) {
+  typename V::Total total[R][P];
   const typename V::Operand *x[R];
-  for (int r = 0; r < R; ++r) x[r] = rows[r];
+  const uint8_t *codes[P];
+  for (int p = 0; p < P; ++p) codes[p] = panels[p];
+  for (int r = 0; r < R; ++r) {
+    x[r] = rows[r];
+    for (int p = 0; p < P; ++p) total[r][p] = V::no_total();
+  }
   const D decoder{};
   for (int64_t tile = 0; tile < tiles; ++tile) {
-    V::prefetch(codes + V::kAhead, D::kTileBytes);
+    for (int p = 0; p < P; ++p) V::prefetch(codes[p] + V::kAhead, D::kTileBytes);
     for (int block = 0; block < D::kBlocks; ++block) {
-      typename V::Sum sum[R];
-      for (int r = 0; r < R; ++r) sum[r] = V::no_sum();
-      decoder.template steps<kSpecial>(codes, block, [&](int step, const typename V::Weights &w) {
-        for (int r = 0; r < R; ++r) V::multiply(sum[r], w, x[r] + V::kStep * step);
-      });
-      const auto scale = D::template scale<kSpecial>(scales, tile, block);
-      for (int r = 0; r < R; ++r) V::template add_block<D, kSpecial>(total[r], sum[r], scale);
+      typename V::Sum sum[R][P];
+      for (int r = 0; r < R; ++r)
+        for (int p = 0; p < P; ++p) sum[r][p] = V::no_sum();
+#pragma GCC unroll 8
+      for (int part = block * D::kParts / D::kBlocks; part < (block + 1) * D::kParts / D::kBlocks; ++part)
+#pragma GCC unroll 4
+        for (int p = 0; p < P; ++p)
+          decoder.template steps<kSpecial>(codes[p], part, [&](int step, const typename V::Weights &w) {
+            for (int r = 0; r < R; ++r) V::multiply(sum[r][p], w, x[r] + V::kStep * step);
+          });
+      for (int p = 0; p < P; ++p) {
+        const auto scale = D::template scale<kSpecial>(scales[p], tile, block);
+        for (int r = 0; r < R; ++r) V::template add_block<D, kSpecial>(total[r][p], sum[r][p], scale);
+      }
     }
-    codes += D::kTileBytes;
+    for (int p = 0; p < P; ++p) codes[p] += D::kTileBytes;
     for (int r = 0; r < R; ++r) x[r] += 32;
   }
-  for (int r = 0; r < R; ++r) V::store(out + r * stride, total[r]);
+  for (int r = 0; r < R; ++r)
+    for (int p = 0; p < P; ++p) V::store(out + r * stride + 16 * p, total[r][p]);
 }
 
 // R rows times P panels of decoded tiles; the totals so far are in `out`.
@@ -70,15 +83,12 @@ void decoded(const typename V::Weights *w, const uint8_t *const *scales, int64_t
 
 template <class V, class D, int P, bool kSpecial>
 void decode(const uint8_t *const *panels, int64_t tile, int64_t tiles, typename V::Weights *w) {
-  constexpr int kSteps = 32 / V::kStep / D::kBlocks;
   const D decoder{};
-  for (int64_t t = tile; t < tile + tiles; ++t)
-    for (int block = 0; block < D::kBlocks; ++block, w += P * kSteps)
-      for (int p = 0; p < P; ++p)
-        decoder.template steps<kSpecial>(panels[p] + t * D::kTileBytes, block,
-                                         [&](int step, const typename V::Weights &v) {
-                                           w[(step % kSteps) * P + p] = v;
-                                         });
+  for (int64_t t = tile; t < tile + tiles; ++t, w += P * (32 / V::kStep))
+    for (int p = 0; p < P; ++p)
+      for (int part = 0; part < D::kParts; ++part)
+        decoder.template steps<kSpecial>(panels[p] + t * D::kTileBytes, part,
+                                         [&](int step, const typename V::Weights &v) { w[step * P + p] = v; });
 }
 
 template <class V, class D, int P, bool kSpecial>
@@ -110,36 +120,41 @@ void many_rows(const Product &a, const uint8_t *const *panels, const uint8_t *co
   }
 }
 
-template <class V, class D, bool kSpecial>
-void few_rows(const Product &a, const uint8_t *panel, const uint8_t *scales, float *out) {
+template <class V, class D, int P, bool kSpecial>
+void few_rows(const Product &a, const uint8_t *const *panels, const uint8_t *const *scales, float *out) {
   const auto rows = reinterpret_cast<const typename V::Operand *const *>(a.rows);
   const int64_t tiles = microscale::tiles(a.k);
   switch (a.m) {
-    case 1: direct<V, D, 1, kSpecial>(panel, scales, tiles, rows, out, a.stride); break;
-    case 2: direct<V, D, 2, kSpecial>(panel, scales, tiles, rows, out, a.stride); break;
-    case 3: direct<V, D, (V::kDirect >= 3 ? 3 : 1), kSpecial>(panel, scales, tiles, rows, out, a.stride); break;
-    case 4: direct<V, D, (V::kDirect >= 4 ? 4 : 1), kSpecial>(panel, scales, tiles, rows, out, a.stride); break;
+    case 1: direct<V, D, 1, P, kSpecial>(panels, scales, tiles, rows, out, a.stride); break;
+    case 2: direct<V, D, 2, P, kSpecial>(panels, scales, tiles, rows, out, a.stride); break;
+    case 3: direct<V, D, (V::kDirect >= 3 ? 3 : 1), P, kSpecial>(panels, scales, tiles, rows, out, a.stride); break;
+    case 4: direct<V, D, (V::kDirect >= 4 ? 4 : 1), P, kSpecial>(panels, scales, tiles, rows, out, a.stride); break;
   }
 }
 
 template <class V, class D, bool kSpecial>
 void product(const Product &a) {
   const int64_t size = panel_bytes(D::kFormat, a.k), where = scales_offset(D::kFormat, a.k);
-  const uint8_t *panel = a.panels + a.first * size;
   for (int64_t p = 0; p < a.count;) {
     float *out = a.out + 16 * p;
-    const uint8_t *panels[2] = {panel + p * size, panel + (p + 1) * size};
-    const uint8_t *scales[2] = {panels[0] + where, panels[1] + where};
-    if (a.m <= V::kDirect) {
-      few_rows<V, D, kSpecial>(a, panels[0], scales[0], out);
-      p += 1;
-    } else if (p + 1 < a.count && V::kPanels == 2) {
-      many_rows<V, D, V::kPanels, kSpecial>(a, panels, scales, out);
-      p += 2;
-    } else {
-      many_rows<V, D, 1, kSpecial>(a, panels, scales, out);
-      p += 1;
+    const uint8_t *panels[V::kPanels], *scales[V::kPanels];
+    for (int i = 0; i < V::kPanels; ++i) {
+      panels[i] = a.panels + (a.first + p + i) * size;
+      scales[i] = panels[i] + where;
     }
+    const bool full = a.count - p >= V::kPanels;
+    if (a.m <= V::kDirect) {
+      if (full)
+        few_rows<V, D, V::kPanels, kSpecial>(a, panels, scales, out);
+      else
+        few_rows<V, D, 1, kSpecial>(a, panels, scales, out);
+    } else {
+      if (full)
+        many_rows<V, D, V::kPanels, kSpecial>(a, panels, scales, out);
+      else
+        many_rows<V, D, 1, kSpecial>(a, panels, scales, out);
+    }
+    p += full ? V::kPanels : 1;
   }
 }
 

@@ -36,16 +36,17 @@ inline f32x16 finished(f32x16 raw, const float *outer, const float *bias, int64_
 }
 
 template <int kOperand>
-void load_row(int dtype, const void *x, int64_t n, float factor, void *operands, int64_t padded) {
-  for (int64_t i = 0; i < padded; i += kLanes) {  // padded is a multiple of 32
-    const int64_t count = n > i ? lanes_left(n, i) : 0;
-    f32x16 v{};
-    if (count) v = load_as(dtype, x, i, count);
-    if (factor != 1.0f) v = v * factor;
-    if (count < kLanes)
-      for (int64_t j = count; j < kLanes; ++j) v[j] = 0.0f;  // a factor may be infinite
-    store_as(kOperand, operands, i, v, kLanes);
-  }
+void load_row(int dtype, const void *x, int64_t n, float factor, void *operands, int64_t step) {
+  auto *out = static_cast<uint8_t *>(operands);
+  for (int64_t i = 0; i < n; i += 32, out += step)
+    for (int64_t part = 0; part < 32; part += kLanes) {
+      const int64_t count = n > i + part ? lanes_left(n, i + part) : 0;
+      f32x16 v{};
+      if (count) v = load_as(dtype, x, i + part, count);
+      if (factor != 1.0f) v = v * factor;
+      for (int64_t j = count; j < kLanes; ++j) v[j] = 0.0f;  // zero, even where the factor is infinite
+      store_as(kOperand, out, part, v, kLanes);
+    }
 }
 
 inline void add_row(const float *raw, const float *outer, const float *bias, float weight, int64_t n, float *sum) {
@@ -84,7 +85,7 @@ void activate_rows(const Activate *a) {
         g = finished(load_as(MS_FP32, gate, i, count), a->gate_outer, a->gate_bias, i, count);
         if (kind.gated) u = finished(load_as(MS_FP32, up, i, count), a->up_outer, a->up_bias, i, count);
       }
-      store_as(kOperand, a->out[row], a->column + i, activated(g, u, kind), count);
+      store_as(kOperand, a->out[row], i, activated(g, u, kind), count);
     }
   }
 }

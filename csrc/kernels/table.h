@@ -14,9 +14,8 @@ struct Product {
   const uint8_t *panels;     // the expert's first panel
   int64_t k;                 // of the weights
   int64_t first, count;      // panels
-  const void *const *rows;   // [m] operands, readable and finite up to k rounded up to 32
+  const void *const *rows;   // [m] operands, readable and finite up to k rounded up to 32; tiled: rows[0] alone counts
   int64_t m;
-  int64_t spacing;           // bytes between rows where they are equally far apart, else 0
   float *out;                // [m][stride]
   int64_t stride;            // elements, at least 16 * count
   void *scratch;             // Kernels::scratch bytes, aligned to 64
@@ -30,18 +29,19 @@ struct Activate {
   int64_t m, n;              // n results a row
   const float *gate_outer, *up_outer, *gate_bias, *up_bias;  // [n] ([2 n] in gate_* where interleaved) or null
   const struct ms_activation *activation;
-  void *const *out;          // [m] rows of operands,
-  int64_t column;            // from this one on
+  void *const *out;          // [m] where each row's n operands go
 };
 
 struct Kernels {
   int operand;               // MS_BF16 or MS_FP32: what rows hold
-  int spaced;                // rows must be equally far apart
+  // Operands of one expert are tiled: 16 rows together, 32 k of all of them before the next 32 k (see operands.h).
+  int tiled;
   size_t scratch;            // bytes each thread needs
   void (*product[MS_FORMATS])(const Product *);
   void (*activate)(const Activate *);
-  // n elements of `dtype`, times `factor`, to operands; the rest up to `padded` is zero.
-  void (*load)(int dtype, const void *x, int64_t n, float factor, void *operands, int64_t padded);
+  // n elements of `dtype`, times `factor`, to operands: every 32 of them `step` bytes after those before. The rest of the
+  // last 32 is zero.
+  void (*load)(int dtype, const void *x, int64_t n, float factor, void *operands, int64_t step);
   // sum[i] += weight * (raw[i] * outer[i] + bias[i]); outer and bias may be null.
   void (*add)(const float *raw, const float *outer, const float *bias, float weight, int64_t n, float *sum);
   // raw[i] * outer[i] + bias[i], rounded to `dtype`.

@@ -205,13 +205,12 @@ struct Decoder256 {
 
   static __m256 columns(__m256 a, __m256 b) { return Codes<kFormat>::columns(a, b); }
 
+  static constexpr int kParts = traits(kFormat).bits == 8 ? 8 : 4;
+
   template <bool kSpecial, class Emit>
-  void steps(const uint8_t *tile, int block, Emit emit) const {
-    constexpr int kPairs = 16 / kBlocks;
-    if (kBlocks == 1)
-      codes.template pairs<kSpecial>(tile, 0, 16, emit);
-    else
-      codes.template pairs<kSpecial>(tile, block * kPairs, block * kPairs + kPairs, emit);
+  void steps(const uint8_t *tile, int part, Emit emit) const {
+    constexpr int kPairs = 16 / kParts;
+    codes.template pairs<kSpecial>(tile, part * kPairs, part * kPairs + kPairs, emit);
   }
 
   // Scales of 8 columns, times 2^kShift unless special.

@@ -57,14 +57,13 @@ struct Decoder512 {
   static constexpr int kBlocks = kFormat == MS_NVFP4 ? 2 : 1;
   const Codes<kFormat> codes;
 
+  static constexpr int kParts = traits(kFormat).bits == 8 ? 8 : 4;  // vectors of a tile's codes
+
   template <bool kSpecial, class Emit>
-  void steps(const uint8_t *tile, int block, Emit emit) const {
-    constexpr int kPairs = 16 / kBlocks;
-    if (kBlocks == 1)
-      codes.template pairs<kSpecial>(tile, 0, 16, [&](int pair, __m512i v) { V::emit(pair, v, emit); });
-    else
-      codes.template pairs<kSpecial>(tile, block * kPairs, block * kPairs + kPairs,
-                                     [&](int pair, __m512i v) { V::emit(pair, v, emit); });
+  void steps(const uint8_t *tile, int part, Emit emit) const {
+    constexpr int kPairs = 16 / kParts;
+    codes.template pairs<kSpecial>(tile, part * kPairs, part * kPairs + kPairs,
+                                   [&](int pair, __m512i v) { V::emit(pair, v, emit); });
   }
   template <bool kSpecial>
   static __m512 scale(const uint8_t *scales, int64_t tile, int block) {

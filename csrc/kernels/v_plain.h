@@ -84,9 +84,11 @@ struct PlainDecoder {
     return low | (word(tile, 64 + k / 16 * 16 + n) >> (16 * parity + 2 * (k / 2 % 8)) & 3) << 4;
   }
 
+  static constexpr int kParts = 4;
+
   template <bool kSpecial, class Emit>
-  void steps(const uint8_t *tile, int block, Emit emit) const {
-    for (int k = block * (32 / kBlocks); k < (block + 1) * (32 / kBlocks); ++k) {
+  void steps(const uint8_t *tile, int part, Emit emit) const {
+    for (int k = part * (32 / kParts); k < (part + 1) * (32 / kParts); ++k) {
       u32x16 bits;
       for (int n = 0; n < kLanes; ++n) bits[n] = kTable.bits[code(tile, n, k)];
       emit(k, as_float(bits));
