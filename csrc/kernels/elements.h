@@ -42,5 +42,23 @@ constexpr Table16<N> bf16_table(Encoding e, int codes) {
   return t;
 }
 
+// Values times 2^kRaise, so large that an unsigned, saturating subtraction from their bits can scale them down again and
+// leaves zero, of either sign, alone. `flag`: bit 0 is set where the mantissa is not zero.
+constexpr int kRaise = 100;
+template <int N>
+constexpr Table16<N> raised_table(Encoding e, int codes, bool flag) {
+  Table16<N> t = bf16_table<N>(e, codes);
+  for (int i = 0; i < N; ++i) {
+    uint16_t &v = t.entry[i];
+    if ((v & 0x7fff) == 0)
+      v = 0;
+    else if (!flag)
+      v = static_cast<uint16_t>(v + (kRaise << 7));
+    else
+      v = static_cast<uint16_t>((v & 0xff80) + (kRaise << 7) + ((v & 0x7f) != 0));
+  }
+  return t;
+}
+
 }  // namespace
 }  // namespace microscale

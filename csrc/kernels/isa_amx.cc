@@ -11,6 +11,7 @@ namespace {
 constexpr int64_t kTile = 1024;       // bytes decoded
 constexpr int64_t kChunk = 16;        // tiles of K that many rows share: two panels of them fit in half of L1
 constexpr int64_t kSums = 32 * 32 * 4;
+constexpr int64_t kAhead = 1024;      // bytes that a panel is fetched ahead
 constexpr int64_t kScratch = 2 * kChunk * kTile + kSums;
 
 // The tile instructions below tell the compiler nothing of the memory they touch.
@@ -22,7 +23,7 @@ struct alignas(64) Config {
   uint8_t rows[16] = {};
 };
 
-// Sums are tiles 0 to 3, rows 4 and 5, weights 6 and 7 (and 5 where there is one row tile). R = 1: sums of panel p in
+// Sums are tiles 0 to 3, rows 4 and 5, weights 6 and 7. R = 1: sums of panel p in
 // tile p. R = 2: those of row tile r and panel p in tile 2 r + p.
 void configure(int64_t first_rows, int64_t second_rows) {
   Config c;
@@ -71,68 +72,87 @@ inline void store(float *out, int64_t stride) {
   fence();
 }
 
+template <int R>
+inline void load_rows(const uint8_t *x, const uint8_t *y) {
+  _tile_loadd(4, x, 64);
+  if constexpr (R == 2) _tile_loadd(5, y, 64);
+}
+
+// The loaded rows times panel p's tile; p is a constant wherever this is inlined.
+template <int R>
+inline void multiply_panel(int p, const uint8_t *w) {
+  if (p % 2 == 0)
+    _tile_loadd(6, w, 64);
+  else
+    _tile_loadd(7, w, 64);
+  if (p == 0) {
+    _tile_dpbf16ps(0, 4, 6);
+    if constexpr (R == 2) _tile_dpbf16ps(2, 5, 6);
+  } else if (p == 1) {
+    _tile_dpbf16ps(1, 4, 7);
+    if constexpr (R == 2) _tile_dpbf16ps(3, 5, 7);
+  } else if (p == 2) {
+    _tile_dpbf16ps(2, 4, 6);
+  } else {
+    _tile_dpbf16ps(3, 4, 7);
+  }
+}
+
 // One step of 32 k: row tiles at `x` and `y`, P decoded tiles at `w`.
 template <int R, int P>
 inline void multiply(const uint8_t *x, const uint8_t *y, const uint8_t *w) {
-  _tile_loadd(4, x, 64);
-  _tile_loadd(6, w, 64);
-  _tile_dpbf16ps(0, 4, 6);
-  if constexpr (R == 2) {
-    _tile_loadd(5, y, 64);
-    _tile_dpbf16ps(2, 5, 6);
-    if constexpr (P > 1) {
-      _tile_loadd(7, w + kTile, 64);
-      _tile_dpbf16ps(1, 4, 7);
-      _tile_dpbf16ps(3, 5, 7);
-    }
-  } else {
-    if constexpr (P > 1) {
-      _tile_loadd(7, w + kTile, 64);
-      _tile_dpbf16ps(1, 4, 7);
-    }
-    if constexpr (P > 2) {
-      _tile_loadd(5, w + 2 * kTile, 64);
-      _tile_dpbf16ps(2, 4, 5);
-    }
-    if constexpr (P > 3) {
-      _tile_loadd(6, w + 3 * kTile, 64);
-      _tile_dpbf16ps(3, 4, 6);
-    }
-  }
+  load_rows<R>(x, y);
+#pragma GCC unroll 4
+  for (int p = 0; p < P; ++p) multiply_panel<R>(p, w + p * kTile);
 }
 
 // Codes of one tile with their block scales as bfloat16, which holds the products exactly: a power of two changes the
 // exponent alone, and an E2M1 code times an E4M3 scale has six significant bits. Block FP8 keeps its scales for later.
 template <int kFormat>
 struct Decoder {
-  const Codes<kFormat> codes{};
+  static constexpr Raise kHow =
+      kFormat == MS_FP8_BLOCK128 ? kAsIs : kFormat == MS_NVFP4 ? kFlagged : kRaised;
+  const Codes<kFormat, kHow> codes{};
 
   void tile(const uint8_t *panel, const uint8_t *scales, int64_t tile, uint8_t *out) const {
     const uint8_t *from = panel + tile * tile_bytes(kFormat);
     for (int64_t i = 0; i < tile_bytes(kFormat); i += 64)
-      _mm_prefetch(reinterpret_cast<const char *>(from + 2048 + i), _MM_HINT_T0);
+      _mm_prefetch(reinterpret_cast<const char *>(from + kAhead + i), _MM_HINT_T0);
     const auto put = [out](int pair, __m512i v) { _mm512_store_si512(out + 64 * pair, v); };
     if constexpr (kFormat == MS_FP8_BLOCK128) {
       codes.template pairs<false>(from, 0, 16, put);
     } else if constexpr (kFormat == MS_NVFP4) {
       for (int block = 0; block < 2; ++block) {
         const __m512 scale = scale512<kFormat, false>(scales, tile, block);
-        const __m512i high = _mm512_set1_epi32(static_cast<int>(0xffff0000));
-        codes.template pairs<false>(from, 8 * block, 8 * block + 8, [&](int pair, __m512i v) {
-          const __m512 even = _mm512_mul_ps(_mm512_castsi512_ps(_mm512_slli_epi32(v, 16)), scale);
-          const __m512 odd = _mm512_mul_ps(_mm512_castsi512_ps(_mm512_and_si512(v, high)), scale);
-          put(pair, _mm512_or_si512(_mm512_srli_epi32(_mm512_castps_si512(even), 16), _mm512_castps_si512(odd)));
+        const __m512i power = lowering(scale, 0);
+        const __m512i half_more = lowering(_mm512_mul_ps(scale, _mm512_set1_ps(1.5f)), 1);
+        codes.template pairs<false>(from, 8 * block, 8 * block + 8, put, [&](__m512i v) {
+          const auto one_and_a_half = _mm512_test_epi16_mask(v, words(1));
+          return _mm512_mask_subs_epu16(_mm512_subs_epu16(v, power), one_and_a_half, v, half_more);
         });
       }
     } else {
       const __m512i bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i *>(scales + 16 * tile)));
       const __m512i both = _mm512_or_si512(bytes, _mm512_slli_epi32(bytes, 16));
-      const __m512i exponent = _mm512_slli_epi16(_mm512_sub_epi16(both, words(127 - Codes<kFormat>::kShift)), 7);
-      codes.template pairs<false>(from, 0, 16, [&](int pair, __m512i v) {
-        const auto some = _mm512_test_epi16_mask(v, words(0x7fff));  // zero stays zero
-        put(pair, _mm512_mask_add_epi16(v, some, v, exponent));
-      });
+      if constexpr (kFormat == MS_MXINT8) {
+        const __m512i exponent = _mm512_slli_epi16(_mm512_sub_epi16(both, words(127 - Codes<kFormat>::kShift)), 7);
+        codes.template pairs<false>(from, 0, 16, put, [&](__m512i v) {
+          return _mm512_mask_add_epi16(v, _mm512_test_epi16_mask(v, words(0x7fff)), v, exponent);
+        });
+      } else {
+        const __m512i less = _mm512_slli_epi16(_mm512_sub_epi16(words(127 + kRaise), both), 7);
+        codes.template pairs<false>(from, 0, 16, put, [&](__m512i v) { return _mm512_subs_epu16(v, less); });
+      }
     }
+  }
+
+  // What must be taken from the bits of a raised power of two, plus `flag`, for its product with a positive `scale` of at
+  // most eight significant bits; everything where the scale is zero.
+  static __m512i lowering(__m512 scale, int flag) {
+    const __m512i bits = _mm512_srli_epi32(_mm512_castps_si512(scale), 16);
+    __m512i less = _mm512_sub_epi32(_mm512_set1_epi32(((127 + kRaise) << 7) + flag), bits);
+    less = _mm512_mask_mov_epi32(less, _mm512_testn_epi32_mask(bits, bits), _mm512_set1_epi32(0xffff));
+    return _mm512_or_si512(less, _mm512_slli_epi32(less, 16));
   }
 };
 
@@ -174,12 +194,17 @@ void together(const uint8_t *const *panels, const uint8_t *const *scales, int64_
   configure(R == 1 ? r.m : 16, R == 1 ? 0 : r.m - 16);
   zero<R, P>();
   for (int64_t t = 0; t < tiles + kLag; ++t) {
-    if (t < tiles)
-      for (int p = 0; p < P; ++p) decoder.tile(panels[p], scales[p], t, scratch + (t % kRing * P + p) * kTile);
-    fence();
     const int64_t now = t - kLag;
+    const uint8_t *w = scratch + now % kRing * P * kTile;
+    uint8_t *next = scratch + t % kRing * P * kTile;
+    if (now >= 0) load_rows<R>(r.x + now * r.x_step, r.y + now * r.y_step);
+#pragma GCC unroll 4
+    for (int p = 0; p < P; ++p) {
+      if (t < tiles) decoder.tile(panels[p], scales[p], t, next + p * kTile);
+      fence();
+      if (now >= 0) multiply_panel<R>(p, w + p * kTile);
+    }
     if (now < 0) continue;
-    multiply<R, P>(r.x + now * r.x_step, r.y + now * r.y_step, scratch + now % kRing * P * kTile);
     if constexpr (kFormat == MS_FP8_BLOCK128) {
       if (now % 4 != 3 && now + 1 < tiles) continue;
       float scale[P];
