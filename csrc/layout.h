@@ -9,8 +9,9 @@
 namespace microscale {
 
 constexpr int64_t kHeaderBytes = sizeof(ms_header);
-constexpr int64_t kAlignment = 64;     // of the buffer and of every panel in it
+constexpr int64_t kAlignment = 64;     // of the buffer and of every group in it
 constexpr int64_t kPanelColumns = 16;  // of N
+constexpr int64_t kGroupPanels = 4;
 constexpr int64_t kTileK = 32;
 constexpr int64_t kMaxSize = int64_t{1} << 40;  // of experts, n, k: above any tensor; sums cannot overflow
 static_assert(kHeaderBytes == 64);
@@ -56,32 +57,56 @@ static constexpr int64_t tiles(int64_t k) { return ceil_div(k, kTileK); }
 static constexpr int64_t panels(int64_t n) { return ceil_div(n, kPanelColumns); }
 static constexpr int64_t tile_bytes(int format) { return kPanelColumns * kTileK * traits(format).bits / 8; }
 
-// Bytes from a panel's start to its scales.
-static constexpr int64_t scales_offset(int format, int64_t k) { return tiles(k) * tile_bytes(format); }
-
-// Bytes of a panel's scales.
-static constexpr int64_t panel_scale_bytes(int format, int64_t k) {
-  const Traits &t = traits(format);
-  if (t.blocks_per_tile == 0) return scale_columns(format, k) * t.scale_bytes;
-  return tiles(k) * t.blocks_per_tile * kPanelColumns * t.scale_bytes;
+// Byte scales of one panel and tile; none in block FP8.
+static constexpr int64_t tile_scale_bytes(int format) {
+  return traits(format).blocks_per_tile * kPanelColumns * traits(format).scale_bytes;
 }
 
-static constexpr int64_t panel_bytes(int format, int64_t k) {
-  return ceil_div(scales_offset(format, k) + panel_scale_bytes(format, k), kAlignment) * kAlignment;
+// A panel's scales that cover several tiles (block FP8).
+static constexpr int64_t panel_scale_bytes(int format, int64_t k) {
+  return traits(format).blocks_per_tile == 0 ? scale_columns(format, k) * traits(format).scale_bytes : 0;
+}
+
+// A group of `count` panels: bytes from one tile to the next, and of the whole.
+static constexpr int64_t tile_step(int format, int64_t count) {
+  return count * (tile_bytes(format) + tile_scale_bytes(format));
+}
+static constexpr int64_t group_bytes(int format, int64_t k, int64_t count) {
+  const int64_t bytes = tiles(k) * tile_step(format, count) + count * panel_scale_bytes(format, k);
+  return ceil_div(bytes, kAlignment) * kAlignment;
+}
+
+// Where a panel lies in its expert, in bytes.
+struct PanelPlace {
+  int64_t codes;       // its codes of tile 0
+  int64_t scales;      // its scales of tile 0
+  int64_t step;        // from a tile's codes to the next tile's
+  int64_t scale_step;  // the same of scales; 0 where they cover several tiles
+  int64_t count;       // panels in its group
+};
+static constexpr PanelPlace panel_place(int format, int64_t n, int64_t k, int64_t panel) {
+  const int64_t group = panel / kGroupPanels, within = panel % kGroupPanels, left = panels(n) - group * kGroupPanels;
+  const int64_t count = left < kGroupPanels ? left : kGroupPanels, step = tile_step(format, count);
+  const int64_t start = group * group_bytes(format, k, kGroupPanels);
+  const bool bytes = traits(format).blocks_per_tile != 0;
+  const int64_t scales = bytes ? count * tile_bytes(format) + within * tile_scale_bytes(format)
+                               : tiles(k) * step + within * panel_scale_bytes(format, k);
+  return {start + within * tile_bytes(format), start + scales, step, bytes ? step : 0, count};
 }
 
 // Fits in 64 bits only for sizes that packed_bytes() accepts.
 static constexpr int64_t expert_bytes(int format, int64_t n, int64_t k) {
-  return panels(n) * panel_bytes(format, k);
+  const int64_t rest = panels(n) % kGroupPanels;
+  return panels(n) / kGroupPanels * group_bytes(format, k, kGroupPanels) + (rest ? group_bytes(format, k, rest) : 0);
 }
 
 // Bytes of the whole buffer, or -1 for a format or size that cannot be. Takes any arguments.
 static constexpr int64_t packed_bytes(int format, int64_t experts, int64_t n, int64_t k) {
   if (!valid_format(format) || !valid_size(experts) || !valid_size(n) || !valid_size(k)) return -1;
   constexpr int64_t most = PTRDIFF_MAX - kHeaderBytes;
-  const int64_t panel = panel_bytes(format, k);
-  if (panel > 0 && panels(n) > most / panel) return -1;
-  const int64_t expert = panels(n) * panel;
+  const int64_t group = group_bytes(format, k, kGroupPanels);
+  if (group > 0 && panels(n) / kGroupPanels + 1 > most / group) return -1;
+  const int64_t expert = expert_bytes(format, n, k);
   if (expert > 0 && experts > most / expert) return -1;
   return kHeaderBytes + experts * expert;
 }
@@ -96,9 +121,9 @@ static inline const ms_header *header_of(const void *packed) {
   return bytes >= 0 && bytes == h->bytes ? h : nullptr;
 }
 
-// The first byte of one panel, from the buffer's start. `h` has passed header_of().
-static inline int64_t panel_offset(const ms_header *h, int64_t expert, int64_t panel) {
-  return kHeaderBytes + (expert * panels(h->n) + panel) * panel_bytes(h->format, h->k);
+// The first byte of one expert, from the buffer's start. `h` has passed header_of().
+static inline int64_t expert_offset(const ms_header *h, int64_t expert) {
+  return kHeaderBytes + expert * expert_bytes(h->format, h->n, h->k);
 }
 
 }  // namespace microscale

@@ -30,7 +30,8 @@ struct Linear {
     float *sums = c.sums + thread * c.sums_each;
     const int64_t stride = c.columns * kPanelColumns;
     Product p{};
-    p.panels = reinterpret_cast<const uint8_t *>(c.w) + kHeaderBytes;
+    p.weights = reinterpret_cast<const uint8_t *>(c.w) + expert_offset(c.w, 0);
+    p.n = n;
     p.k = c.w->k;
     p.first = first;
     p.count = count;

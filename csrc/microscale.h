@@ -4,9 +4,10 @@
  * A packed tensor [E, N, K] is one buffer, aligned to 64 bytes:
  *
  *   header   64 bytes, see `ms_header`
- *   E x ceil(N / 16) panels, each of 16 output columns and padded with zeros to a multiple of 64 bytes:
- *     ceil(K / 32) code tiles of 16 columns x 32 k
- *     the panel's scales
+ *   for each expert, groups of 64 output columns: 4 panels of 16 columns (fewer in the last group), padded with zeros to
+ *   a multiple of 64 bytes, so that one stretch of memory holds all that 64 columns need, in the order of its use:
+ *     for each tile of 32 k: the codes of each panel's 16 columns x 32 k, then the byte scales of each panel
+ *     block FP8: then each panel's scales for all of K
  *
  * Every 32-bit word of a tile belongs to one column n = word % 16, so that vectors of any width find the same
  * columns in their lanes. With q = word / 16 and p the parity of k (bits 15..0 of the word: even k, bits 31..16: odd k):
@@ -16,7 +17,7 @@
  *   6 bits: 64 words as for 4 bits hold each code's low four bits; then 32 words hold the high two: bits 2 i + 1, 2 i of
  *           half p are k = 16 q + 2 i + p.
  *
- *   E8M0 scales: byte [tile][column].   E4M3 (NVFP4): byte [tile][half][column], half = k / 16 % 2.
+ *   E8M0 scales of a panel and tile: byte [column].   E4M3 (NVFP4): byte [half][column], half = k / 16 % 2.
  *   float32 (block FP8): float [ceil(K / 128)], the panel's 16 columns share them.
  *
  * Columns beyond N and k beyond K hold zero codes and zero scales.
@@ -41,7 +42,7 @@ enum ms_level { MS_PLAIN, MS_AVX2, MS_AVX512, MS_AVX512_BF16, MS_AMX, MS_LEVELS 
 enum ms_kind { MS_SILU, MS_SWIGLU_OAI, MS_SWIGLU_STEP, MS_SITU, MS_GELU, MS_GELU_TANH, MS_RELU2, MS_KINDS };
 enum ms_status { MS_OK, MS_BAD_ARGUMENT, MS_BAD_HEADER, MS_BAD_LEVEL, MS_NO_MEMORY };
 
-#define MS_MAGIC 0x314c504353574d73ull /* "sMWSCPL1" */
+#define MS_MAGIC 0x324c504353574d73ull /* "sMWSCPL2" */
 /* A scale far from 1 or NaN, or a code that is infinite or NaN: decoded by a slower, exact path. */
 #define MS_SPECIAL 1u
 

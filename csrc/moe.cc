@@ -18,8 +18,8 @@ struct Weights {
   const ms_header *header;
   const float *outer, *bias;  // [E, N] or null
 
-  const uint8_t *panels_of(int64_t expert) const {
-    return reinterpret_cast<const uint8_t *>(header) + panel_offset(header, expert, 0);
+  const uint8_t *expert(int64_t i) const {
+    return reinterpret_cast<const uint8_t *>(header) + expert_offset(header, i);
   }
   const float *outer_of(int64_t expert, int64_t column) const {
     return outer ? outer + expert * header->n + column : nullptr;
@@ -47,7 +47,8 @@ struct Moe {
 
   Product product(const Weights &w, int64_t expert, int64_t hit, const void *const *rows, void *decoded) const {
     Product p{};
-    p.panels = w.panels_of(expert);
+    p.weights = w.expert(expert);
+    p.n = w.header->n;
     p.k = w.header->k;
     p.rows = rows + routes->first(hit);
     p.m = routes->size(hit);

@@ -12,11 +12,12 @@ namespace {
 // Tiles after which packing turns to the next four columns: the panel's lines are then still in the L1 cache.
 constexpr int64_t kRun = 8;
 
-// Packs a panel's codes. `stride` is the bytes of a row, `columns` how many of the panel's exist. Returns
+// Packs a panel's codes. `stride` is the bytes of a row, `columns` how many of the panel's exist, `step` the vectors from
+// a tile to the next. Returns
 // whether a code is bad.
 template <int Bits>
-bool pack_codes(const uint8_t *rows, int64_t stride, int64_t columns, Lanes *panel, Bad bad) {
-  constexpr int64_t bytes = 4 * Bits, step = Bits * kStep;  // one tile's of a row, and of the panel
+bool pack_codes(const uint8_t *rows, int64_t stride, int64_t columns, Lanes *panel, int64_t step, Bad bad) {
+  constexpr int64_t bytes = 4 * Bits;  // of a row in one tile
   const int64_t whole = stride / bytes, all = ceil_div(stride, bytes);
   Lanes found = {};
   for (int64_t begin = 0; begin < all; begin += kRun) {
@@ -43,8 +44,8 @@ bool pack_codes(const uint8_t *rows, int64_t stride, int64_t columns, Lanes *pan
 
 // The inverse of pack_codes.
 template <int Bits>
-void unpack_codes(const Lanes *panel, int64_t stride, int64_t columns, uint8_t *rows) {
-  constexpr int64_t bytes = 4 * Bits, step = Bits * kStep;
+void unpack_codes(const Lanes *panel, int64_t step, int64_t stride, int64_t columns, uint8_t *rows) {
+  constexpr int64_t bytes = 4 * Bits;
   const int64_t whole = stride / bytes, all = ceil_div(stride, bytes);
   for (int64_t begin = 0; begin < all; begin += kRun) {
     const int64_t end = begin + kRun < all ? begin + kRun : all;
@@ -80,24 +81,26 @@ bool any_magnitude(int format, const uint8_t *words) {
   return (format == MS_MXINT8 ? low : low & 0x7f7f7f7f) != 0;
 }
 
-bool special_e8m0(int format, const uint8_t *panel, const uint8_t *scales, int64_t count) {
+bool special_e8m0(int format, const uint8_t *codes, const uint8_t *scales, int64_t step, int64_t tiles) {
   constexpr uint8_t least = 32, most = 222, nan = 255;
-  uint8_t outside = 0;
-  for (int64_t i = 0; i < count; ++i) outside |= static_cast<uint8_t>(scales[i] - least) > most - least;
-  if (outside == 0) return false;
-  for (int64_t i = 0; i < count; ++i) {
-    if (scales[i] >= least && scales[i] <= most) continue;
-    if (scales[i] == nan) return true;
-    const int64_t tile = i / kPanelColumns, column = i % kPanelColumns;
-    if (any_magnitude(format, panel + tile * tile_bytes(format) + 4 * column)) return true;
+  for (int64_t t = 0; t < tiles; ++t, codes += step, scales += step) {
+    uint8_t outside = 0;
+    for (int64_t c = 0; c < kPanelColumns; ++c) outside |= static_cast<uint8_t>(scales[c] - least) > most - least;
+    if (outside == 0) continue;
+    for (int64_t c = 0; c < kPanelColumns; ++c) {
+      if (scales[c] >= least && scales[c] <= most) continue;
+      if (scales[c] == nan || any_magnitude(format, codes + 4 * c)) return true;
+    }
   }
   return false;
 }
 
-bool special_e4m3(const uint8_t *scales, int64_t count) {
-  uint8_t nan = 0;
-  for (int64_t i = 0; i < count; ++i) nan |= (scales[i] & 0x7f) == 0x7f;
-  return nan != 0;
+// Negative scales too: only the slower path heeds their sign.
+bool special_e4m3(const uint8_t *scales, int64_t step, int64_t tiles) {
+  uint8_t found = 0;
+  for (int64_t t = 0; t < tiles; ++t)
+    for (int64_t i = 0; i < tile_scale_bytes(MS_NVFP4); ++i) found |= scales[t * step + i] >= 0x7f;
+  return found != 0;
 }
 
 bool special_float32(const uint8_t *scales, int64_t count) {
@@ -143,32 +146,43 @@ void pack_panel(void *context, int64_t unit, int) {
   const int64_t n = job.header->n, k = job.header->k, stride = row_bytes(format, k);
   const Place at(n, unit);
   const uint8_t *rows = job.codes + at.codes(format, n, k), *in = job.scales + at.scales(format, n, k);
-  uint8_t *start = job.packed + panel_offset(job.header, at.expert, at.panel);
-  uint8_t *out = start + scales_offset(format, k), *end = start + panel_bytes(format, k);
-  Lanes *panel = reinterpret_cast<Lanes *>(start);
-
-  std::memset(out, 0, static_cast<size_t>(end - out));
+  uint8_t *expert = job.packed + expert_offset(job.header, at.expert);
+  const PanelPlace place = panel_place(format, n, k, at.panel);
+  uint8_t *packed_codes = expert + place.codes, *out = expert + place.scales;
+  Lanes *panel = reinterpret_cast<Lanes *>(packed_codes);
 
   const Bad bad = bad_codes(format);
   const int bits = traits(format).bits;
-  if (bits == 4) pack_codes<4>(rows, stride, at.columns, panel, bad);
-  if (bits == 6) pack_codes<6>(rows, stride, at.columns, panel, bad);
+  const int64_t step = place.step / static_cast<int64_t>(sizeof(Lanes));
+  if (bits == 4) pack_codes<4>(rows, stride, at.columns, panel, step, bad);
+  if (bits == 6) pack_codes<6>(rows, stride, at.columns, panel, step, bad);
   bool special = false;
-  if (bits == 8) special = pack_codes<8>(rows, stride, at.columns, panel, bad);
+  if (bits == 8) special = pack_codes<8>(rows, stride, at.columns, panel, step, bad);
 
-  const int64_t blocks = scale_columns(format, k);
-  if (traits(format).scale == kFloat32) {
+  const int64_t blocks = scale_columns(format, k), each = traits(format).blocks_per_tile;
+  if (each == 0) {
     std::memcpy(out, in, static_cast<size_t>(4 * blocks));
     special |= special_float32(out, blocks);
   } else {
-    for (int64_t c = 0; c < at.columns; ++c) {
-      for (int64_t b = 0; b < blocks; ++b) out[b * kPanelColumns + c] = in[c * blocks + b];
+    for (int64_t t = 0; t < tiles(k); ++t) {
+      uint8_t *to = out + t * place.step;
+      for (int64_t b = 0; b < each; ++b)
+        for (int64_t c = 0; c < kPanelColumns; ++c)
+          to[b * kPanelColumns + c] =
+              c < at.columns && each * t + b < blocks ? in[c * blocks + each * t + b] : uint8_t{0};
     }
-    const int64_t count = blocks * kPanelColumns;
-    const bool e4m3 = traits(format).scale == kE4M3;
-    special |= e4m3 ? special_e4m3(out, count) : special_e8m0(format, start, out, count);
+    special |= traits(format).scale == kE4M3
+                   ? special_e4m3(out, place.step, tiles(k))
+                   : special_e8m0(format, packed_codes, out, place.step, tiles(k));
   }
   if (special) job.special.store(true, std::memory_order_relaxed);
+
+  // The group's padding belongs to its last panel.
+  if (at.panel % kGroupPanels == place.count - 1) {
+    const int64_t start = at.panel / kGroupPanels * group_bytes(format, k, kGroupPanels);
+    const int64_t used = tiles(k) * place.step + place.count * panel_scale_bytes(format, k);
+    std::memset(expert + start + used, 0, static_cast<size_t>(group_bytes(format, k, place.count) - used));
+  }
 
   // What the last byte of a row has beyond its codes cannot be kept, so it must be zero.
   if (const int used = static_cast<int>(k * bits % 8); used != 0) {
@@ -189,23 +203,24 @@ void unpack_panel(void *context, int64_t unit, int) {
   const int64_t n = job.header->n, k = job.header->k, stride = row_bytes(format, k);
   const Place at(n, unit);
   uint8_t *rows = job.codes + at.codes(format, n, k), *out = job.scales + at.scales(format, n, k);
-  const uint8_t *start =
-      reinterpret_cast<const uint8_t *>(job.header) + panel_offset(job.header, at.expert, at.panel);
-  const uint8_t *in = start + scales_offset(format, k);
-  const Lanes *panel = reinterpret_cast<const Lanes *>(start);
+  const uint8_t *expert = reinterpret_cast<const uint8_t *>(job.header) + expert_offset(job.header, at.expert);
+  const PanelPlace place = panel_place(format, n, k, at.panel);
+  const uint8_t *in = expert + place.scales;
+  const Lanes *panel = reinterpret_cast<const Lanes *>(expert + place.codes);
+  const int64_t step = place.step / static_cast<int64_t>(sizeof(Lanes));
 
-  if (bits == 4) unpack_codes<4>(panel, stride, at.columns, rows);
-  if (bits == 6) unpack_codes<6>(panel, stride, at.columns, rows);
-  if (bits == 8) unpack_codes<8>(panel, stride, at.columns, rows);
+  if (bits == 4) unpack_codes<4>(panel, step, stride, at.columns, rows);
+  if (bits == 6) unpack_codes<6>(panel, step, stride, at.columns, rows);
+  if (bits == 8) unpack_codes<8>(panel, step, stride, at.columns, rows);
 
-  const int64_t blocks = scale_columns(format, k);
-  if (traits(format).scale == kFloat32) {
+  const int64_t blocks = scale_columns(format, k), each = traits(format).blocks_per_tile;
+  if (each == 0) {
     // Eight panels share these scales; the first one gives them back.
     if (at.column % traits(format).block_rows == 0) std::memcpy(out, in, static_cast<size_t>(4 * blocks));
   } else {
-    for (int64_t c = 0; c < at.columns; ++c) {
-      for (int64_t b = 0; b < blocks; ++b) out[c * blocks + b] = in[b * kPanelColumns + c];
-    }
+    for (int64_t b = 0; b < blocks; ++b)
+      for (int64_t c = 0; c < at.columns; ++c)
+        out[c * blocks + b] = in[b / each * place.step + b % each * kPanelColumns + c];
   }
 }
 

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from microscale import env
+from microscale import env, machine
 from microscale.errors import MicroscaleError
 from microscale.machine import detect
 
@@ -20,6 +20,34 @@ def test_detect_describes_this_machine() -> None:
     assert machine.torch
     assert machine.level in ("amx", "avx512_bf16", "avx512", "avx2", "neon", "plain")
     assert detect() is machine
+
+
+@pytest.mark.parametrize(
+    "error, words",
+    [
+        (
+            ModuleNotFoundError("No module", name="microscale._core"),
+            "it could not be compiled when microscale was",
+        ),
+        (
+            ImportError("undefined symbol: ms_moe"),
+            "it is there, but cannot be loaded: undefined symbol: ms_moe",
+        ),
+    ],
+)
+def test_a_core_that_is_absent_or_broken(
+    monkeypatch: pytest.MonkeyPatch, error: ImportError, words: str
+) -> None:
+    class Raises:
+        def find_spec(self, name: str, *args: object) -> None:
+            if name == "microscale._core":
+                raise error
+
+    monkeypatch.delitem(sys.modules, "microscale._core", raising=False)
+    monkeypatch.setattr(sys, "meta_path", [Raises(), *sys.meta_path])
+    core, missing = machine._core()
+    assert core == ""
+    assert missing.startswith(words)
 
 
 def test_flags_are_those_of_the_operating_system() -> None:

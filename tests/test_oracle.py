@@ -11,7 +11,7 @@ from microscale.activations import GPT_OSS
 from microscale.backends import BACKENDS, _load, merge, table
 from microscale.errors import NoBackendError
 from microscale.invented import INVENTED
-from microscale.machine import Machine
+from microscale.machine import CORE, Machine
 from microscale.oracle import Backend, Choice, Problem, choose
 
 MOE = Problem(
@@ -33,6 +33,10 @@ def test_a16_mxfp4_experts_run_everywhere(machine: Machine) -> None:
     choice = choose(MOE.on(machine), BACKENDS)
     if machine.name in GPUS:
         assert choice.backend.name == "triton"
+        why = f"the C++ core runs on the CPU, not on {machine.device}"
+        assert dict(choice.refused)["cpu"] == why
+    elif machine.device == "cpu":
+        assert choice.backend.name == "cpu"
     else:
         assert choice.backend.name == "emulation"
         assert f"CUDA, ROCm and XPU, not for {machine.device}" in dict(choice.refused)["triton"]
@@ -42,9 +46,20 @@ def test_a16_mxfp4_experts_run_everywhere(machine: Machine) -> None:
 def test_quantised_activations_run_everywhere(machine: Machine) -> None:
     choice = choose(LINEAR_A8.on(machine), BACKENDS)
     assert choice.backend.name == "emulation"
+    if machine.device == "cpu":
+        why = "activations quantised to fp8_group128 are not implemented in the C++ core yet"
+        assert dict(choice.refused)["cpu"] == why
     if machine.name in GPUS:
         why = "activations quantised to fp8_group128 are not implemented in Triton yet"
         assert dict(choice.refused)["triton"] == why
+
+
+@pytest.mark.parametrize("machine", INVENTED.values(), ids=lambda m: m.name)
+def test_every_machine_has_a_cpu_that_the_core_runs_on(machine: Machine) -> None:
+    assert choose(MOE.on(machine, "cpu"), BACKENDS).backend.name == "cpu"
+    bare = choose(MOE.on(replace(machine, core=""), "cpu"), BACKENDS)
+    assert bare.backend.name == "emulation"
+    assert "not in this installation" in dict(bare.refused)["cpu"]
 
 
 def test_first_that_does_not_refuse_and_every_reason_before_it() -> None:
@@ -88,7 +103,8 @@ def test_a_failed_backend_is_not_asked_again() -> None:
 
 def test_problem_on_a_machine_takes_its_facts() -> None:
     h200 = INVENTED["h200"]
-    assert (MOE.on(h200).device, MOE.on(h200).arch, MOE.on(h200).packages) == ("cuda", "sm_90", {"triton"})
+    assert (MOE.on(h200).device, MOE.on(h200).arch) == ("cuda", "sm_90")
+    assert MOE.on(h200).packages == {"triton", CORE}
     assert (MOE.on(h200, "cpu").device, MOE.on(h200, "cpu").arch) == ("cpu", "amx")
     levels = {name: m.level for name, m in INVENTED.items() if not m.gpus}
     assert levels == {

@@ -12,7 +12,7 @@ from microscale import CheckpointError, FormatError, MicroscaleError
 from microscale.activations import GPT_OSS, Activation
 from microscale.formats import FORMATS
 from microscale.invented import INVENTED
-from microscale.machine import Machine
+from microscale.machine import CORE, Machine
 from microscale.models import resolve
 from microscale.oracle import Backend
 from microscale.plan import KvCache, Outline, outline, outline_shape, plan, plan_shape, stored_bytes
@@ -81,7 +81,7 @@ def test_gpt_oss_20b_asks_the_oracle_what_loading_asks(gpt_oss_20b: Outline) -> 
         TOP_K,
     )
     assert (problem.activation, problem.bias) == (GPT_OSS, True)
-    assert (problem.device, problem.arch, problem.packages) == ("cuda", "sm_90", frozenset({"triton"}))
+    assert (problem.device, problem.arch, problem.packages) == ("cuda", "sm_90", {"triton", CORE})
 
 
 def test_half_of_the_cache_stops_growing_at_the_window(gpt_oss_20b: Outline) -> None:

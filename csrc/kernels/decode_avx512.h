@@ -131,14 +131,15 @@ template <Raise kHow> struct Codes<MS_MXFP8_E5M2, kHow> : EightBits<kE5M2, kHow>
 template <Raise kHow> struct Codes<MS_FP8_BLOCK128, kHow> : EightBits<kE4M3, kHow> { static constexpr int kShift = 0; };
 template <Raise kHow> struct Codes<MS_MXINT8, kHow> : Integers { static constexpr int kShift = -30; };
 
-// 16 columns' scales of one block as float32, times 2^kShift unless special.
+// 16 columns' scales of one block as float32, times 2^kShift unless special. `scales` are the tile's (block FP8: the
+// panel's).
 template <int kFormat, bool kSpecial>
 inline __m512 scale512(const uint8_t *scales, int64_t tile, int block) {
   constexpr int kShift = Codes<kFormat>::kShift;
   if constexpr (kFormat == MS_FP8_BLOCK128) {
     return _mm512_set1_ps(reinterpret_cast<const float *>(scales)[tile / 4]);
   } else if constexpr (kFormat == MS_NVFP4) {
-    const __m512i s = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i *>(scales + 32 * tile + 16 * block)));
+    const __m512i s = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i *>(scales + 16 * block)));
     // As float16 an E4M3 number is too small by 2^8, its subnormals too.
     const __m256i magnitude = _mm512_cvtepi32_epi16(_mm512_slli_epi32(_mm512_and_si512(s, _mm512_set1_epi32(0x7f)), 7));
     __m512 value = _mm512_mul_ps(_mm512_cvtph_ps(magnitude), _mm512_set1_ps(256.0f));
@@ -150,7 +151,7 @@ inline __m512 scale512(const uint8_t *scales, int64_t tile, int block) {
     }
     return value;
   } else {
-    __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i *>(scales + 16 * tile));
+    __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i *>(scales));
     if (!kSpecial && kShift != 0)  // far from 1 only where all codes are zero: anything finite will do
       bytes = _mm_min_epu8(_mm_max_epu8(bytes, _mm_set1_epi8(32)), _mm_set1_epi8(static_cast<char>(222)));
     const __m512i s = _mm512_cvtepu8_epi32(bytes);

@@ -3,7 +3,8 @@
 //
 // Every block of weights is summed on its own, in order of k, and its sum is then multiplied by the block's scale and
 // added to the total. So a decoder need not know scales, any scale is exact, and whether a tile was decoded for one row
-// or for a thousand, a row's result is the same to the bit.
+// or for a thousand, a row's result is the same to the bit. `D::order`: decoders may give a block's steps in another order,
+// and every path takes that one; order(i) is the i-th step, and it is its own inverse.
 #pragma once
 #include "table.h"
 #include "../layout.h"
@@ -14,19 +15,19 @@ namespace {
 // Few rows: they share each decoded vector while it is in a register. P panels at a time, so that enough sums are under
 // way to hide the latency of a multiplication.
 template <class V, class D, int R, int P, bool kSpecial>
-void direct(const uint8_t *const *panels, const uint8_t *const *scales, int64_t tiles,
-            const typename V::Operand *const *rows, float *out, int64_t stride) {
+void direct(const PanelPlace *at, const uint8_t *weights, int64_t tiles, const typename V::Operand *const *rows,
+            float *out, int64_t stride) {
   typename V::Total total[R][P];
   const typename V::Operand *x[R];
-  const uint8_t *codes[P];
-  for (int p = 0; p < P; ++p) codes[p] = panels[p];
+  const uint8_t *codes[P], *scales[P];
+  for (int p = 0; p < P; ++p) codes[p] = weights + at[p].codes, scales[p] = weights + at[p].scales;
   for (int r = 0; r < R; ++r) {
     x[r] = rows[r];
     for (int p = 0; p < P; ++p) total[r][p] = V::no_total();
   }
   const D decoder{};
   for (int64_t tile = 0; tile < tiles; ++tile) {
-    for (int p = 0; p < P; ++p) V::prefetch(codes[p] + V::kAhead, D::kTileBytes);
+    for (int p = 0; p < P; ++p) V::prefetch(codes[p] + V::kAhead, D::kTileBytes + tile_scale_bytes(D::kFormat));
     for (int block = 0; block < D::kBlocks; ++block) {
       typename V::Sum sum[R][P];
       for (int r = 0; r < R; ++r)
@@ -43,7 +44,7 @@ void direct(const uint8_t *const *panels, const uint8_t *const *scales, int64_t 
         for (int r = 0; r < R; ++r) V::template add_block<D, kSpecial>(total[r][p], sum[r][p], scale);
       }
     }
-    for (int p = 0; p < P; ++p) codes[p] += D::kTileBytes;
+    for (int p = 0; p < P; ++p) codes[p] += at[p].step, scales[p] += at[p].scale_step;
     for (int r = 0; r < R; ++r) x[r] += 32;
   }
   for (int r = 0; r < R; ++r)
@@ -52,11 +53,13 @@ void direct(const uint8_t *const *panels, const uint8_t *const *scales, int64_t 
 
 // R rows times P panels of decoded tiles; the totals so far are in `out`.
 template <class V, class D, int R, int P, bool kSpecial>
-void decoded(const typename V::Weights *w, const uint8_t *const *scales, int64_t tile, int64_t tiles,
+void decoded(const typename V::Weights *w, const PanelPlace *at, const uint8_t *weights, int64_t tile, int64_t tiles,
              const typename V::Operand *const *rows, float *out, int64_t stride) {
   constexpr int kSteps = 32 / V::kStep / D::kBlocks;
   typename V::Total total[R][P];
   const typename V::Operand *x[R];
+  const uint8_t *scales[P];
+  for (int p = 0; p < P; ++p) scales[p] = weights + at[p].scales + tile * at[p].scale_step;
   for (int r = 0; r < R; ++r) {
     x[r] = rows[r] + 32 * tile;
     for (int p = 0; p < P; ++p) total[r][p] = tile ? V::load(out + r * stride + 16 * p) : V::no_total();
@@ -69,30 +72,31 @@ void decoded(const typename V::Weights *w, const uint8_t *const *scales, int64_t
 #pragma GCC unroll 4
       for (int step = 0; step < kSteps; ++step, w += P)
         for (int r = 0; r < R; ++r)
-          for (int p = 0; p < P; ++p) V::multiply(sum[r][p], w[p], x[r] + V::kStep * step);
+          for (int p = 0; p < P; ++p) V::multiply(sum[r][p], w[p], x[r] + V::kStep * D::order(step));
       for (int r = 0; r < R; ++r) x[r] += V::kStep * kSteps;
       for (int p = 0; p < P; ++p) {
         const auto scale = D::template scale<kSpecial>(scales[p], t, block);
         for (int r = 0; r < R; ++r) V::template add_block<D, kSpecial>(total[r][p], sum[r][p], scale);
       }
     }
+    for (int p = 0; p < P; ++p) scales[p] += at[p].scale_step;
   }
   for (int r = 0; r < R; ++r)
     for (int p = 0; p < P; ++p) V::store(out + r * stride + 16 * p, total[r][p]);
 }
 
 template <class V, class D, int P, bool kSpecial>
-void decode(const uint8_t *const *panels, int64_t tile, int64_t tiles, typename V::Weights *w) {
+void decode(const PanelPlace *at, const uint8_t *weights, int64_t tile, int64_t tiles, typename V::Weights *w) {
   const D decoder{};
   for (int64_t t = tile; t < tile + tiles; ++t, w += P * (32 / V::kStep))
     for (int p = 0; p < P; ++p)
       for (int part = 0; part < D::kParts; ++part)
-        decoder.template steps<kSpecial>(panels[p] + t * D::kTileBytes, part,
-                                         [&](int step, const typename V::Weights &v) { w[step * P + p] = v; });
+        decoder.template steps<kSpecial>(weights + at[p].codes + t * at[p].step, part,
+                                         [&](int step, const typename V::Weights &v) { w[D::order(step) * P + p] = v; });
 }
 
 template <class V, class D, int P, bool kSpecial>
-void many_rows(const Product &a, const uint8_t *const *panels, const uint8_t *const *scales, float *out) {
+void many_rows(const Product &a, const PanelPlace *at, float *out) {
   constexpr int kRows = V::kRows;
   constexpr int64_t kTileScratch = sizeof(typename V::Weights) * (32 / V::kStep) * P;
   const int64_t tiles = microscale::tiles(a.k), chunk = V::kScratch / kTileScratch;
@@ -100,7 +104,7 @@ void many_rows(const Product &a, const uint8_t *const *panels, const uint8_t *co
   const auto w = static_cast<typename V::Weights *>(a.scratch);
   for (int64_t tile = 0; tile < tiles; tile += chunk) {
     const int64_t now = tiles - tile < chunk ? tiles - tile : chunk;
-    decode<V, D, P, kSpecial>(panels, tile, now, w);
+    decode<V, D, P, kSpecial>(at, a.weights, tile, now, w);
     // As few groups as possible, all of about the same size.
     const int64_t groups = (a.m + kRows - 1) / kRows;
     for (int64_t g = 0, row = 0; g < groups; ++g) {
@@ -108,12 +112,12 @@ void many_rows(const Product &a, const uint8_t *const *panels, const uint8_t *co
       const auto x = rows + row;
       float *o = out + row * a.stride;
       switch (count) {
-        case 1: decoded<V, D, 1, P, kSpecial>(w, scales, tile, now, x, o, a.stride); break;
-        case 2: decoded<V, D, 2, P, kSpecial>(w, scales, tile, now, x, o, a.stride); break;
-        case 3: decoded<V, D, (kRows >= 3 ? 3 : 1), P, kSpecial>(w, scales, tile, now, x, o, a.stride); break;
-        case 4: decoded<V, D, (kRows >= 4 ? 4 : 1), P, kSpecial>(w, scales, tile, now, x, o, a.stride); break;
-        case 5: decoded<V, D, (kRows >= 5 ? 5 : 1), P, kSpecial>(w, scales, tile, now, x, o, a.stride); break;
-        case 6: decoded<V, D, (kRows >= 6 ? 6 : 1), P, kSpecial>(w, scales, tile, now, x, o, a.stride); break;
+        case 1: decoded<V, D, 1, P, kSpecial>(w, at, a.weights, tile, now, x, o, a.stride); break;
+        case 2: decoded<V, D, 2, P, kSpecial>(w, at, a.weights, tile, now, x, o, a.stride); break;
+        case 3: decoded<V, D, (kRows >= 3 ? 3 : 1), P, kSpecial>(w, at, a.weights, tile, now, x, o, a.stride); break;
+        case 4: decoded<V, D, (kRows >= 4 ? 4 : 1), P, kSpecial>(w, at, a.weights, tile, now, x, o, a.stride); break;
+        case 5: decoded<V, D, (kRows >= 5 ? 5 : 1), P, kSpecial>(w, at, a.weights, tile, now, x, o, a.stride); break;
+        case 6: decoded<V, D, (kRows >= 6 ? 6 : 1), P, kSpecial>(w, at, a.weights, tile, now, x, o, a.stride); break;
       }
       row += count;
     }
@@ -121,38 +125,34 @@ void many_rows(const Product &a, const uint8_t *const *panels, const uint8_t *co
 }
 
 template <class V, class D, int P, bool kSpecial>
-void few_rows(const Product &a, const uint8_t *const *panels, const uint8_t *const *scales, float *out) {
+void few_rows(const Product &a, const PanelPlace *at, float *out) {
   const auto rows = reinterpret_cast<const typename V::Operand *const *>(a.rows);
   const int64_t tiles = microscale::tiles(a.k);
   switch (a.m) {
-    case 1: direct<V, D, 1, P, kSpecial>(panels, scales, tiles, rows, out, a.stride); break;
-    case 2: direct<V, D, 2, P, kSpecial>(panels, scales, tiles, rows, out, a.stride); break;
-    case 3: direct<V, D, (V::kDirect >= 3 ? 3 : 1), P, kSpecial>(panels, scales, tiles, rows, out, a.stride); break;
-    case 4: direct<V, D, (V::kDirect >= 4 ? 4 : 1), P, kSpecial>(panels, scales, tiles, rows, out, a.stride); break;
+    case 1: direct<V, D, 1, P, kSpecial>(at, a.weights, tiles, rows, out, a.stride); break;
+    case 2: direct<V, D, 2, P, kSpecial>(at, a.weights, tiles, rows, out, a.stride); break;
+    case 3: direct<V, D, (V::kDirect >= 3 ? 3 : 1), P, kSpecial>(at, a.weights, tiles, rows, out, a.stride); break;
+    case 4: direct<V, D, (V::kDirect >= 4 ? 4 : 1), P, kSpecial>(at, a.weights, tiles, rows, out, a.stride); break;
   }
 }
 
 template <class V, class D, bool kSpecial>
 void product(const Product &a) {
-  const int64_t size = panel_bytes(D::kFormat, a.k), where = scales_offset(D::kFormat, a.k);
   for (int64_t p = 0; p < a.count;) {
     float *out = a.out + 16 * p;
-    const uint8_t *panels[V::kPanels], *scales[V::kPanels];
-    for (int i = 0; i < V::kPanels; ++i) {
-      panels[i] = a.panels + (a.first + p + i) * size;
-      scales[i] = panels[i] + where;
-    }
     const bool full = a.count - p >= V::kPanels;
+    PanelPlace at[V::kPanels];
+    for (int i = 0; i < (full ? V::kPanels : 1); ++i) at[i] = panel_place(D::kFormat, a.n, a.k, a.first + p + i);
     if (a.m <= V::kDirect) {
       if (full)
-        few_rows<V, D, V::kPanels, kSpecial>(a, panels, scales, out);
+        few_rows<V, D, V::kPanels, kSpecial>(a, at, out);
       else
-        few_rows<V, D, 1, kSpecial>(a, panels, scales, out);
+        few_rows<V, D, 1, kSpecial>(a, at, out);
     } else {
       if (full)
-        many_rows<V, D, V::kPanels, kSpecial>(a, panels, scales, out);
+        many_rows<V, D, V::kPanels, kSpecial>(a, at, out);
       else
-        many_rows<V, D, 1, kSpecial>(a, panels, scales, out);
+        many_rows<V, D, 1, kSpecial>(a, at, out);
     }
     p += full ? V::kPanels : 1;
   }

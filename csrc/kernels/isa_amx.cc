@@ -1,4 +1,4 @@
-// AMX with bfloat16 tiles: weights are decoded with their scales into tiles of 16 columns x 32 k, which up to 32 rows share.
+// AMX with bfloat16 tiles: weights are decoded with their scales into tiles of 16 columns x 32 k, which 16 rows share.
 // A row's sum runs through all of K in one tile register (block FP8: through each block of 128), in the same order for one
 // row as for a thousand, so the result is the same to the bit. Rows are equally far apart.
 #include "decode_avx512.h"
@@ -9,10 +9,10 @@ namespace microscale {
 namespace {
 
 constexpr int64_t kTile = 1024;       // bytes decoded
-constexpr int64_t kChunk = 16;        // tiles of K that many rows share: two panels of them fit in half of L1
-constexpr int64_t kSums = 32 * 32 * 4;
+constexpr int64_t kChunk = 8;         // tiles of K that many rows share: those of four panels fit in L1 beside rows
+constexpr int64_t kSums = 16 * 64 * 4;
 constexpr int64_t kAhead = 1024;      // bytes that a panel is fetched ahead
-constexpr int64_t kScratch = 2 * kChunk * kTile + kSums;
+constexpr int64_t kScratch = 4 * kChunk * kTile + kSums;
 
 // The tile instructions below tell the compiler nothing of the memory they touch.
 inline void fence() { __asm__ volatile("" ::: "memory"); }
@@ -23,87 +23,63 @@ struct alignas(64) Config {
   uint8_t rows[16] = {};
 };
 
-// Sums are tiles 0 to 3, rows 4 and 5, weights 6 and 7. R = 1: sums of panel p in
-// tile p. R = 2: those of row tile r and panel p in tile 2 r + p.
-void configure(int64_t first_rows, int64_t second_rows) {
+// At most 16 rows: sums of panel p are tile p, rows tile 4, weights tiles 5 to 7 in turn.
+void configure(int64_t rows) {
   Config c;
-  for (int i = 0; i < 8; ++i) c.column_bytes[i] = 64, c.rows[i] = 16;
-  const auto first = static_cast<uint8_t>(first_rows), second = static_cast<uint8_t>(second_rows);
-  c.rows[4] = first;
-  if (second_rows) {
-    c.rows[0] = c.rows[1] = first;
-    c.rows[2] = c.rows[3] = c.rows[5] = second;
-  } else {
-    c.rows[0] = c.rows[1] = c.rows[2] = c.rows[3] = first;
-  }
+  for (int i = 0; i < 8; ++i) c.column_bytes[i] = 64, c.rows[i] = i < 5 ? static_cast<uint8_t>(rows) : 16;
   __asm__ volatile("" ::"r"(&c) : "memory");  // the instruction's own operand names its first bytes only
   _tile_loadconfig(&c);
 }
 
-template <int R, int P>
+template <int P>
 inline void zero() {
   _tile_zero(0);
   if constexpr (P > 1) _tile_zero(1);
-  if constexpr (P > 2 || R > 1) _tile_zero(2);
-  if constexpr (P > 3 || (R > 1 && P > 1)) _tile_zero(3);
+  if constexpr (P > 2) _tile_zero(2);
+  if constexpr (P > 3) _tile_zero(3);
 }
 
-template <int R, int P>
+template <int P>
 inline void load(const float *out, int64_t stride) {
   fence();
-  const int64_t bytes = 4 * stride;
-  _tile_loadd(0, out, bytes);
-  if constexpr (P > 1) _tile_loadd(1, out + 16, bytes);
-  if constexpr (R == 1 && P > 2) _tile_loadd(2, out + 32, bytes);
-  if constexpr (R == 1 && P > 3) _tile_loadd(3, out + 48, bytes);
-  if constexpr (R == 2) _tile_loadd(2, out + 16 * stride, bytes);
-  if constexpr (R == 2 && P > 1) _tile_loadd(3, out + 16 * stride + 16, bytes);
+  _tile_loadd(0, out, 4 * stride);
+  if constexpr (P > 1) _tile_loadd(1, out + 16, 4 * stride);
+  if constexpr (P > 2) _tile_loadd(2, out + 32, 4 * stride);
+  if constexpr (P > 3) _tile_loadd(3, out + 48, 4 * stride);
 }
 
-template <int R, int P>
+template <int P>
 inline void store(float *out, int64_t stride) {
-  const int64_t bytes = 4 * stride;
-  _tile_stored(0, out, bytes);
-  if constexpr (P > 1) _tile_stored(1, out + 16, bytes);
-  if constexpr (R == 1 && P > 2) _tile_stored(2, out + 32, bytes);
-  if constexpr (R == 1 && P > 3) _tile_stored(3, out + 48, bytes);
-  if constexpr (R == 2) _tile_stored(2, out + 16 * stride, bytes);
-  if constexpr (R == 2 && P > 1) _tile_stored(3, out + 16 * stride + 16, bytes);
+  _tile_stored(0, out, 4 * stride);
+  if constexpr (P > 1) _tile_stored(1, out + 16, 4 * stride);
+  if constexpr (P > 2) _tile_stored(2, out + 32, 4 * stride);
+  if constexpr (P > 3) _tile_stored(3, out + 48, 4 * stride);
   fence();
-}
-
-template <int R>
-inline void load_rows(const uint8_t *x, const uint8_t *y) {
-  _tile_loadd(4, x, 64);
-  if constexpr (R == 2) _tile_loadd(5, y, 64);
 }
 
 // The loaded rows times panel p's tile; p is a constant wherever this is inlined.
-template <int R>
-inline void multiply_panel(int p, const uint8_t *w) {
-  if (p % 2 == 0)
-    _tile_loadd(6, w, 64);
-  else
-    _tile_loadd(7, w, 64);
+inline __attribute__((always_inline)) void multiply_panel(int p, const uint8_t *w) {
   if (p == 0) {
+    _tile_loadd(6, w, 64);
     _tile_dpbf16ps(0, 4, 6);
-    if constexpr (R == 2) _tile_dpbf16ps(2, 5, 6);
   } else if (p == 1) {
+    _tile_loadd(7, w, 64);
     _tile_dpbf16ps(1, 4, 7);
-    if constexpr (R == 2) _tile_dpbf16ps(3, 5, 7);
   } else if (p == 2) {
-    _tile_dpbf16ps(2, 4, 6);
+    _tile_loadd(5, w, 64);
+    _tile_dpbf16ps(2, 4, 5);
   } else {
-    _tile_dpbf16ps(3, 4, 7);
+    _tile_loadd(6, w, 64);
+    _tile_dpbf16ps(3, 4, 6);
   }
 }
 
-// One step of 32 k: row tiles at `x` and `y`, P decoded tiles at `w`.
-template <int R, int P>
-inline void multiply(const uint8_t *x, const uint8_t *y, const uint8_t *w) {
-  load_rows<R>(x, y);
+// One step of 32 k: rows at `x`, P decoded tiles at `w`.
+template <int P>
+inline void multiply(const uint8_t *x, const uint8_t *w) {
+  _tile_loadd(4, x, 64);
 #pragma GCC unroll 4
-  for (int p = 0; p < P; ++p) multiply_panel<R>(p, w + p * kTile);
+  for (int p = 0; p < P; ++p) multiply_panel(p, w + p * kTile);
 }
 
 // Codes of one tile with their block scales as bfloat16, which holds the products exactly: a power of two changes the
@@ -114,16 +90,15 @@ struct Decoder {
       kFormat == MS_FP8_BLOCK128 ? kAsIs : kFormat == MS_NVFP4 ? kFlagged : kRaised;
   const Codes<kFormat, kHow> codes{};
 
-  void tile(const uint8_t *panel, const uint8_t *scales, int64_t tile, uint8_t *out) const {
-    const uint8_t *from = panel + tile * tile_bytes(kFormat);
-    for (int64_t i = 0; i < tile_bytes(kFormat); i += 64)
+  void tile(const uint8_t *from, const uint8_t *scales, uint8_t *out) const {
+    for (int64_t i = 0; i < tile_bytes(kFormat) + tile_scale_bytes(kFormat); i += 64)
       _mm_prefetch(reinterpret_cast<const char *>(from + kAhead + i), _MM_HINT_T0);
     const auto put = [out](int pair, __m512i v) { _mm512_store_si512(out + 64 * pair, v); };
     if constexpr (kFormat == MS_FP8_BLOCK128) {
       codes.template pairs<false>(from, 0, 16, put);
     } else if constexpr (kFormat == MS_NVFP4) {
       for (int block = 0; block < 2; ++block) {
-        const __m512 scale = scale512<kFormat, false>(scales, tile, block);
+        const __m512 scale = scale512<kFormat, false>(scales, 0, block);
         const __m512i power = lowering(scale, 0);
         const __m512i half_more = lowering(_mm512_mul_ps(scale, _mm512_set1_ps(1.5f)), 1);
         codes.template pairs<false>(from, 8 * block, 8 * block + 8, put, [&](__m512i v) {
@@ -132,7 +107,7 @@ struct Decoder {
         });
       }
     } else {
-      const __m512i bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i *>(scales + 16 * tile)));
+      const __m512i bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i *>(scales)));
       const __m512i both = _mm512_or_si512(bytes, _mm512_slli_epi32(bytes, 16));
       if constexpr (kFormat == MS_MXINT8) {
         const __m512i exponent = _mm512_slli_epi16(_mm512_sub_epi16(both, words(127 - Codes<kFormat>::kShift)), 7);
@@ -156,6 +131,28 @@ struct Decoder {
   }
 };
 
+// Neighbouring panels of one group.
+struct Panels {
+  const uint8_t *codes, *scales;
+  int64_t step, scale_step, next_scales;  // next_scales: from one panel's scales to the next panel's
+
+  Panels(int format, const Product &a, int64_t panel) {
+    const PanelPlace at = panel_place(format, a.n, a.k, panel);
+    codes = a.weights + at.codes;
+    scales = a.weights + at.scales;
+    step = at.step;
+    scale_step = at.scale_step;
+    next_scales = scale_step ? tile_scale_bytes(format) : panel_scale_bytes(format, a.k);
+  }
+  float scale(int p, int64_t tile) const {  // block FP8
+    return reinterpret_cast<const float *>(scales + p * next_scales)[tile / 4];
+  }
+  template <int kFormat>
+  void decode(const Decoder<kFormat> &decoder, int p, int64_t tile, uint8_t *out) const {
+    decoder.tile(codes + tile * step + p * tile_bytes(kFormat), scales + tile * scale_step + p * next_scales, out);
+  }
+};
+
 // out += sums * scale, a scale for each panel.
 template <int P>
 inline void add_scaled(const float *sums, int64_t m, const float *scale, bool first, float *out, int64_t stride) {
@@ -168,139 +165,192 @@ inline void add_scaled(const float *sums, int64_t m, const float *scale, bool fi
     }
 }
 
-// At most 32 rows: one or two tiles, each of at most 16.
+// At most 16 rows.
 struct Rows {
-  const uint8_t *x, *y;
-  int64_t x_step, y_step;  // bytes between tiles of K
+  const uint8_t *x;
+  int64_t step;  // bytes between tiles of K
   int64_t m;
   float *out;
   int64_t stride;
 };
 
-// Rows [row, row + 32) of a product's, as many as there are.
 inline Rows rows_from(const Product &a, int64_t row, float *out) {
-  const int64_t left = a.m - row, row_bytes = 64 * tiles(a.k);
-  const auto x = static_cast<const uint8_t *>(a.rows[0]) + row * row_bytes;
-  const int64_t first = left < 16 ? left : 16, second = left - first < 16 ? left - first : 16;
-  return {x, x + 16 * row_bytes, 64 * first, 64 * second, first + second, out + row * a.stride, a.stride};
+  const int64_t m = a.m - row < 16 ? a.m - row : 16;
+  const auto x = static_cast<const uint8_t *>(a.rows[0]) + row * 64 * tiles(a.k);
+  return {x, 64 * m, m, out + row * a.stride, a.stride};
 }
 
-// At most 16 R rows: every tile is decoded a little before it is multiplied, so that both kinds of work overlap.
-template <int kFormat, int R, int P>
-void together(const uint8_t *const *panels, const uint8_t *const *scales, int64_t tiles, const Rows &r, uint8_t *scratch) {
+// At most 16 rows: every tile is decoded a little before it is multiplied, so that both kinds of work overlap.
+template <int kFormat, int P>
+void together(const Panels &panels, int64_t tiles, const Rows &r, uint8_t *scratch) {
   constexpr int64_t kLag = 2, kRing = 4;
   const Decoder<kFormat> decoder;
-  float *sums = reinterpret_cast<float *>(scratch + 2 * kChunk * kTile);
-  configure(R == 1 ? r.m : 16, R == 1 ? 0 : r.m - 16);
-  zero<R, P>();
+  float *sums = reinterpret_cast<float *>(scratch + 4 * kChunk * kTile);
+  configure(r.m);
+  zero<P>();
   for (int64_t t = 0; t < tiles + kLag; ++t) {
     const int64_t now = t - kLag;
     const uint8_t *w = scratch + now % kRing * P * kTile;
     uint8_t *next = scratch + t % kRing * P * kTile;
-    if (now >= 0) load_rows<R>(r.x + now * r.x_step, r.y + now * r.y_step);
+    if (now >= 0) _tile_loadd(4, r.x + now * r.step, 64);
 #pragma GCC unroll 4
     for (int p = 0; p < P; ++p) {
-      if (t < tiles) decoder.tile(panels[p], scales[p], t, next + p * kTile);
+      if (t < tiles) panels.decode(decoder, p, t, next + p * kTile);
       fence();
-      if (now >= 0) multiply_panel<R>(p, w + p * kTile);
+      if (now >= 0) multiply_panel(p, w + p * kTile);
     }
     if (now < 0) continue;
     if constexpr (kFormat == MS_FP8_BLOCK128) {
       if (now % 4 != 3 && now + 1 < tiles) continue;
       float scale[P];
-      for (int p = 0; p < P; ++p) scale[p] = reinterpret_cast<const float *>(scales[p])[now / 4];
-      store<R, P>(sums, 16 * P);
+      for (int p = 0; p < P; ++p) scale[p] = panels.scale(p, now);
+      store<P>(sums, 16 * P);
       add_scaled<P>(sums, r.m, scale, now < 4, r.out, r.stride);
-      zero<R, P>();
+      zero<P>();
     }
   }
-  if constexpr (kFormat != MS_FP8_BLOCK128) store<R, P>(r.out, r.stride);
+  if constexpr (kFormat != MS_FP8_BLOCK128) store<P>(r.out, r.stride);
 }
 
-template <int kFormat, int R, int P>
-void steps(const uint8_t *w, const uint8_t *const *scales, int64_t tile, int64_t tiles, const Rows &r, float *sums) {
-  const uint8_t *x = r.x + tile * r.x_step, *y = r.y + tile * r.y_step;
+template <int kFormat, int P>
+void steps(const uint8_t *w, const Panels &panels, int64_t tile, int64_t tiles, const Rows &r, float *sums) {
+  const uint8_t *x = r.x + tile * r.step;
   if constexpr (kFormat == MS_FP8_BLOCK128) {
     for (int64_t t = 0; t < tiles; t += 4) {
-      zero<R, P>();
-      for (int64_t i = t; i < t + 4 && i < tiles; ++i) multiply<R, P>(x + i * r.x_step, y + i * r.y_step, w + i * P * kTile);
+      zero<P>();
+      for (int64_t i = t; i < t + 4 && i < tiles; ++i) multiply<P>(x + i * r.step, w + i * P * kTile);
       float scale[P];
-      for (int p = 0; p < P; ++p) scale[p] = reinterpret_cast<const float *>(scales[p])[(tile + t) / 4];
-      store<R, P>(sums, 16 * P);
+      for (int p = 0; p < P; ++p) scale[p] = panels.scale(p, tile + t);
+      store<P>(sums, 16 * P);
       add_scaled<P>(sums, r.m, scale, tile + t == 0, r.out, r.stride);
     }
   } else {
     if (tile)
-      load<R, P>(r.out, r.stride);
+      load<P>(r.out, r.stride);
     else
-      zero<R, P>();
-    for (int64_t i = 0; i < tiles; ++i) multiply<R, P>(x + i * r.x_step, y + i * r.y_step, w + i * P * kTile);
-    store<R, P>(r.out, r.stride);
+      zero<P>();
+    for (int64_t i = 0; i < tiles; ++i) multiply<P>(x + i * r.step, w + i * P * kTile);
+    store<P>(r.out, r.stride);
+  }
+}
+
+// Two row tiles x two panels: each tile loaded serves two products. Sums of row tile r and panel p are tile 2 r + p.
+struct Square {
+  Rows first, second;
+  float *sums;
+
+  static void configure(int64_t first_rows, int64_t second_rows) {
+    Config c;
+    for (int i = 0; i < 8; ++i) c.column_bytes[i] = 64, c.rows[i] = 16;
+    c.rows[0] = c.rows[1] = c.rows[4] = static_cast<uint8_t>(first_rows);
+    c.rows[2] = c.rows[3] = c.rows[5] = static_cast<uint8_t>(second_rows);
+    __asm__ volatile("" ::"r"(&c) : "memory");
+    _tile_loadconfig(&c);
+  }
+  static void zero() { microscale::zero<4>(); }
+  void load(int64_t column) const {
+    fence();
+    const int64_t bytes = 4 * first.stride;
+    _tile_loadd(0, first.out + column, bytes);
+    _tile_loadd(1, first.out + column + 16, bytes);
+    _tile_loadd(2, second.out + column, bytes);
+    _tile_loadd(3, second.out + column + 16, bytes);
+  }
+  static void store(float *a, float *b, int64_t stride) {
+    _tile_stored(0, a, 4 * stride);
+    _tile_stored(1, a + 16, 4 * stride);
+    _tile_stored(2, b, 4 * stride);
+    _tile_stored(3, b + 16, 4 * stride);
+    fence();
+  }
+  void multiply(int64_t tile, const uint8_t *w) const {
+    _tile_loadd(4, first.x + tile * first.step, 64);
+    _tile_loadd(6, w, 64);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_loadd(7, w + kTile, 64);
+    _tile_dpbf16ps(1, 4, 7);
+    _tile_loadd(5, second.x + tile * second.step, 64);
+    _tile_dpbf16ps(2, 5, 6);
+    _tile_dpbf16ps(3, 5, 7);
+  }
+};
+
+// Tiles [tile, tile + tiles) of K for panels p and p + 1 of P, whose decoded tiles are at `w`.
+template <int kFormat, int P>
+void square_steps(const uint8_t *w, const Panels &panels, int p, int64_t tile, int64_t tiles, const Square &s) {
+  w += p * kTile;
+  const int64_t column = 16 * p;
+  if constexpr (kFormat == MS_FP8_BLOCK128) {
+    for (int64_t t = 0; t < tiles; t += 4) {
+      Square::zero();
+      for (int64_t i = t; i < t + 4 && i < tiles; ++i) s.multiply(tile + i, w + i * P * kTile);
+      const float scale[2] = {panels.scale(p, tile + t), panels.scale(p + 1, tile + t)};
+      Square::store(s.sums, s.sums + 16 * 32, 32);
+      add_scaled<2>(s.sums, s.first.m, scale, tile + t == 0, s.first.out + column, s.first.stride);
+      add_scaled<2>(s.sums + 16 * 32, s.second.m, scale, tile + t == 0, s.second.out + column, s.second.stride);
+    }
+  } else {
+    if (tile)
+      s.load(column);
+    else
+      Square::zero();
+    for (int64_t i = 0; i < tiles; ++i) s.multiply(tile + i, w + i * P * kTile);
+    Square::store(s.first.out + column, s.second.out + column, s.first.stride);
   }
 }
 
 // More rows: a chunk of K is decoded once and stays in L1 for all of them.
 template <int kFormat, int P>
-void apart(const uint8_t *const *panels, const uint8_t *const *scales, int64_t tiles, const Product &a, float *out,
-           uint8_t *scratch) {
+void apart(const Panels &panels, int64_t tiles, const Product &a, float *out, uint8_t *scratch) {
   const Decoder<kFormat> decoder;
-  float *sums = reinterpret_cast<float *>(scratch + 2 * kChunk * kTile);
+  float *sums = reinterpret_cast<float *>(scratch + 4 * kChunk * kTile);
   for (int64_t tile = 0; tile < tiles; tile += kChunk) {
     const int64_t now = tiles - tile < kChunk ? tiles - tile : kChunk;
     for (int64_t t = 0; t < now; ++t)
-      for (int p = 0; p < P; ++p) decoder.tile(panels[p], scales[p], tile + t, scratch + (t * P + p) * kTile);
+      for (int p = 0; p < P; ++p) panels.decode(decoder, p, tile + t, scratch + (t * P + p) * kTile);
     fence();
-    configure(16, 16);
-    for (int64_t row = 0; row < a.m; row += 32) {
-      const Rows r = rows_from(a, row, out);
-      if (r.m <= 16) {
-        configure(r.m, 0);
-        steps<kFormat, 1, P>(scratch, scales, tile, now, r, sums);
-      } else {
-        if (r.m < 32) configure(16, r.m - 16);
-        steps<kFormat, 2, P>(scratch, scales, tile, now, r, sums);
+    int64_t row = 0;
+    if (P % 2 == 0) {
+      Square::configure(16, 16);
+      for (; row + 16 < a.m; row += 32) {
+        const Square s{rows_from(a, row, out), rows_from(a, row + 16, out), sums};
+        if (s.second.m < 16) Square::configure(16, s.second.m);
+        for (int p = 0; p < P; p += 2) square_steps<kFormat, P>(scratch, panels, p, tile, now, s);
       }
+    } else {
+      configure(16);
+    }
+    for (; row < a.m; row += 16) {
+      const Rows r = rows_from(a, row, out);
+      if (P % 2 == 0 || r.m < 16) configure(r.m);
+      steps<kFormat, P>(scratch, panels, tile, now, r, sums);
     }
   }
 }
 
+template <int kFormat, int P>
+void some_panels(const Product &a, int64_t panel, float *out, uint8_t *scratch) {
+  const Panels panels(kFormat, a, panel);
+  if (a.m <= 16)
+    together<kFormat, P>(panels, tiles(a.k), rows_from(a, 0, out), scratch);
+  else
+    apart<kFormat, P>(panels, tiles(a.k), a, out, scratch);
+}
+
 template <int kFormat>
 void product(const Product *a) {
-  const int64_t size = panel_bytes(kFormat, a->k), where = scales_offset(kFormat, a->k), all = tiles(a->k);
   const auto scratch = reinterpret_cast<uint8_t *>((reinterpret_cast<uintptr_t>(a->scratch) + 63) / 64 * 64);
   for (int64_t p = 0; p < a->count;) {
-    const uint8_t *panels[4], *scales[4];
-    for (int i = 0; i < 4; ++i) {
-      panels[i] = a->panels + (a->first + p + i) * size;
-      scales[i] = panels[i] + where;
-    }
-    const int64_t left = a->count - p;
+    const int64_t panel = a->first + p, group = kGroupPanels - panel % kGroupPanels;
+    const int64_t now = a->count - p < group ? a->count - p : group;
     float *out = a->out + 16 * p;
-    const Rows r = rows_from(*a, 0, out);
-    if (a->m <= 16) {
-      if (left >= 4) {
-        together<kFormat, 1, 4>(panels, scales, all, r, scratch);
-        p += 4;
-      } else if (left >= 2) {
-        together<kFormat, 1, 2>(panels, scales, all, r, scratch);
-        p += 2;
-      } else {
-        together<kFormat, 1, 1>(panels, scales, all, r, scratch);
-        p += 1;
-      }
-    } else if (a->m <= 32) {
-      if (left >= 2)
-        together<kFormat, 2, 2>(panels, scales, all, r, scratch);
-      else
-        together<kFormat, 2, 1>(panels, scales, all, r, scratch);
-      p += left >= 2 ? 2 : 1;
-    } else {
-      if (left >= 2)
-        apart<kFormat, 2>(panels, scales, all, *a, out, scratch);
-      else
-        apart<kFormat, 1>(panels, scales, all, *a, out, scratch);
-      p += left >= 2 ? 2 : 1;
+    switch (now) {
+      case 4: some_panels<kFormat, 4>(*a, panel, out, scratch); break;
+      case 3: some_panels<kFormat, 3>(*a, panel, out, scratch); break;
+      case 2: some_panels<kFormat, 2>(*a, panel, out, scratch); break;
+      default: some_panels<kFormat, 1>(*a, panel, out, scratch);
     }
+    p += now;
   }
   _tile_release();
 }

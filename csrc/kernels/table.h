@@ -11,8 +11,8 @@ namespace microscale {
 
 // out[i][c] = sum over k of rows[i][k] * weight[16 * first + c][k], block scales included, float32.
 struct Product {
-  const uint8_t *panels;     // the expert's first panel
-  int64_t k;                 // of the weights
+  const uint8_t *weights;    // the expert's first byte
+  int64_t n, k;              // of the weights
   int64_t first, count;      // panels
   const void *const *rows;   // [m] operands, readable and finite up to k rounded up to 32; tiled: rows[0] alone counts
   int64_t m;

@@ -81,6 +81,8 @@ struct FourBits {
   const __m256i high = _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i *>(kTables.high)));
   const __m256i low = _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i *>(kTables.low)));
 
+  // Of four pairs the second and the third change places.
+  static constexpr int order(int i) { return i % 4 == 1 || i % 4 == 2 ? i ^ 3 : i; }
   // Lanes: columns 0 0 1 1 4 4 5 5 and 2 2 3 3 6 6 7 7.
   static __m256 columns(__m256 a, __m256 b) { return _mm256_hadd_ps(a, b); }
 
@@ -110,6 +112,7 @@ struct FourBits {
 
 // Other formats go through float16, whose conversion normalises subnormals; what is missing in the exponent is kShift.
 struct Halves {
+  static constexpr int order(int i) { return i; }
   // Lanes: columns 0 0 1 1 2 2 3 3 and 4 4 5 5 6 6 7 7.
   static __m256 columns(__m256 a, __m256 b) {
     const __m256 mixed = _mm256_hadd_ps(a, b);  // 0 1 4 5 2 3 6 7
@@ -207,6 +210,7 @@ struct Decoder256 {
 
   static constexpr int kParts = traits(kFormat).bits == 8 ? 8 : 4;
 
+  static constexpr int order(int i) { return Codes<kFormat>::order(i); }
   template <bool kSpecial, class Emit>
   void steps(const uint8_t *tile, int part, Emit emit) const {
     constexpr int kPairs = 16 / kParts;
@@ -239,6 +243,7 @@ struct Decoder256 {
       return _mm256_castsi256_ps(bits);
     }
   }
+  // `scales` are the tile's (block FP8: the panel's).
   template <bool kSpecial>
   static Avx2::Total scale(const uint8_t *scales, int64_t tile, int block) {
     if constexpr (kFormat == MS_FP8_BLOCK128) {
@@ -246,7 +251,7 @@ struct Decoder256 {
       if (!kSpecial) s = _mm256_mul_ps(s, _mm256_set1_ps(Avx2::exp2_of(kShift)));
       return {{s, s}};
     } else {
-      const uint8_t *p = scales + 16 * (tile * kBlocks + block);
+      const uint8_t *p = scales + 16 * block;
       return {{eight<kSpecial>(p), eight<kSpecial>(p + 8)}};
     }
   }

@@ -59,6 +59,7 @@ struct Decoder512 {
 
   static constexpr int kParts = traits(kFormat).bits == 8 ? 8 : 4;  // vectors of a tile's codes
 
+  static constexpr int order(int i) { return i; }
   template <bool kSpecial, class Emit>
   void steps(const uint8_t *tile, int part, Emit emit) const {
     constexpr int kPairs = 16 / kParts;

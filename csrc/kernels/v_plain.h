@@ -86,6 +86,7 @@ struct PlainDecoder {
 
   static constexpr int kParts = 4;
 
+  static constexpr int order(int i) { return i; }
   template <bool kSpecial, class Emit>
   void steps(const uint8_t *tile, int part, Emit emit) const {
     for (int k = part * (32 / kParts); k < (part + 1) * (32 / kParts); ++k) {
@@ -95,6 +96,7 @@ struct PlainDecoder {
     }
   }
 
+  // `scales` are the tile's (block FP8: the panel's).
   template <bool kSpecial>
   static f32x16 scale(const uint8_t *scales, int64_t tile, int block) {
     if constexpr (kFormat == MS_FP8_BLOCK128) {
@@ -105,9 +107,9 @@ struct PlainDecoder {
     u32x16 bits;
     for (int n = 0; n < kLanes; ++n) {
       if constexpr (kFormat == MS_NVFP4) {
-        bits[n] = kScales.bits[scales[32 * tile + 16 * block + n]];
+        bits[n] = kScales.bits[scales[16 * block + n]];
       } else {
-        const uint32_t s = scales[16 * tile + n];
+        const uint32_t s = scales[n];
         bits[n] = s == 0 ? 0x00400000u : s == 255 ? 0x7fc00000u : s << 23;
       }
     }

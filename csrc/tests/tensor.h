@@ -78,7 +78,9 @@ inline int64_t packed_bytes(const Tensor &t) {
   const Facts &facts = kFacts[t.format];
   const int64_t tiles = up(t.k, 32);
   const int64_t scales = t.format == MS_FP8_BLOCK128 ? 4 * up(t.k, 128) : tiles * (32 / facts.columns) * 16;
-  return 64 + t.e * up(t.n, 16) * up(tiles * facts.tile + scales, 64) * 64;
+  const auto group = [&](int64_t panels) { return up(panels * (tiles * facts.tile + scales), 64) * 64; };
+  const int64_t panels = up(t.n, 16);
+  return 64 + t.e * (panels / 4 * group(4) + group(panels % 4));
 }
 
 inline int pack(const Tensor &t, void *out, int threads = 2) {

@@ -45,38 +45,39 @@ int packed_code(const uint8_t *tile, int bits, int n, int k) {
 // Every byte of the packed form is what the header file says, padding included.
 void check_layout(Tensor &t, const Buffer &out) {
   const Facts &facts = kFacts[t.format];
-  const int64_t tiles = up(t.k, 32), panels = up(t.n, 16);
-  const int64_t panel_bytes = panels * t.e == 0 ? 0 : (out.bytes - 64) / (panels * t.e);
+  const int64_t tiles = up(t.k, 32), panels = up(t.n, 16), halves = 32 / facts.columns;
+  const bool floats = t.format == MS_FP8_BLOCK128;
+  const uint8_t *at = out.data() + 64;
   int64_t wrong_codes = 0, wrong_scales = 0, dirty = 0;
   for (int64_t e = 0; e < t.e; ++e) {
-    for (int64_t p = 0; p < panels; ++p) {
-      const uint8_t *panel = out.data() + 64 + (e * panels + p) * panel_bytes;
-      for (int64_t k = 0; k < 32 * tiles; ++k) {
-        for (int c = 0; c < 16; ++c) {
-          const int64_t n = 16 * p + c;
-          const int want = n < t.n && k < t.k ? canonical_code(t.row(e, n), facts.bits, k) : 0;
-          wrong_codes += packed_code(panel + k / 32 * facts.tile, facts.bits, c, int(k % 32)) != want;
-        }
-      }
-      const uint8_t *scales = panel + tiles * facts.tile;
-      int64_t used = tiles * facts.tile;
-      if (t.format == MS_FP8_BLOCK128) {
-        const uint8_t *want = t.scale(e, p / 8, 0);
-        wrong_scales += !std::equal(want, want + 4 * t.blocks_k, scales);
-        used += 4 * t.blocks_k;
-      } else {
-        const int halves = 32 / facts.columns;
-        for (int64_t b = 0; b < tiles * halves; ++b) {
-          for (int c = 0; c < 16; ++c) {
-            const int64_t n = 16 * p + c;
-            wrong_scales += scales[16 * b + c] != (n < t.n && b < t.blocks_k ? *t.scale(e, n, b) : 0);
+    for (int64_t first = 0; first < panels; first += 4) {
+      const int64_t count = panels - first < 4 ? panels - first : 4;
+      const uint8_t *start = at;
+      for (int64_t tile = 0; tile < tiles; ++tile) {
+        for (int64_t p = first; p < first + count; ++p, at += facts.tile) {
+          for (int i = 0; i < 16 * 32; ++i) {
+            const int64_t n = 16 * p + i % 16, k = 32 * tile + i / 16;
+            const int want = n < t.n && k < t.k ? canonical_code(t.row(e, n), facts.bits, k) : 0;
+            wrong_codes += packed_code(at, facts.bits, i % 16, i / 16) != want;
           }
         }
-        used += 16 * tiles * halves;
+        for (int64_t p = first; p < first + count && !floats; ++p) {
+          for (int64_t b = tile * halves; b < (tile + 1) * halves; ++b) {
+            for (int c = 0; c < 16; ++c, ++at) {
+              const int64_t n = 16 * p + c;
+              wrong_scales += *at != (n < t.n && b < t.blocks_k ? *t.scale(e, n, b) : 0);
+            }
+          }
+        }
       }
-      for (int64_t i = used; i < panel_bytes; ++i) dirty += panel[i] != 0;
+      for (int64_t p = first; p < first + count && floats; ++p, at += 4 * t.blocks_k) {
+        const uint8_t *want = t.scale(e, p / 8, 0);
+        wrong_scales += !std::equal(want, want + 4 * t.blocks_k, at);
+      }
+      for (; (at - start) % 64 != 0; ++at) dirty += *at != 0;
     }
   }
+  CHECK_IN(at == out.data() + out.bytes, SHAPE(t));
   CHECK_IN(wrong_codes == 0, SHAPE(t));
   CHECK_IN(wrong_scales == 0, SHAPE(t));
   CHECK_IN(dirty == 0, SHAPE(t));

@@ -12,7 +12,7 @@ from torch import Tensor
 from microscale import env
 from microscale.backends import load, table
 from microscale.backends.contract import Contract
-from microscale.errors import NoBackendError
+from microscale.errors import NoBackendError, SettingError
 from microscale.formats import Format, get_format
 from microscale.machine import Machine, detect
 from microscale.oracle import Backend, Choice, Problem, choose
@@ -44,6 +44,16 @@ class Placement:
     def backend(self) -> Contract:
         """The chosen backend's module."""
         return load(self.choice.backend)
+
+    @property
+    def repacks(self) -> bool:
+        """The packed form is a copy, and the canonical weights need not be kept beside it."""
+        return bool(getattr(self.backend, "REPACKS", False))
+
+    def unpack(self) -> tuple[QuantTensor, ...]:
+        """The canonical weights; new memory where the backend repacks."""
+        with torch.inference_mode(False), torch.no_grad():
+            return tuple(self.backend.unpack(packed) for packed in self.packed)
 
 
 @dataclass
@@ -185,7 +195,7 @@ def _verdict(worst: float) -> str:
 def _sentence(error: Exception) -> str:
     if isinstance(error, CanaryFailure):
         return str(error)
-    if isinstance(error, NoBackendError):
+    if isinstance(error, (NoBackendError, SettingError)):
         raise error
     text = str(error).splitlines()[0] if str(error) else "no message"
     return f"it failed while the layer was placed: {type(error).__name__}: {text}"

@@ -5,11 +5,15 @@ from __future__ import annotations
 import os
 import re
 
-from microscale.errors import MicroscaleError
+from microscale.errors import SettingError
+
+# The C++ core's instruction-set levels, narrowest first: `ms_level` in csrc/microscale.h.
+CPU_LEVELS = ("plain", "avx2", "avx512", "avx512_bf16", "amx")
 
 VARIABLES = {
     "MICROSCALE_BACKEND": "name of the only backend allowed; unset: the oracle chooses",
     "MICROSCALE_CANARY": "`class` (default): prove each distinct choice once; `all`: every layer; `off`",
+    "MICROSCALE_CPU_LEVEL": f"widest instruction set the C++ core may use ({', '.join(CPU_LEVELS)}); unset: all",
     "MICROSCALE_EMULATION_TILE": "bytes of dequantised weights that emulation may hold at a time; default 64MiB",
     "MICROSCALE_EMULATION_CACHE": "bytes of dequantised weights that emulation may keep for good; default 0",
     "MICROSCALE_TRANSFORMERS": "`off`: `import microscale` leaves transformers' own quantisers in place",
@@ -22,11 +26,11 @@ def parse_bytes(text: str, what: str) -> int:
     """ "512MiB" -> 536870912. Units: B, kB, MB, GB, KiB, MiB, GiB; a bare number is bytes.
 
     Raises:
-        MicroscaleError: not a size; the message names `what`.
+        SettingError: not a size; the message names `what`.
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmg]i?|)b?\s*", text.lower())
     if match is None:
-        raise MicroscaleError(f"{what}={text!r} is not a size such as 512MiB")
+        raise SettingError(f"{what}={text!r} is not a size such as 512MiB")
     return int(float(match[1]) * _UNITS[match[2]])
 
 
@@ -39,7 +43,15 @@ def canary() -> str:
     """How often choices are proved: "class", "all" or "off"."""
     value = os.environ.get("MICROSCALE_CANARY") or "class"
     if value not in ("class", "all", "off"):
-        raise MicroscaleError(f"MICROSCALE_CANARY={value!r}; known: class, all, off")
+        raise SettingError(f"MICROSCALE_CANARY={value!r}; known: class, all, off")
+    return value
+
+
+def cpu_level() -> str | None:
+    """The widest level of the C++ core that is allowed; None: all. Read at every call, so that tests can switch."""
+    value = os.environ.get("MICROSCALE_CPU_LEVEL") or None
+    if value is not None and value not in CPU_LEVELS:
+        raise SettingError(f"MICROSCALE_CPU_LEVEL={value!r}; known: {', '.join(CPU_LEVELS)}")
     return value
 
 

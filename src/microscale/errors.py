@@ -13,6 +13,10 @@ class FormatError(MicroscaleError, ValueError):
     """A tensor cannot be stored in, or read from, a format: wrong shape, dtype, scale rule or unknown name."""
 
 
+class SettingError(MicroscaleError):
+    """A setting has a value that cannot be followed. Never a reason to take the next backend."""
+
+
 class BackendError(MicroscaleError, ValueError):
     """A backend was called with operands that contradict each other (the message has both values)."""
 

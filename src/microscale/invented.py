@@ -16,7 +16,7 @@ _TRITON = (("triton", "3.6.0"),)
 
 
 def _host(name: str, cpu: str, isa: frozenset[str], cores: int, gib: int, amx: bool = False) -> Machine:
-    return Machine(name, cpu, isa, amx, cores, gib * _GIB, torch=_TORCH, compiler="/usr/bin/c++")
+    return Machine(name, cpu, isa, amx, cores, gib * _GIB, torch=_TORCH, compiler="/usr/bin/c++", core="amx")
 
 
 def _server(name: str, kind: str, arch: str, gpu: str, gib: int, triton: bool = True) -> Machine:
@@ -31,6 +31,7 @@ def _server(name: str, kind: str, arch: str, gpu: str, gib: int, triton: bool = 
         _TRITON if triton else (),
         _TORCH,
         "/usr/bin/c++",
+        "amx",
     )
 
 
@@ -59,6 +60,7 @@ INVENTED: MappingProxyType[str, Machine] = MappingProxyType(
                 (Gpu("mps", "", "Apple M4 Max", 64 * _GIB),),
                 torch=_TORCH,
                 compiler="/usr/bin/c++",
+                core="plain",
             ),
         )
     }

@@ -13,6 +13,11 @@ from functools import cache
 
 import torch
 
+from microscale.env import CPU_LEVELS
+
+# What a `Problem` calls our own C++ core among its packages.
+CORE = "microscale-core"
+
 # Optional packages that a backend may build on, and the names they are installed under: PyTorch's builds of Triton
 # for AMD and Intel have their own.
 PACKAGES = {"triton": ("triton", "triton-rocm", "pytorch-triton-rocm", "triton-xpu", "pytorch-triton-xpu")}
@@ -51,6 +56,8 @@ class Machine:
         packages: (name, version) of the installed optional packages.
         torch: its version.
         compiler: path of a C++ compiler, or empty.
+        core: the widest level that the C++ core was compiled for, or empty: it is not in this installation.
+        core_missing: why it is not.
     """
 
     name: str
@@ -63,6 +70,8 @@ class Machine:
     packages: tuple[tuple[str, str], ...] = ()
     torch: str = ""
     compiler: str = ""
+    core: str = ""
+    core_missing: str = ""
 
     @property
     def device(self) -> str:
@@ -87,6 +96,7 @@ class Machine:
 def detect() -> Machine:
     """The machine this process runs on. Cheap after the first call; never raises for what is merely absent."""
     flags, cpu = _cpu()
+    core, core_missing = _core()
     return Machine(
         name="this machine",
         cpu=cpu,
@@ -98,7 +108,25 @@ def detect() -> Machine:
         packages=tuple((p, v) for p, names in PACKAGES.items() if (v := _version(names)) is not None),
         torch=torch.__version__,
         compiler=shutil.which("c++") or shutil.which("g++") or shutil.which("clang++") or "",
+        core=core,
+        core_missing=core_missing,
     )
+
+
+def _core() -> tuple[str, str]:
+    """(the level that the C++ core was compiled up to, "") or ("", why it cannot be used)."""
+    try:
+        import microscale._core as core
+    except ModuleNotFoundError as error:
+        if error.name != "microscale._core":
+            raise
+        return "", (
+            "it could not be compiled when microscale was installed, which takes a C++20 compiler; "
+            "`pip install --verbose` of the sources shows what failed"
+        )
+    except ImportError as error:
+        return "", f"it is there, but cannot be loaded: {error}"
+    return CPU_LEVELS[core.compiled_level()], ""
 
 
 def _cpu() -> tuple[frozenset[str], str]:

@@ -14,6 +14,7 @@ from microscale.errors import BackendError
 from microscale.formats import Format, activation_format, activation_word
 from microscale.machine import Machine
 from microscale.oracle import Problem
+from microscale.pages import give_back
 from microscale.quant import QuantTensor
 
 
@@ -41,7 +42,8 @@ class QuantLinear(nn.Module):
     """A linear layer whose weight stays packed.
 
     Attributes:
-        weight_codes, weight_scales, weight_tensor_scale: the parts of the `QuantTensor`, as buffers.
+        weight_codes, weight_scales, weight_tensor_scale: the parts of the `QuantTensor`, as buffers. While the layer
+            is placed on a backend that repacks, codes and scales are empty; `weight` and state dicts are whole.
         bias: as in nn.Linear.
         act: the format that activations are quantised to; None: they stay 16-bit.
         placement: what runs it; made on the first call, and again after the layer moved to another device.
@@ -65,10 +67,13 @@ class QuantLinear(nn.Module):
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
         self.placer = placer
         self.placement: Placement | None = None
+        self._held: Placement | None = None  # whose packed form is the only copy of the weight
 
     @property
     def weight(self) -> QuantTensor:
-        """The canonical weight, as views of the buffers."""
+        """The canonical weight: views of the buffers, or unpacked from what the backend holds."""
+        if self._held is not None:
+            return self._held.unpack()[0]
         shape = (self.out_features, self.in_features)
         return QuantTensor(
             self.format, shape, self.weight_codes, self.weight_scales, self.weight_tensor_scale, self.rule
@@ -88,16 +93,49 @@ class QuantLinear(nn.Module):
 
     def place(self, dtype: torch.dtype) -> Placement:
         """Choose, pack and prove, for activations of `dtype`."""
-        problem = self.problem(dtype, self.placer.machine)
-        self.placement = self.placer.linear(problem, self.weight)
-        return self.placement
+        problem, weight = self.problem(dtype, self.placer.machine), self.weight
+        placement = self.placer.linear(problem, weight)
+        if placement.repacks:
+            give_back((weight.codes, weight.scales))
+            self._store(_nothing(weight.codes), _nothing(weight.scales), placement)
+        else:
+            self._store(weight.codes, weight.scales, None)
+        self.placement = placement
+        return placement
+
+    def _store(self, codes: Tensor, scales: Tensor, held: Placement | None) -> None:
+        self._buffers["weight_codes"], self._buffers["weight_scales"] = codes, scales
+        self._held = held
+
+    def _take_back(self) -> None:
+        """The buffers hold the weight again, and the layer is not placed."""
+        if self._held is not None:
+            weight = self.weight
+            self._store(weight.codes, weight.scales, None)
+        self.placement = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies are placed anew: a packed layout may alias the weights it was made from."""
-        return self.__dict__ | {"placement": None}
+        state = self.__dict__ | {"placement": None, "_held": None}
+        if self._held is not None:
+            weight = self.weight
+            whole = {"weight_codes": weight.codes, "weight_scales": weight.scales}
+            state["_buffers"] = self._buffers | whole
+        return state
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self._held is not None:
+            weight = self.weight
+            destination[f"{prefix}weight_codes"] = weight.codes
+            destination[f"{prefix}weight_scales"] = weight.scales
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._take_back()
+        super()._load_from_state_dict(*args, **kwargs)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        self.placement = None  # codes may move to another device
+        self._take_back()  # codes may move to another device
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 
@@ -121,12 +159,27 @@ class ExpertWeights(NamedTuple):
     b2: Tensor | None
 
 
+class ExpertsHost(NamedTuple):
+    """How a kind of host module stores experts. Functions of modules' own level: copies and pickles name them.
+
+    Attributes:
+        weights: (w13, w2) that a module stores, as views.
+        biases: (b13, b2) of a module, None where there is none.
+        parts: the tensors, by name, as which a module stores w13 and w2: the inverse of `weights`.
+    """
+
+    weights: Callable[[nn.Module], tuple[QuantTensor, QuantTensor]]
+    biases: Callable[[nn.Module], tuple[Tensor | None, Tensor | None]]
+    parts: Callable[[nn.Module, QuantTensor, QuantTensor], dict[str, Tensor]]
+
+
 class QuantExperts:
     """Runs the experts of one MoE layer. Not a module: the host model's own module keeps the parameters.
 
     Attributes:
-        module: the host's module; it keeps the weights.
-        read: gives its weights as they are now (they may have moved to another device).
+        module: the host's module; it keeps the weights. While they are placed on a backend that repacks, its tensors
+            are empty; `weights` and state dicts are whole.
+        host: how the module stores them.
         activation: between the two products.
         top_k: experts per token, for the oracle.
         act: the format that activations are quantised to; None: they stay 16-bit.
@@ -136,35 +189,62 @@ class QuantExperts:
     def __init__(
         self,
         module: nn.Module,
-        read: Callable[[nn.Module], ExpertWeights],
+        host: ExpertsHost,
         activation: Activation,
         top_k: int,
         placer: Placer,
         act: str = "a16",
     ) -> None:
         self.module = module
-        self.read = read
+        self.host = host
         self.activation = activation
         self.top_k = top_k
         self.placer = placer
-        self.format = self.weights.w13.format
+        self._held: Placement | tuple[QuantTensor, QuantTensor] | None = (
+            None  # the only copy, if not the module
+        )
+        w13, w2 = host.weights(module)
+        self.format = w13.format
         self.act: Format | None = activation_format(self.format.name, act)
         self.placement: Placement | None = None
+        self._names = tuple(host.parts(module, w13, w2))
         self._placed_on: torch.device | None = None
-        self._biases: tuple[Tensor | None, Tensor | None] = (None, None)
+        self._biases = _Bias(None), _Bias(None)
+        if runner_of(module) is None:
+            module.register_state_dict_post_hook(_complete_state)
+            module.register_load_state_dict_pre_hook(_before_loading)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the module's tensors are, empty or not."""
+        device: torch.device = getattr(self.module, self._names[0]).device
+        return device
 
     @property
     def weights(self) -> ExpertWeights:
-        """The weights, as views of the module's tensors."""
-        return self.read(self.module)
+        """The weights: views of the module's tensors, or unpacked from what the backend holds."""
+        held = self._held
+        if held is None:
+            w13, w2 = self.host.weights(self.module)
+        else:
+            whole = held.unpack() if isinstance(held, Placement) else held
+            w13, w2 = (w.to(self.device) for w in whole)
+        return ExpertWeights(w13, w2, *self.host.biases(self.module))
+
+    def parts(self) -> dict[str, Tensor]:
+        """The module's tensors by name, whole."""
+        return self.host.parts(self.module, *self.weights[:2])
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies are placed anew: a packed layout may alias the weights it was made from."""
-        return self.__dict__ | {"placement": None}
+        held = None if self._held is None else self.weights[:2]
+        return self.__dict__ | {"placement": None, "_held": held}
 
     def problem(self, dtype: torch.dtype, machine: Machine) -> Problem:
         """What the oracle is asked."""
-        weights = self.weights
+        return self._problem(self.weights, dtype, machine)
+
+    def _problem(self, weights: ExpertWeights, dtype: torch.dtype, machine: Machine) -> Problem:
         experts, hidden, intermediate = weights.w2.shape
         return Problem(
             op="moe",
@@ -183,10 +263,32 @@ class QuantExperts:
     def place(self, dtype: torch.dtype) -> Placement:
         """Choose, pack and prove, for activations of `dtype`."""
         weights = self.weights
-        self._biases = weights.b13, weights.b2
-        self.placement = self.placer.moe(self.problem(dtype, self.placer.machine), *weights)
+        placement = self.placer.moe(self._problem(weights, dtype, self.placer.machine), *weights)
+        whole = self.host.parts(self.module, weights.w13, weights.w2)
+        if placement.repacks:
+            give_back(whole.values())
+            self._store({name: _nothing(t) for name, t in whole.items()}, placement)
+        else:
+            self._store(whole, None)
+        self._biases = _Bias(weights.b13), _Bias(weights.b2)
         self._placed_on = weights.w13.device
-        return self.placement
+        self.placement = placement
+        return placement
+
+    def _store(self, parts: dict[str, Tensor], held: Placement | None) -> None:
+        if held is not None or self._held is not None:
+            for name, t in parts.items():
+                if name in self.module._parameters:
+                    self.module._parameters[name] = nn.Parameter(t, requires_grad=False)
+                else:
+                    self.module._buffers[name] = t
+        self._held = held
+
+    def take_back(self) -> None:
+        """The module holds its weights again, and they are not placed."""
+        if self._held is not None:
+            self._store(self.parts(), None)
+        self.placement = None
 
     def __call__(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
         """[..., H], [M, T], [M, T] -> [..., H], with M the product of x's leading dimensions."""
@@ -202,11 +304,47 @@ class QuantExperts:
             w13,
             w2,
             self.activation,
-            b13=b13,
-            b2=b2,
+            b13=b13.now(),
+            b2=b2.now(),
             act=self.act,
         )
         return y.view(*x.shape[:-1], y.shape[-1])
+
+
+class _Bias:
+    """A bias, and its float32 copy for inference: to convert all experts' takes longer than to add those of a few."""
+
+    def __init__(self, source: Tensor | None) -> None:
+        self.source = source
+        self.copy: Tensor | None = None
+        self.version = -1
+
+    def now(self) -> Tensor | None:
+        """The bias as it is, float32 where no gradient of it can be asked for."""
+        b = self.source
+        if b is None or b.dtype == torch.float32 or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return b
+        if b.is_inference():  # changes leave no trace
+            return b
+        if self.copy is None or self.version != b._version:
+            self.copy, self.version = b.detach().float(), b._version
+        return self.copy
+
+
+def _nothing(t: Tensor) -> Tensor:
+    return torch.zeros(0, dtype=t.dtype, device=t.device)
+
+
+def _complete_state(module: nn.Module, state: dict[str, Any], prefix: str, metadata: dict[str, Any]) -> None:
+    runner = runner_of(module)
+    if isinstance(runner, QuantExperts) and runner._held is not None:
+        state.update({prefix + name: t for name, t in runner.parts().items() if prefix + name in state})
+
+
+def _before_loading(module: nn.Module, *args: Any) -> None:
+    runner = runner_of(module)
+    if isinstance(runner, QuantExperts):
+        runner.take_back()
 
 
 def runner_of(module: nn.Module) -> QuantLinear | QuantExperts | None:

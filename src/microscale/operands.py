@@ -102,9 +102,12 @@ def _integers(what: str, t: Tensor) -> Tensor:
 
 
 def _check_range(what: str, values: Tensor, bound: int, where: str) -> None:
-    bad = values[(values < -1) | (values >= bound)]
-    if bad.numel():
-        raise BackendError(f"{what} {int(bad[0])} is not in [-1, {bound}) ({where})")
+    if values.numel() == 0:
+        return
+    least, greatest = (int(v) for v in values.aminmax())
+    if least < -1 or greatest >= bound:
+        bad = least if least < -1 else greatest
+        raise BackendError(f"{what} {bad} is not in [-1, {bound}) ({where})")
 
 
 def _check_floating(what: str, t: Tensor) -> None:

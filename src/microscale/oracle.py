@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from microscale.activations import Activation
 from microscale.errors import NoBackendError
-from microscale.machine import Machine
+from microscale.machine import CORE, Machine
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Problem:
         device: "cpu", "cuda", "rocm", "xpu", "mps".
         arch: of that device: "sm_90", "gfx942", ""; a CPU's level, see `Machine.level`.
         isa: the CPU's instruction sets.
-        packages: names of the optional packages that are installed.
+        packages: names of the optional packages that are installed, `machine.CORE` for our own C++ core among them.
         n, k: output and input features. MoE: the hidden size H both, with `intermediate` between.
         intermediate, experts, top_k, activation: MoE only.
         bias: there is one (MoE: on either product).
@@ -53,7 +53,8 @@ class Problem:
             device=device,
             arch=arch,
             isa=machine.isa,
-            packages=frozenset(name for name, _ in machine.packages),
+            packages=frozenset(name for name, _ in machine.packages)
+            | ({CORE} if machine.core else frozenset()),
         )
 
     def __str__(self) -> str:

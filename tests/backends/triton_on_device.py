@@ -12,6 +12,7 @@ from torch import Tensor
 
 from microscale.activations import GPT_OSS, Activation
 from microscale.backends import triton as backend
+from microscale.backends.triton import layout
 from microscale.backends.triton.layout import exponent_range
 from microscale.conformance import Case, cases, run
 from microscale.elements import pack_codes
@@ -62,10 +63,17 @@ def test_every_code_times_every_scale_is_exact(name: str, dtype: torch.dtype, pa
     elif fmt.scale == "e4m3" and path == "on_sums":
         pytest.skip("NVFP4's block scales are exact in every dtype")
     w = every_code(fmt, scales).to(DEVICE)
-    packed = backend.pack(w)
+    packed = layout.pack(w)
     assert packed.scale_in_tile(dtype) == (path == "in_tile")
     y = backend.linear(torch.eye(w.shape[1], dtype=dtype, device=DEVICE), packed)
     assert same(y.T, dequantize(w, torch.float64).to(dtype))
+
+
+@pytest.mark.parametrize("name, greatest", [("mxfp4", 128), ("nvfp4", 126)])
+def test_the_layout_of_this_gpu_is_exact_too(name: str, greatest: int) -> None:
+    w = every_code(FORMATS[name], list(range(0, greatest + 1, 1 if not INTERPRETED else 16))).to(DEVICE)
+    y = backend.linear(torch.eye(w.shape[1], dtype=torch.bfloat16, device=DEVICE), backend.pack(w))
+    assert same(y.T, dequantize(w, torch.float64).bfloat16())
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

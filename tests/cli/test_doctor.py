@@ -48,11 +48,21 @@ def test_what_is_here(cli: Cli) -> None:
         assert f"\n{name}: " in result.stdout
 
 
+def test_what_became_of_the_core(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = INVENTED["zen5"]
+    assert doctor.core(machine) == "compiled for levels up to amx; this machine's is avx512_bf16"
+    without = replace(machine, core="", core_missing="it could not be compiled")
+    said = "the C++ core is not in this installation: it could not be compiled"
+    assert doctor.core(without) == said
+    assert "C++ core " in cli("doctor").stdout
+
+
 def test_the_json(cli: Cli) -> None:
     found = document(cli("doctor", "--json"))
     assert found["machine"]["level"] == detect().level
     assert {r["name"] for r in found["requirements"]} >= {"torch", "transformers", "typer"}
     assert [p["name"] for p in found["packages"]] == list(PACKAGES)
+    assert found["core"] == doctor.core(detect())
     assert found["environment"].keys() == env.VARIABLES.keys()
 
 

@@ -9,6 +9,7 @@ from importlib.metadata import entry_points
 from typing import cast
 
 from microscale.backends.contract import Contract
+from microscale.backends.cpu_rules import refuse as refuse_cpu
 from microscale.backends.triton_rules import refuse as refuse_triton
 from microscale.oracle import Backend, Problem
 
@@ -21,6 +22,13 @@ def _refuse_nothing(problem: Problem) -> str | None:
 
 # Native first, emulation last: the order is the only priority.
 BACKENDS: tuple[Backend, ...] = (
+    Backend(
+        "cpu",
+        "microscale.backends.cpu",
+        refuse_cpu,
+        "the C++ core: weights decoded in registers, summed in float32, with the widest instructions that the CPU has",
+        proven="x86 CPUs",
+    ),
     Backend(
         "triton",
         "microscale.backends.triton",

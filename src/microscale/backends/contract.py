@@ -12,7 +12,11 @@ from microscale.quant import QuantTensor
 
 
 class Contract(Protocol):
-    """`Packed` is whatever the backend's `pack` returns; only the same backend may look inside."""
+    """`Packed` is whatever the backend's `pack` returns; only the same backend may look inside.
+
+    A module whose `pack` copies says `REPACKS = True`: layers then let go of the canonical tensor, so that weights are
+    not in memory twice, and get it back from `unpack`.
+    """
 
     def pack(self, w: QuantTensor) -> Any:
         """The backend's own layout of [N, K] or [E, N, K] weights; may alias `w`. Padding lives only in here."""

@@ -37,6 +37,7 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON 
         "platform": platform.platform(),
         "machine": machine_document(machine),
         "amx": amx(machine),
+        "core": core(machine),
         "compiler": machine.compiler,
         "requirements": requirements(),
         "packages": [_package(name, machine) for name in PACKAGES],
@@ -57,6 +58,13 @@ def amx(machine: Machine) -> str:
     if not machine.amx_permitted:
         return "in this CPU, but the system refuses it to this process (Linux before 5.16, or a sandbox forbids it)"
     return "usable"
+
+
+def core(machine: Machine) -> str:
+    """Whether the C++ core, which the backend `cpu` is, can be used, up to which level, and if not, why."""
+    if not machine.core:
+        return f"the C++ core is not in this installation: {machine.core_missing}"
+    return f"compiled for levels up to {machine.core}; this machine's is {machine.level}"
 
 
 def requirements() -> list[dict[str, Any]]:
@@ -91,6 +99,7 @@ def environment() -> dict[str, dict[str, Any]]:
     readers: dict[str, Callable[[], Any]] = {
         "MICROSCALE_BACKEND": env.backend,
         "MICROSCALE_CANARY": env.canary,
+        "MICROSCALE_CPU_LEVEL": env.cpu_level,
         "MICROSCALE_EMULATION_TILE": env.emulation_tile,
         "MICROSCALE_EMULATION_CACHE": env.emulation_cache,
         "MICROSCALE_TRANSFORMERS": env.transformers_hook,
@@ -223,12 +232,13 @@ def _show(d: dict[str, Any], machine: Machine) -> None:
     line("microscale", f"{d['microscale']}, Python {d['python']} ({sys.executable}), {d['platform']}")
     line("CPU", describe(machine, "cpu"))
     line("AMX", d["amx"])
+    line("C++ core", d["core"])
     for kind in _devices(machine)[:-1]:
         line("GPU", f"{kind}: {describe(machine, kind)}")
     if not machine.gpus:
         line("GPU", "none that torch sees")
     line("torch", f"{torch.__version__}, {torch.get_num_threads()} threads")
-    line("compiler", d["compiler"] or "none; only compiling kernels at run time needs one")
+    line("compiler", d["compiler"] or "none; compiling the C++ core, and kernels at run time, needs one")
     for r in d["requirements"]:
         if r["name"] != "torch":
             line(

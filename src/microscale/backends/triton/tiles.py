@@ -25,11 +25,13 @@ class Target:
         shared: bytes of scratchpad that one program may use.
         amd: compiled by Triton's AMD backend.
         matrix_unit: Triton 3.6 uses it: not before sm_80.
+        hopper: wgmma is there, and Gluon to ask for it.
     """
 
     shared: int
     amd: bool = False
     matrix_unit: bool = True
+    hopper: bool = False
 
 
 @dataclass(frozen=True)
@@ -118,5 +120,6 @@ def target(device: torch.device) -> Target:
         properties = driver.utils.get_device_properties(driver.get_current_device())
         amd = device.type == "cuda" and torch.version.hip is not None
         nvidia = device.type == "cuda" and not amd
-        old = nvidia and torch.cuda.get_device_capability(device) < (8, 0)
-    return Target(int(properties["max_shared_mem"]), amd, not old)
+        capability = torch.cuda.get_device_capability(device) if nvidia else (8, 0)
+    hopper = capability == (9, 0) and triton.__version__.startswith("3.6.")
+    return Target(int(properties["max_shared_mem"]), amd, capability >= (8, 0), hopper)

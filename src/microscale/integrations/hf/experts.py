@@ -17,7 +17,7 @@ from microscale.activations import Activation
 from microscale.canary import Placer
 from microscale.errors import CheckpointError
 from microscale.formats import FORMATS, Format
-from microscale.nn import ExpertWeights, QuantExperts
+from microscale.nn import ExpertsHost, QuantExperts
 from microscale.quant import QuantTensor
 from microscale.reference import activate
 
@@ -65,16 +65,34 @@ def hold(module: nn.Module, weights: dict[str, QuantTensor]) -> None:
     _take_over(module)
 
 
-def read(module: nn.Module) -> ExpertWeights:
-    """The weights that a swapped module holds, as views."""
-    first = "gate_up_proj" if _has(module, "gate_up_proj") else "up_proj"
-    bias = [getattr(module, f"{name}_bias", None) for name in (first, "down_proj")]
-    return ExpertWeights(_quant_tensor(module, first), _quant_tensor(module, "down_proj"), *bias)
+def read(module: nn.Module) -> tuple[QuantTensor, QuantTensor]:
+    """The weights that a swapped module stores, as views."""
+    return _quant_tensor(module, _first(module)), _quant_tensor(module, "down_proj")
+
+
+def biases(module: nn.Module) -> tuple[Tensor | None, Tensor | None]:
+    """Those of a module's two products, None where there is none."""
+    return getattr(module, f"{_first(module)}_bias", None), getattr(module, "down_proj_bias", None)
+
+
+def parts(module: nn.Module, w13: QuantTensor, w2: QuantTensor) -> dict[str, Tensor]:
+    """The tensors, by name, as which a swapped module stores these weights."""
+    found = {}
+    for name, w in ((_first(module), w13), ("down_proj", w2)):
+        if hasattr(module, f"{name}_blocks"):
+            found[f"{name}_blocks"] = w.codes.view(*w.scales.shape, -1)
+        else:
+            found[f"{name}_codes"] = w.codes
+        found[f"{name}_scales"] = w.scales
+    return found
+
+
+HOST = ExpertsHost(read, biases, parts)
 
 
 def attach(module: nn.Module, top_k: int, placer: Placer, act: str) -> QuantExperts:
     """Give a swapped and loaded module the object that runs it."""
-    runner = QuantExperts(module, read, activation_of(module), top_k, placer, act)
+    runner = QuantExperts(module, HOST, activation_of(module), top_k, placer, act)
     object.__setattr__(module, "microscale", runner)  # not a submodule: state dicts do not see it
     return runner
 
@@ -150,8 +168,8 @@ def dense_weights(module: Any) -> dict[str, Tensor]:
     return {name: w.transpose(1, 2) if module.is_transposed else w for name, w in dense.items()}
 
 
-def _has(module: nn.Module, name: str) -> bool:
-    return hasattr(module, f"{name}_scales")
+def _first(module: nn.Module) -> str:
+    return "gate_up_proj" if hasattr(module, "gate_up_proj_scales") else "up_proj"
 
 
 def _quant_tensor(module: Any, name: str) -> QuantTensor:

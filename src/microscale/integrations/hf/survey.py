@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from microscale.errors import CheckpointError
 from microscale.integrations.hf.experts import dense_weights, experts_modules, read
-from microscale.nn import QuantLinear
+from microscale.nn import QuantExperts, QuantLinear, runner_of
 from microscale.quant import QuantTensor, dequantize
 
 GROUPS = ("experts", "linear")
@@ -152,9 +152,10 @@ def weights_of(module: nn.Module) -> Weights:
     dense = dense_weights(module)
     if dense:
         return dict(dense)
-    held = read(module)
+    runner = runner_of(module)
+    w13, w2 = runner.weights[:2] if isinstance(runner, QuantExperts) else read(module)
     first = "gate_up_proj" if getattr(module, "has_gate", True) else "up_proj"
-    return {first: held.w13, "down_proj": held.w2}
+    return {first: w13, "down_proj": w2}
 
 
 def matrices(w: Tensor | QuantTensor) -> Iterator[Tensor]:

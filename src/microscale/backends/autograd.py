@@ -1,0 +1,45 @@
+"""Gradients for kernels that have none of their own: those of emulation, on the same numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def wanted(*args: Tensor | None) -> bool:
+    """Whether a gradient of any of these is asked for."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in args)
+
+
+def run(fast: Callable[..., Tensor], slow: Callable[..., Tensor], *args: Tensor | None) -> Tensor:
+    """`fast(*args)`; its gradient, where one is asked for, is that of `slow(*args)`."""
+    if wanted(*args):
+        result: Tensor = _Recomputed.apply(fast, slow, *args)  # type: ignore[no-untyped-call]
+        return result
+    return fast(*args)
+
+
+class _Recomputed(torch.autograd.Function):
+    """The kernel's result forwards; backwards the gradient of emulation's, on the same numbers."""
+
+    @staticmethod
+    def forward(ctx: Any, fast: Callable[..., Tensor], slow: Callable[..., Tensor], *args: Any) -> Tensor:
+        ctx.slow = slow
+        ctx.save_for_backward(*args)
+        return fast(*args)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        needed = ctx.needs_input_grad[2:]
+        with torch.enable_grad():
+            args = [
+                None if t is None else t.detach().requires_grad_(need)
+                for t, need in zip(ctx.saved_tensors, needed, strict=True)
+            ]
+            y = ctx.slow(*args)
+        asked = [t for t, need in zip(args, needed, strict=True) if t is not None and need]
+        found = iter(torch.autograd.grad(y, asked, grads, allow_unused=True))
+        return (None, None, *(next(found) if need else None for need in needed))

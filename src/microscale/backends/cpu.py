@@ -1,0 +1,158 @@
+"""The C++ core: weights decoded in registers, for every format and every level of the CPU's instruction set."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from microscale import ops
+from microscale.activations import Activation
+from microscale.backends import autograd, cpu_core, emulation
+from microscale.backends.cpu_core import DTYPE_IDS, FORMAT_IDS
+from microscale.errors import BackendError
+from microscale.formats import Format
+from microscale.operands import check_linear, check_moe
+from microscale.quant import QuantTensor
+
+REPACKS = True  # see `contract.Contract`
+
+
+@dataclass(eq=False)
+class Packed:
+    """Weights in the core's layout, csrc/microscale.h.
+
+    Attributes:
+        buffer: uint8, aligned to 64 bytes; empty where the shape holds a 0.
+        format, shape: of the canonical tensor, [N, K] or [E, N, K].
+        tensor_scale: the canonical one, for `unpack`.
+        outer: the same as float32 [E, N], contiguous.
+        rule: the canonical tensor's.
+    """
+
+    buffer: Tensor
+    format: Format
+    shape: tuple[int, ...]
+    tensor_scale: Tensor | None
+    outer: Tensor | None
+    rule: str | None
+
+
+def pack(w: QuantTensor) -> Packed:
+    """A copy in tiles of 16 columns x 32 k, codes beside their scales.
+
+    Raises:
+        BackendError: not in a format of weights, not [N, K] or [E, N, K], or not on the CPU.
+    """
+    if w.format.name not in FORMAT_IDS or len(w.shape) not in (2, 3) or w.device.type != "cpu":
+        found = f"{w.format.name} {list(w.shape)} on {w.device.type}"
+        raise BackendError(f"the C++ core packs [N, K] or [E, N, K] weights on the CPU, not {found}")
+    e, n, k = _sizes(w.shape)
+    outer = None
+    if w.tensor_scale is not None:
+        outer = w.tensor_scale.expand(w.shape[:-1]).reshape(e, n).contiguous()
+    buffer = cpu_core.pack(w.format.name, (e, n, k), w.codes.contiguous(), w.scales.contiguous())
+    return Packed(buffer, w.format, w.shape, w.tensor_scale, outer, w.rule)
+
+
+def unpack(packed: Packed) -> QuantTensor:
+    """What was packed, bit for bit, in new memory."""
+    fmt, shape = packed.format, packed.shape
+    *lead, n, k = shape
+    codes = torch.empty((*lead, n, fmt.packed_columns(k)), dtype=torch.uint8)
+    scale_dtype = torch.float32 if fmt.scale == "f32" else torch.uint8
+    scales = torch.empty((*lead, *fmt.scale_shape(n, k)), dtype=scale_dtype)
+    cpu_core.unpack(packed.buffer, codes, scales)
+    return QuantTensor(fmt, shape, codes, scales, packed.tensor_scale, packed.rule)
+
+
+def linear(x: Tensor, w: Packed, bias: Tensor | None = None, *, act: Format | None = None) -> Tensor:
+    """See `contract.Contract.linear`.
+
+    Numerics: float32 accumulation; a row's result depends neither on other rows nor on the number of threads.
+    """
+    check_linear(x, w.shape, bias)
+    _check(x, act)
+    if torch.compiler.is_compiling():
+        compiled: Tensor = ops.linear(x, w.buffer, w.outer, w.shape[0], bias)
+        return compiled
+    if not autograd.wanted(x, bias):
+        return cpu_core.linear(x, w.buffer, w.outer, w.shape[0], bias)
+
+    def fast(x: Tensor, bias: Tensor | None) -> Tensor:
+        return cpu_core.linear(x, w.buffer, w.outer, w.shape[0], bias)
+
+    def slow(x: Tensor, bias: Tensor | None) -> Tensor:
+        return emulation.linear(x, emulation.Packed(unpack(w)), bias)
+
+    return autograd.run(fast, slow, x, bias)
+
+
+def moe(
+    x: Tensor,
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    w13: Packed,
+    w2: Packed,
+    activation: Activation,
+    *,
+    b13: Tensor | None = None,
+    b2: Tensor | None = None,
+    expert_map: Tensor | None = None,
+    weight_on_input: bool = False,
+    act: Format | None = None,
+) -> Tensor:
+    """See `contract.Contract.moe`.
+
+    Numerics: as `linear`; intermediates and the sum over experts are float32, or rounded once to x's dtype where the
+    instructions multiply that.
+    """
+    check_moe(x, topk_ids, topk_weights, w13.shape, w2.shape, activation, b13, b2, weight_on_input)
+    _check(x, act)
+    experts, n, _ = w2.shape
+    weights = (w13.buffer, w13.outer, w2.buffer, w2.outer, experts, n)
+
+    def slow(x: Tensor, topk_weights: Tensor, b13: Tensor | None, b2: Tensor | None) -> Tensor:
+        return emulation.moe(
+            x,
+            topk_ids,
+            topk_weights,
+            emulation.Packed(unpack(w13)),
+            emulation.Packed(unpack(w2)),
+            activation,
+            b13=b13,
+            b2=b2,
+            expert_map=expert_map,
+            weight_on_input=weight_on_input,
+        )
+
+    def fast(x: Tensor, topk_weights: Tensor, b13: Tensor | None, b2: Tensor | None) -> Tensor:
+        return cpu_core.moe(
+            x, topk_ids, topk_weights, *weights, activation, b13, b2, expert_map, weight_on_input
+        )
+
+    if 0 in w13.shape or 0 in w2.shape:
+        return slow(x, topk_weights, b13, b2)
+    if torch.compiler.is_compiling():
+        a = activation
+        fields = (a.kind, a.gated, a.interleaved, a.alpha, a.beta, a.limit)
+        routes = (topk_ids, topk_weights)
+        y: Tensor = ops.moe(x, *routes, *weights, *fields, b13, b2, expert_map, weight_on_input)
+        return y
+    return autograd.run(fast, slow, x, topk_weights, b13, b2)
+
+
+def _check(x: Tensor, act: Format | None) -> None:
+    if act is not None:
+        raise BackendError(f"the C++ core does not quantise activations yet, and {act.name} is asked for")
+    if x.dtype not in DTYPE_IDS:
+        raise BackendError(f"the C++ core takes bf16, fp16 and fp32 activations, not {x.dtype}")
+    if x.device.type != "cpu":
+        raise BackendError(f"the C++ core takes activations on the CPU, not on {x.device}")
+
+
+def _sizes(shape: tuple[int, ...]) -> tuple[int, int, int]:
+    """(E, N, K); a single matrix is E = 1."""
+    e, n, k = shape if len(shape) == 3 else (1, *shape)
+    return e, n, k

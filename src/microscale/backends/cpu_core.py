@@ -1,0 +1,162 @@
+"""Calls into the C++ core: tensors to addresses, operands to what the C ABI takes. `cpu` has checked them before."""
+
+from __future__ import annotations
+
+import math
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from microscale import _core, env
+from microscale.activations import KINDS, Activation
+from microscale.errors import SettingError
+from microscale.formats import FORMATS
+from microscale.operands import local_ids
+
+FORMAT_IDS = {name: i for i, name in enumerate(FORMATS)}  # enum ms_format
+DTYPE_IDS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}  # enum ms_dtype
+_KIND_IDS = {kind: i for i, kind in enumerate(KINDS)}  # enum ms_kind
+ALIGNMENT = 64  # bytes, of a packed buffer
+
+
+@cache
+def _widest() -> int:
+    return _core.level()
+
+
+def level() -> int:
+    """The level that calls use now: the widest there is, or the one that MICROSCALE_CPU_LEVEL lowers it to.
+
+    Raises:
+        SettingError: no such level, or one that this machine or this build does not have.
+    """
+    word = env.cpu_level()
+    if word is None:
+        return _widest()
+    index = env.CPU_LEVELS.index(word)
+    if index > _widest():
+        found, compiled = env.CPU_LEVELS[_widest()], env.CPU_LEVELS[_core.compiled_level()]
+        raise SettingError(
+            f"MICROSCALE_CPU_LEVEL={word}, and the widest level here is {found}; the core was compiled up to {compiled}"
+        )
+    return index
+
+
+def pack(format: str, shape: tuple[int, int, int], codes: Tensor, scales: Tensor) -> Tensor:
+    """Contiguous canonical codes and scales of [E, N, K] to uint8 [bytes], aligned; empty where the shape is."""
+    if 0 in shape:
+        return torch.zeros(0, dtype=torch.uint8)
+    size = _core.packed_bytes(FORMAT_IDS[format], *shape)
+    room = torch.empty(size + ALIGNMENT - 1, dtype=torch.uint8)
+    start = -room.data_ptr() % ALIGNMENT
+    packed = room[start : start + size]
+    args = (codes.data_ptr(), scales.data_ptr(), packed.data_ptr(), torch.get_num_threads())
+    _core.pack(FORMAT_IDS[format], *shape, *args)
+    return packed
+
+
+def unpack(packed: Tensor, codes: Tensor, scales: Tensor) -> None:
+    """The inverse of `pack`, into contiguous codes and scales."""
+    if packed.numel():
+        args = (codes.data_ptr(), scales.data_ptr(), torch.get_num_threads())
+        _core.unpack(packed.data_ptr(), packed.numel(), *args)
+
+
+def linear(x: Tensor, packed: Tensor, outer: Tensor | None, n: int, bias: Tensor | None) -> Tensor:
+    """[..., K] -> [..., N]; see `ms_linear`."""
+    k = x.shape[-1]
+    y = torch.empty((*x.shape[:-1], n), dtype=x.dtype)
+    m = y.numel() // n if n else 0
+    if m == 0:
+        return y
+    if k == 0:
+        return y.zero_() if bias is None else y.copy_(bias.expand(y.shape))
+    rows, stride = _rows(x, k)
+    b = _float32(bias)
+    _core.linear(
+        level(),
+        packed.data_ptr(),
+        _address(outer),
+        DTYPE_IDS[x.dtype],
+        rows.data_ptr(),
+        stride,
+        m,
+        _address(b),
+        y.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return y
+
+
+def moe(
+    x: Tensor,
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    packed13: Tensor,
+    outer13: Tensor | None,
+    packed2: Tensor,
+    outer2: Tensor | None,
+    experts: int,
+    n: int,
+    activation: Activation,
+    b13: Tensor | None,
+    b2: Tensor | None,
+    expert_map: Tensor | None,
+    weight_on_input: bool,
+) -> Tensor:
+    """[M, H] -> [M, N]; see `ms_moe`. No dimension of the weights is 0."""
+    ids = local_ids(topk_ids, expert_map, experts).contiguous()
+    m, t = ids.shape
+    y = torch.empty((m, n), dtype=x.dtype)
+    if m == 0:
+        return y
+    if t == 0:
+        return y.zero_()
+    # Names for what is converted: an address does not keep a temporary alive.
+    rows, weights = x.contiguous(), topk_weights.float().contiguous()
+    first, second = _float32(b13), _float32(b2)
+    _core.moe(
+        level(),
+        packed13.data_ptr(),
+        _address(outer13),
+        packed2.data_ptr(),
+        _address(outer2),
+        DTYPE_IDS[x.dtype],
+        rows.data_ptr(),
+        m,
+        ids.data_ptr(),
+        weights.data_ptr(),
+        t,
+        _KIND_IDS[activation.kind],
+        activation.gated,
+        activation.interleaved,
+        activation.alpha,
+        activation.beta,
+        math.inf if activation.limit is None else activation.limit,
+        _address(first),
+        _address(second),
+        weight_on_input,
+        y.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return y
+
+
+def _rows(x: Tensor, k: int) -> tuple[Tensor, int]:
+    """x as [M, K] with contiguous rows, and elements from one to the next; copies only what the core cannot read."""
+    rows = x if x.dim() == 2 else x.reshape(-1, k)
+    down, along = rows.stride()
+    if (along == 1 or k == 1) and (down >= k or rows.shape[0] == 1):
+        return rows, max(down, k)
+    return rows.contiguous(), k
+
+
+def _float32(t: Tensor | None) -> Tensor | None:
+    if t is None or (t.dtype == torch.float32 and t.is_contiguous()):
+        return t
+    return t.float().contiguous()
+
+
+def _address(t: Tensor | None) -> int:
+    return 0 if t is None else t.data_ptr()

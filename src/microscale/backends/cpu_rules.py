@@ -1,0 +1,20 @@
+"""When the C++ core can run a problem. Apart from the core, which is imported only once it is chosen."""
+
+from __future__ import annotations
+
+from microscale.formats import FORMATS
+from microscale.machine import CORE
+from microscale.oracle import Problem
+
+
+def refuse(problem: Problem) -> str | None:
+    """None, or why not."""
+    if problem.device != "cpu":
+        return f"the C++ core runs on the CPU, not on {problem.device}"
+    if CORE not in problem.packages:
+        return "the C++ core is not in this installation (`microscale doctor` says why)"
+    if problem.act != "a16":
+        return f"activations quantised to {problem.act} are not implemented in the C++ core yet"
+    if problem.weight not in FORMATS:
+        return f"the C++ core has no layout for weights in {problem.weight}"
+    return None

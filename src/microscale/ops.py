@@ -1,0 +1,76 @@
+"""The C++ core's two products as operators of torch, so that `torch.compile` sees one node with a known shape.
+
+Only plain values cross: tensors, integers, strings. Eager code calls `backends.cpu_core` without this detour.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from microscale.activations import Activation
+from microscale.backends import cpu_core
+
+
+@torch.library.custom_op("microscale::linear", mutates_args=())
+def linear(x: Tensor, packed: Tensor, outer: Tensor | None, n: int, bias: Tensor | None) -> Tensor:
+    """[..., K] -> [..., N]; `packed` and `outer` as in `backends.cpu.Packed`."""
+    return cpu_core.linear(x, packed, outer, n, bias)
+
+
+@linear.register_fake
+def _(x: Tensor, packed: Tensor, outer: Tensor | None, n: int, bias: Tensor | None) -> Tensor:
+    return x.new_empty((*x.shape[:-1], n))
+
+
+@torch.library.custom_op("microscale::moe", mutates_args=())
+def moe(
+    x: Tensor,
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    packed13: Tensor,
+    outer13: Tensor | None,
+    packed2: Tensor,
+    outer2: Tensor | None,
+    experts: int,
+    n: int,
+    kind: str,
+    gated: bool,
+    interleaved: bool,
+    alpha: float,
+    beta: float,
+    limit: float | None,
+    b13: Tensor | None,
+    b2: Tensor | None,
+    expert_map: Tensor | None,
+    weight_on_input: bool,
+) -> Tensor:
+    """[M, H] -> [M, N]; the activation's fields one by one."""
+    activation = Activation(kind, gated, interleaved, alpha, beta, limit)
+    weights = (packed13, outer13, packed2, outer2, experts, n)
+    return cpu_core.moe(x, topk_ids, topk_weights, *weights, activation, b13, b2, expert_map, weight_on_input)
+
+
+@moe.register_fake
+def _(
+    x: Tensor,
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    packed13: Tensor,
+    outer13: Tensor | None,
+    packed2: Tensor,
+    outer2: Tensor | None,
+    experts: int,
+    n: int,
+    kind: str,
+    gated: bool,
+    interleaved: bool,
+    alpha: float,
+    beta: float,
+    limit: float | None,
+    b13: Tensor | None,
+    b2: Tensor | None,
+    expert_map: Tensor | None,
+    weight_on_input: bool,
+) -> Tensor:
+    return x.new_empty((x.shape[0], n))

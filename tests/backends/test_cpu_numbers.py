@@ -1,0 +1,144 @@
+"""The C++ core's numbers at every level: exact decoding, and results that depend on nothing they should not."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from microscale.activations import GPT_OSS
+from microscale.conformance import Case, cases, run
+from microscale.elements import pack_codes
+from microscale.formats import FORMATS, Format
+from microscale.machine import detect
+from microscale.quant import QuantTensor, dequantize, quantize
+
+CASES = [c for c in cases(large=True) if c.act == "a16"]
+LARGE = [
+    c for c in CASES if c.op == "moe" and c.k == 2880
+]  # four seconds each, nearly all of them for float64
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c not in LARGE], ids=lambda c: c.name)
+def test_every_level_is_within_the_kernel_error_budget(cpu: Any, level: str, case: Case, seed: int) -> None:
+    worst = run(case, cpu, "cpu", torch.Generator().manual_seed(seed))
+    assert worst <= 1.0, f"error is {worst:.3g} times the permitted one"
+
+
+@pytest.mark.parametrize("case", LARGE, ids=lambda c: c.name)
+def test_experts_of_a_real_size_at_the_widest_level(cpu: Any, case: Case, seed: int) -> None:
+    assert run(case, cpu, "cpu", torch.Generator().manual_seed(seed)) <= 1.0
+
+
+def scale_values(fmt: Format) -> torch.Tensor:
+    """Every scale byte; of the 2^32 float32 scales some that are odd."""
+    if fmt.scale != "f32":
+        return torch.arange(256, dtype=torch.uint8)
+    odd = [1.0, -3.3, 2.0**-126, 2.0**-149, 1.1e-40, 2.0**120, 1e30, 0.0, float("inf"), float("nan")]
+    return torch.tensor(odd)
+
+
+def every_code_and_scale(fmt: Format) -> QuantTensor:
+    """One number to a row, at ever another place, among zeros: [scales * codes, block]; each with each."""
+    scales, count = scale_values(fmt), 2**fmt.element.bits
+    width = max(fmt.block[1], 32)
+    n = len(scales) * count
+    codes = torch.zeros(n, width, dtype=torch.uint8)
+    row = torch.arange(n)
+    codes[row, row % 31 % width] = (row % count).to(torch.uint8)
+    if fmt.block[0] > 1:
+        rows = scales.repeat_interleave(count // fmt.block[0])[:, None]
+    else:
+        rows = scales.repeat_interleave(count)[:, None].expand(n, width // fmt.block[1]).contiguous()
+    outer = torch.ones(1) if fmt.tensor_scale else None
+    return QuantTensor(fmt, (n, width), pack_codes(codes, fmt.element.bits), rows, outer)
+
+
+def same(found: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    """Equal, or both NaN; zeros may differ in sign, for a sum begins at +0."""
+    return (found == wanted) | (found.isnan() & wanted.isnan())
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_code_with_every_scale_is_decoded_exactly(cpu: Any, level: str, name: str) -> None:
+    q = every_code_and_scale(FORMATS[name])
+    y = cpu.linear(torch.ones(1, q.shape[1]), cpu.pack(q))[0]
+    wanted = dequantize(q, torch.float64).sum(dim=1).float()
+    right = same(y, wanted)
+    bad = [(i, float(y[i]), float(wanted[i])) for i in (~right).nonzero().flatten().tolist()[:5]]
+    assert right.all(), (
+        f"{int((~right).sum())} of {len(y)} rows are wrong, such as (row, found, wanted) {bad}"
+    )
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_an_identity_reads_the_weights_back(cpu: Any, level: str, name: str) -> None:
+    q = quantize(torch.randn(130, 288), name)
+    q = replace(q, tensor_scale=None if q.tensor_scale is None else torch.full((130,), 0.375))
+    y = cpu.linear(torch.eye(288), cpu.pack(q))
+    assert torch.equal(y.T, dequantize(q))
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_one_nan_scale_spoils_its_own_output_only(cpu: Any, level: str, name: str) -> None:
+    fmt = FORMATS[name]
+    q = quantize(torch.randn(300, 288), name)
+    q.scales[-1, 1] = {"e8m0": 255, "e4m3": 0x7F, "f32": float("nan")}[fmt.scale]
+    for dtype in (torch.bfloat16, torch.float32):
+        x = torch.randn(5, 288).to(dtype)
+        nan = cpu.linear(x, cpu.pack(q)).isnan()
+        assert nan[:, -1].all()
+        assert torch.equal(nan, dequantize(q).isnan().any(dim=1).expand(5, 300))
+
+
+def problem(cpu: Any, name: str, m: int, dtype: torch.dtype) -> tuple[Any, Any]:
+    """(a linear, a MoE), each a function of the number of tokens and in all as many as `m`."""
+    w = cpu.pack(quantize(torch.randn(72, 160), name))
+    w13, w2 = (cpu.pack(quantize(torch.randn(6, *shape) / 8, name)) for shape in ((128, 96), (96, 64)))
+    x, h = torch.randn(m, 160).to(dtype), torch.randn(m, 96).to(dtype)
+    ids, weights = torch.rand(m, 6).argsort(dim=-1)[:, :3], torch.rand(m, 3)
+    bias, b13, b2 = torch.randn(72), torch.randn(6, 128), torch.randn(6, 96)
+    return (
+        lambda count: cpu.linear(x[:count], w, bias),
+        lambda count: cpu.moe(h[:count], ids[:count], weights[:count], w13, w2, GPT_OSS, b13=b13, b2=b2),
+    )
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_token_does_not_depend_on_the_tokens_beside_it(cpu: Any, level: str, name: str) -> None:
+    """To the bit, whatever M: else a batch would change what a model says."""
+    for dtype in (torch.bfloat16, torch.float32):
+        for op in problem(cpu, name, 70, dtype):
+            whole = op(70)
+            for m in range(1, 70):
+                assert torch.equal(op(m), whole[:m]), f"M = {m}, {dtype}"
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_the_number_of_threads_changes_nothing(cpu: Any, level: str, name: str, threads: Any) -> None:
+    for m in (1, 19):
+        for op in problem(cpu, name, m, torch.bfloat16):
+            threads(1)
+            wanted = op(m)
+            for count in (2, 3, 5):
+                threads(count)
+                assert torch.equal(op(m), wanted), f"{count} threads"
+
+
+def test_levels_agree_within_their_rounding(cpu: Any, level: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """float32 operands: every level sums the same numbers, if in another order."""
+    w, x = cpu.pack(quantize(torch.randn(64, 512), "mxfp6_e3m2")), torch.randn(7, 512)
+    found = cpu.linear(x, w)
+    monkeypatch.setenv("MICROSCALE_CPU_LEVEL", "plain")
+    torch.testing.assert_close(found, cpu.linear(x, w), rtol=1e-4, atol=1e-3)
+
+
+def test_required_levels_ran() -> None:
+    """`MICROSCALE_TEST_LEVEL=amx` makes a run fail that would otherwise skip that level."""
+    required = os.environ.get("MICROSCALE_TEST_LEVEL")
+    if not required:
+        pytest.skip("MICROSCALE_TEST_LEVEL is not set")
+    assert detect().level == required

@@ -1,0 +1,284 @@
+"""Layers on a backend that repacks: the canonical weights are let go of, and come back whenever they are asked for."""
+
+from __future__ import annotations
+
+import copy
+import mmap
+import pickle
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from microscale import pages
+from microscale.activations import Activation
+from microscale.backends import emulation
+from microscale.canary import Placer
+from microscale.formats import FORMATS
+from microscale.machine import detect
+from microscale.nn import ExpertsHost, QuantExperts, QuantLinear
+from microscale.oracle import Backend
+from microscale.quant import QuantTensor, dequantize, quantize
+
+N, K = 48, 64
+
+
+def cloned(w: QuantTensor) -> QuantTensor:
+    return QuantTensor(w.format, w.shape, w.codes.clone(), w.scales.clone(), w.tensor_scale, w.rule)
+
+
+def refuse_nothing(problem: Any) -> str | None:
+    return None
+
+
+EMULATION = Backend("emulation", "microscale.backends.emulation", refuse_nothing, "slow")
+REPACKER = Backend("repacker", "repacker_for_tests", refuse_nothing, "copies")
+
+
+@pytest.fixture(autouse=True)
+def repacker(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Emulation that copies: what holds for it holds for the C++ core, on any machine."""
+    module: Any = ModuleType(REPACKER.module)
+    module.REPACKS = True
+    module.pack = lambda w: emulation.Packed(cloned(w))
+    module.unpack = lambda packed: cloned(packed.weight)
+    module.linear, module.moe = emulation.linear, emulation.moe
+    monkeypatch.setitem(sys.modules, REPACKER.module, module)
+
+
+@pytest.fixture(params=["repacker", "cpu"])
+def placer(request: pytest.FixtureRequest) -> Iterator[Placer]:
+    if request.param == "repacker":
+        yield Placer(detect(), (REPACKER,))
+    else:
+        if not detect().core:
+            pytest.skip(f"the C++ core is not in this installation: {detect().core_missing}")
+        yield Placer(force="cpu")
+
+
+def layer(placer: Placer, name: str = "mxfp4") -> tuple[QuantLinear, QuantTensor]:
+    w = quantize(torch.randn(N, K), name)
+    return QuantLinear(cloned(w), torch.randn(N), placer), w
+
+
+def assert_same(found: QuantTensor, wanted: QuantTensor) -> None:
+    assert (found.format, found.shape, found.rule) == (wanted.format, wanted.shape, wanted.rule)
+    assert torch.equal(found.codes, wanted.codes)
+    assert torch.equal(found.scales, wanted.scales)
+    assert (found.tensor_scale is None) == (wanted.tensor_scale is None)
+    if wanted.tensor_scale is not None:
+        assert torch.equal(found.tensor_scale, wanted.tensor_scale)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_placed_linear_holds_its_weight_once(placer: Placer, name: str) -> None:
+    linear, w = layer(placer, name)
+    x = torch.randn(3, K)
+    before = {key: t.clone() for key, t in linear.state_dict().items()}
+    y = linear(x)
+    assert (linear.weight_codes.numel(), linear.weight_scales.numel()) == (0, 0)
+    assert_same(linear.weight, w)
+    after = linear.state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(after[key], t) for key, t in before.items())
+    assert linear.weight_codes.numel() == 0
+    for twin in (copy.deepcopy(linear), pickle.loads(pickle.dumps(linear)) if name == "mxfp4" else linear):
+        assert_same(twin.weight, w)
+        assert torch.equal(twin(x), y)
+
+
+def test_a_linear_is_placed_again_and_moves(placer: Placer) -> None:
+    linear, w = layer(placer)
+    x = torch.randn(3, K)
+    y = linear(x)
+    linear.place(torch.float32)
+    assert_same(linear.weight, w)
+    linear.to("cpu", torch.bfloat16)
+    assert linear.placement is None
+    assert linear.weight_codes.numel() == w.codes.numel()
+    linear.float()
+    linear.bias.data.copy_(layer_bias(linear))
+    assert linear(x).shape == y.shape
+    linear.to("meta")
+    assert linear.weight.device.type == "meta"
+
+
+def layer_bias(linear: QuantLinear) -> Tensor:
+    assert linear.bias is not None
+    return linear.bias.detach().clone()
+
+
+def test_loading_other_weights_into_a_placed_linear(placer: Placer) -> None:
+    linear, _ = layer(placer)
+    other, w = layer(placer)
+    x = torch.randn(3, K)
+    assert not torch.equal(linear(x), other(x))
+    linear.load_state_dict(other.state_dict())
+    assert_same(linear.weight, w)
+    assert torch.equal(linear(x), other(x))
+
+
+def test_going_over_to_a_backend_that_aliases(placer: Placer) -> None:
+    linear, w = layer(placer)
+    x = torch.randn(3, K)
+    linear(x)
+    linear.placer = Placer(detect(), (EMULATION,))
+    linear.place(torch.float32)
+    assert linear.weight_codes.numel() == w.codes.numel()
+    assert_same(linear.weight, w)
+    torch.testing.assert_close(linear(x), x @ dequantize(w).T + linear.bias, rtol=1e-4, atol=1e-4)
+
+
+def test_what_is_placed_in_inference_mode_can_be_loaded_outside(placer: Placer) -> None:
+    linear, _ = layer(placer)
+    other, w = layer(placer)
+    for back_inside in (False, True):
+        with torch.inference_mode():
+            linear(torch.randn(3, K))
+            if back_inside:
+                linear.float()
+        linear.load_state_dict(other.state_dict())
+        assert_same(linear.weight, w)
+
+
+class Host(nn.Module):
+    """Experts as some host model stores them."""
+
+    def __init__(self, w13: QuantTensor, w2: QuantTensor) -> None:
+        super().__init__()
+        self.shapes = w13.shape, w2.shape
+        for name, w in (("first", w13), ("second", w2)):
+            self.register_parameter(f"{name}_codes", nn.Parameter(w.codes, requires_grad=False))
+            self.register_buffer(f"{name}_scales", w.scales)
+        self.bias = nn.Parameter(torch.randn(4, 64).bfloat16())
+
+
+def read(module: Any) -> tuple[QuantTensor, QuantTensor]:
+    fmt = FORMATS["mxfp4"]
+    return (
+        QuantTensor(fmt, module.shapes[0], module.first_codes.detach(), module.first_scales),
+        QuantTensor(fmt, module.shapes[1], module.second_codes.detach(), module.second_scales),
+    )
+
+
+def biases(module: Any) -> tuple[Tensor | None, Tensor | None]:
+    return module.bias, None
+
+
+def parts(module: Any, w13: QuantTensor, w2: QuantTensor) -> dict[str, Tensor]:
+    both = (("first", w13), ("second", w2))
+    return {f"{name}_{part}": getattr(w, part) for name, w in both for part in ("codes", "scales")}
+
+
+def experts(placer: Placer) -> tuple[Host, tuple[QuantTensor, QuantTensor]]:
+    weights = quantize(torch.randn(4, 64, 64), "mxfp4"), quantize(torch.randn(4, 64, 32), "mxfp4")
+    host = Host(*map(cloned, weights))
+    runner = QuantExperts(host, ExpertsHost(read, biases, parts), Activation("silu"), 2, placer)
+    object.__setattr__(host, "microscale", runner)
+    return host, weights
+
+
+def routed() -> tuple[Tensor, Tensor, Tensor]:
+    return torch.randn(5, 64), torch.randint(4, (5, 2)), torch.rand(5, 2)
+
+
+def test_placed_experts_are_held_once(placer: Placer) -> None:
+    host, weights = experts(placer)
+    args = routed()
+    before = {key: t.clone() for key, t in host.state_dict().items()}
+    y = host.microscale(*args)
+    assert host.first_codes.numel() == host.second_scales.numel() == 0
+    assert isinstance(host.first_codes, nn.Parameter)
+    after = nn.Sequential(host).state_dict(prefix="model.")
+    assert list(after) == [f"model.0.{key}" for key in before]
+    assert all(torch.equal(after[f"model.0.{key}"], t) for key, t in before.items())
+    for twin in (
+        host,
+        copy.deepcopy(host),
+        pickle.loads(pickle.dumps(host)),
+        copy.deepcopy(copy.deepcopy(host)),
+    ):
+        for found, wanted in zip(twin.microscale.weights[:2], weights, strict=True):
+            assert torch.equal(found.codes, wanted.codes)
+            assert torch.equal(found.scales, wanted.scales)
+        assert list(twin.state_dict()) == list(before)
+        assert all(torch.equal(t, before[key]) for key, t in twin.state_dict().items())
+        assert torch.equal(twin.microscale(*args), y)
+        assert twin.microscale.module is twin
+
+
+def test_experts_take_other_weights_and_other_backends(placer: Placer) -> None:
+    host, _ = experts(placer)
+    other, _ = experts(placer)
+    args = routed()
+    assert not torch.equal(host.microscale(*args), other.microscale(*args))
+    host.load_state_dict(other.state_dict())
+    assert host.first_codes.numel() > 0
+    wanted = other.microscale(*args)
+    assert torch.equal(host.microscale(*args), wanted)
+    host.microscale.placer = Placer(detect(), (EMULATION,))
+    host.microscale.place(torch.float32)
+    assert host.first_codes.numel() > 0
+    torch.testing.assert_close(host.microscale(*args), wanted, rtol=1e-3, atol=1e-3)
+
+
+def test_experts_placed_in_inference_mode_can_be_loaded_outside(placer: Placer) -> None:
+    host, _ = experts(placer)
+    other, _ = experts(placer)
+    args = routed()
+    for back_inside in (False, True):
+        with torch.inference_mode():
+            host.microscale(*args)
+            if back_inside:
+                host.microscale.take_back()
+        host.load_state_dict(other.state_dict())
+        assert torch.equal(host.microscale(*args), other.microscale(*args))
+
+
+def test_a_bias_that_is_trained_is_read_anew(placer: Placer) -> None:
+    host, _ = experts(placer)
+    args = routed()
+    with torch.no_grad():
+        before = host.microscale(*args)
+        assert torch.equal(host.microscale(*args), before)
+        host.bias.add_(1)
+        assert not torch.equal(host.microscale(*args), before)
+    host.microscale(*args).sum().backward()
+    assert host.bias.grad is not None
+    assert host.bias.grad.abs().sum() > 0
+
+
+def resident(t: Tensor) -> int:
+    """Bytes of the mapping of `t` that are in memory."""
+    with open("/proc/self/smaps", encoding="utf-8", errors="replace") as lines:
+        here = False
+        for line in lines:
+            head = line.split(maxsplit=1)[0]
+            if "-" in head:
+                start, stop = (int(a, 16) for a in head.split("-"))
+                here = start <= t.data_ptr() < stop
+            elif here and head == "Rss:":
+                return int(line.split()[1]) * 1024
+    return 0
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux says which memory is a file's")
+@pytest.mark.parametrize("shared", [False, True])
+def test_pages_of_a_file_go_back_and_what_they_hold_stays(tmp_path: Path, shared: bool) -> None:
+    size = 64 * mmap.PAGESIZE
+    (tmp_path / "file").write_bytes(bytes(range(256)) * (size // 256))
+    storage = torch.UntypedStorage.from_file(str(tmp_path / "file"), shared, size)
+    t = torch.empty(0, dtype=torch.uint8).set_(storage)
+    t[5000] = 77  # a page that differs from the file's
+    wanted = t.clone()
+    assert resident(t) >= size
+    pages.give_back([t[100:-100]])
+    assert torch.equal(t, wanted)
+    pages.give_back([t[100:-100], torch.ones(10), torch.ones(0), torch.ones(1 << 20)])
+    assert resident(t) <= size  # the system may refuse: what is promised is that nothing changes
+    assert torch.equal(t, wanted)
