@@ -41,6 +41,8 @@ struct Linear {
     p.stride = stride;
     p.scratch = c.scratch + thread * c.scratch_each;
     p.special = (c.w->flags & MS_SPECIAL) != 0;
+    p.next = p.weights;
+    if (first + count < panels(n)) p.next += panel_place(c.w->format, n, c.w->k, first + count).codes;
     c.kernels->product[c.w->format](&p);
     const int64_t column = first * kPanelColumns, width = std::min(count * kPanelColumns, n - column);
     const float *outer = c.outer ? c.outer + column : nullptr, *bias = c.bias ? c.bias + column : nullptr;

@@ -54,6 +54,7 @@ struct Moe {
     p.m = routes->size(hit);
     p.scratch = decoded;
     p.special = (w.header->flags & MS_SPECIAL) != 0;
+    p.next = p.weights;
     return p;
   }
 
@@ -62,6 +63,9 @@ struct Moe {
     p.first = row / kPanelColumns;
     p.count = ceil_div(row + count, kPanelColumns) - p.first;
     p.out = out;
+    const int64_t after = p.first + p.count;
+    p.next = p.weights;
+    if (after < panels(p.n)) p.next += panel_place(w13.header->format, p.n, p.k, after).codes;
     kernels->product[w13.header->format](&p);
     return out + row % kPanelColumns;
   }
@@ -117,6 +121,8 @@ struct Moe {
       p.count = count;
       p.out = raw;
       p.stride = stride;
+      const int64_t after = hit + 1 < routes->experts() ? routes->expert(hit + 1) : routes->expert(0);
+      p.next = w2.expert(after) + panel_place(w2.header->format, p.n, p.k, panel).codes;
       kernels->product[w2.header->format](&p);
       const float *outer = w2.outer_of(expert, column), *bias = w2.bias_of(expert, column);
       for (int64_t i = 0; i < p.m; ++i) {

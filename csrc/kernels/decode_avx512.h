@@ -143,9 +143,9 @@ inline __m512 scale512(const uint8_t *scales, int64_t tile, int block) {
     // As float16 an E4M3 number is too small by 2^8, its subnormals too.
     const __m256i magnitude = _mm512_cvtepi32_epi16(_mm512_slli_epi32(_mm512_and_si512(s, _mm512_set1_epi32(0x7f)), 7));
     __m512 value = _mm512_mul_ps(_mm512_cvtph_ps(magnitude), _mm512_set1_ps(256.0f));
-    const __m512i sign = _mm512_slli_epi32(_mm512_and_si512(s, _mm512_set1_epi32(0x80)), 24);
-    value = _mm512_castsi512_ps(_mm512_or_si512(_mm512_castps_si512(value), sign));
     if (kSpecial) {
+      const __m512i sign = _mm512_slli_epi32(_mm512_and_si512(s, _mm512_set1_epi32(0x80)), 24);
+      value = _mm512_castsi512_ps(_mm512_or_si512(_mm512_castps_si512(value), sign));
       const auto nan = _mm512_cmpeq_epi32_mask(_mm512_and_si512(s, _mm512_set1_epi32(0x7f)), _mm512_set1_epi32(0x7f));
       value = _mm512_mask_mov_ps(value, nan, _mm512_castsi512_ps(_mm512_set1_epi32(0x7fc00000)));
     }

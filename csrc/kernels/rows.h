@@ -38,7 +38,12 @@ inline f32x16 finished(f32x16 raw, const float *outer, const float *bias, int64_
 template <int kOperand>
 void load_row(int dtype, const void *x, int64_t n, float factor, void *operands, int64_t step) {
   auto *out = static_cast<uint8_t *>(operands);
-  for (int64_t i = 0; i < n; i += 32, out += step)
+  constexpr int64_t kBytes = kOperand == MS_FP32 ? 128 : 64;
+  int64_t i = 0;
+  if (dtype == kOperand && factor == 1.0f)
+    for (; i + 32 <= n; i += 32, out += step)
+      __builtin_memcpy(out, static_cast<const uint8_t *>(x) + i / 32 * kBytes, kBytes);
+  for (; i < n; i += 32, out += step)
     for (int64_t part = 0; part < 32; part += kLanes) {
       const int64_t count = n > i + part ? lanes_left(n, i + part) : 0;
       f32x16 v{};
@@ -79,8 +84,8 @@ void activate_rows(const Activate *a) {
         if (second)
           both[1] = finished(load_as(MS_FP32, gate, 2 * i + kLanes, second), a->gate_outer, a->gate_bias,
                              2 * i + kLanes, second);
-        const float *flat = reinterpret_cast<const float *>(both);
-        for (int j = 0; j < kLanes; ++j) g[j] = flat[2 * j], u[j] = flat[2 * j + 1];
+        g = __builtin_shufflevector(both[0], both[1], 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+        u = __builtin_shufflevector(both[0], both[1], 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
       } else {
         g = finished(load_as(MS_FP32, gate, i, count), a->gate_outer, a->gate_bias, i, count);
         if (kind.gated) u = finished(load_as(MS_FP32, up, i, count), a->up_outer, a->up_bias, i, count);

@@ -20,6 +20,7 @@ struct Product {
   int64_t stride;            // elements, at least 16 * count
   void *scratch;             // Kernels::scratch bytes, aligned to 64
   int special;               // the tensor has MS_SPECIAL
+  const uint8_t *next;       // weights that are read after these, to be fetched ahead; may be any address
 };
 
 // Float32 rows to operands of the second product: activation(raw * outer + bias).
