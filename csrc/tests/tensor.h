@@ -72,6 +72,16 @@ struct Buffer {
   uint8_t *memory;
 };
 
+// Canonical: code k of a row, a little-endian stream of bits.
+inline int canonical_code(const uint8_t *row, int bits, int64_t k) {
+  int code = 0;
+  for (int b = 0; b < bits; ++b) {
+    const int64_t bit = k * bits + b;
+    code |= (row[bit / 8] >> (bit % 8) & 1) << b;
+  }
+  return code;
+}
+
 #define SHAPE(t) "format %d [%ld, %ld, %ld]", (t).format, long((t).e), long((t).n), long((t).k)
 
 inline int64_t packed_bytes(const Tensor &t) {

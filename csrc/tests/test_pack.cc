@@ -11,16 +11,6 @@
 
 namespace {
 
-// Canonical: code k of a row, a little-endian stream of bits.
-int canonical_code(const uint8_t *row, int bits, int64_t k) {
-  int code = 0;
-  for (int b = 0; b < bits; ++b) {
-    const int64_t bit = k * bits + b;
-    code |= (row[bit / 8] >> (bit % 8) & 1) << b;
-  }
-  return code;
-}
-
 // Packed: the formulas of microscale.h, word for word. `k` is within the tile.
 int packed_code(const uint8_t *tile, int bits, int n, int k) {
   const int p = k % 2;
