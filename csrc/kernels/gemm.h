@@ -136,25 +136,36 @@ void few_rows(const Product &a, const PanelPlace *at, float *out) {
   }
 }
 
+// P panels from `panel` on.
+template <class V, class D, int P, bool kSpecial>
+void some_panels(const Product &a, int64_t panel, float *out) {
+  PanelPlace at[P];
+  for (int i = 0; i < P; ++i) at[i] = panel_place(D::kFormat, a.n, a.k, panel + i);
+  if (a.m <= V::kDirect)
+    few_rows<V, D, P, kSpecial>(a, at, out);
+  else
+    many_rows<V, D, P, kSpecial>(a, at, out);
+}
+
 template <class V, class D, bool kSpecial>
 void product(const Product &a) {
   for (int64_t p = 0; p < a.count;) {
     float *out = a.out + 16 * p;
-    const bool full = a.count - p >= V::kPanels;
-    PanelPlace at[V::kPanels];
-    for (int i = 0; i < (full ? V::kPanels : 1); ++i) at[i] = panel_place(D::kFormat, a.n, a.k, a.first + p + i);
-    if (a.m <= V::kDirect) {
-      if (full)
-        few_rows<V, D, V::kPanels, kSpecial>(a, at, out);
-      else
-        few_rows<V, D, 1, kSpecial>(a, at, out);
+    const int64_t panel = a.first + p, left = a.count - p;
+    if (a.m == 1 && left >= V::kSinglePanels) {
+      PanelPlace at[V::kSinglePanels];
+      for (int i = 0; i < V::kSinglePanels; ++i) at[i] = panel_place(D::kFormat, a.n, a.k, panel + i);
+      direct<V, D, 1, V::kSinglePanels, kSpecial>(at, a.weights, microscale::tiles(a.k),
+                                                  reinterpret_cast<const typename V::Operand *const *>(a.rows), out,
+                                                  a.stride);
+      p += V::kSinglePanels;
+    } else if (left >= V::kPanels) {
+      some_panels<V, D, V::kPanels, kSpecial>(a, panel, out);
+      p += V::kPanels;
     } else {
-      if (full)
-        many_rows<V, D, V::kPanels, kSpecial>(a, at, out);
-      else
-        many_rows<V, D, 1, kSpecial>(a, at, out);
+      some_panels<V, D, 1, kSpecial>(a, panel, out);
+      p += 1;
     }
-    p += full ? V::kPanels : 1;
   }
 }
 

@@ -22,7 +22,7 @@ struct Avx2 {
   struct Total {
     __m256 half[2];  // columns 0 to 7, 8 to 15
   };
-  static constexpr int kStep = 2, kDirect = 2, kRows = 3, kPanels = 1;
+  static constexpr int kStep = 2, kDirect = 2, kRows = 3, kPanels = 1, kSinglePanels = 1;
   static constexpr int64_t kAhead = 1024, kScratch = 16 << 10;
 
   static Sum no_sum() {
@@ -93,18 +93,17 @@ struct FourBits {
     for (int q = first / 4; q < last / 4; ++q) {
       const __m256i v[2] = {load256(tile + 64 * q), load256(tile + 64 * q + 32)};
       for (int n = 0; n < 2; ++n) {  // low nibbles are pairs 4 q and 4 q + 2, high ones those behind them
-        Avx2::Weights w[2];
+        __m256i lower[2], upper[2];  // bfloat16: even k in the low half of each dword, odd k in the high one
         for (int half = 0; half < 2; ++half) {
           const __m256i index = _mm256_and_si256(n ? _mm256_srli_epi16(v[half], 4) : v[half], nibble);
           const __m256i h = _mm256_shuffle_epi8(high, index), l = _mm256_shuffle_epi8(low, index);
-          const __m256i lower = _mm256_unpacklo_epi8(l, h), upper = _mm256_unpackhi_epi8(l, h);
-          w[0].part[2 * half] = _mm256_castsi256_ps(_mm256_slli_epi32(lower, 16));
-          w[0].part[2 * half + 1] = _mm256_castsi256_ps(_mm256_slli_epi32(upper, 16));
-          w[1].part[2 * half] = _mm256_castsi256_ps(_mm256_and_si256(lower, odd));
-          w[1].part[2 * half + 1] = _mm256_castsi256_ps(_mm256_and_si256(upper, odd));
+          lower[half] = _mm256_unpacklo_epi8(l, h);
+          upper[half] = _mm256_unpackhi_epi8(l, h);
         }
-        emit(4 * q + n, w[0]);
-        emit(4 * q + n + 2, w[1]);
+        const auto even_of = [](__m256i w) { return _mm256_castsi256_ps(_mm256_slli_epi32(w, 16)); };
+        const auto odd_of = [&](__m256i w) { return _mm256_castsi256_ps(_mm256_and_si256(w, odd)); };
+        emit(4 * q + n, {{even_of(lower[0]), even_of(upper[0]), even_of(lower[1]), even_of(upper[1])}});
+        emit(4 * q + n + 2, {{odd_of(lower[0]), odd_of(upper[0]), odd_of(lower[1]), odd_of(upper[1])}});
       }
     }
   }

@@ -12,7 +12,7 @@ struct Plain {
   using Weights = f32x16;
   using Sum = f32x16;
   using Total = f32x16;
-  static constexpr int kStep = 1, kDirect = 2, kRows = 3, kPanels = 1;
+  static constexpr int kStep = 1, kDirect = 2, kRows = 3, kPanels = 1, kSinglePanels = 1;
   static constexpr int64_t kAhead = 1024, kScratch = 16 << 10;
 
   static Sum no_sum() { return Sum{}; }
