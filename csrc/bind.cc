@@ -84,6 +84,28 @@ void moe(int level, Address w13, Address outer13, Address w2, Address outer2, in
   check(status, "moe");
 }
 
+double read_rate(Address from, int64_t bytes, int threads) {
+  double rate = 0;
+  int status;
+  {
+    nb::gil_scoped_release release;
+    status = ms_read_rate(at<const void>(from), bytes, threads, &rate);
+  }
+  check(status, "read_rate");
+  return rate;
+}
+
+double multiply_rate(int level, int threads) {
+  double rate = 0;
+  int status;
+  {
+    nb::gil_scoped_release release;
+    status = ms_multiply_rate(level, threads, &rate);
+  }
+  check(status, "multiply_rate");
+  return rate;
+}
+
 }  // namespace
 
 NB_MODULE(_core, m) {
@@ -95,4 +117,6 @@ NB_MODULE(_core, m) {
   m.def("moe", &moe);
   m.def("level", &ms_level);
   m.def("compiled_level", &ms_compiled_level);
+  m.def("read_rate", &read_rate);
+  m.def("multiply_rate", &multiply_rate);
 }

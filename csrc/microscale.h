@@ -87,6 +87,15 @@ int ms_level(void);
 /* The widest level that was compiled in: MS_PLAIN on other architectures. */
 int ms_compiled_level(void);
 
+/* What this machine can do at most, measured now: the two sides of a kernel's floor.
+ *
+ * Bytes a second at which `threads` threads together read the `bytes` bytes at `from` once, with the widest loads.
+ * `from` is aligned to 64, `bytes` a multiple of 1024. Whether they come from memory or a cache is the caller's choice. */
+int ms_read_rate(const void *from, int64_t bytes, int threads, double *rate);
+/* FLOPs a second (a multiplication and an addition are two) of a level's widest multiplication, in registers alone:
+ * bfloat16 from MS_AVX512_BF16 on, float32 below. Takes some 20 ms. */
+int ms_multiply_rate(int level, int threads, double *rate);
+
 #ifdef __cplusplus
 }
 #endif

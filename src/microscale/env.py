@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from microscale.errors import SettingError
 
@@ -53,6 +55,20 @@ def cpu_level() -> str | None:
     if value is not None and value not in CPU_LEVELS:
         raise SettingError(f"MICROSCALE_CPU_LEVEL={value!r}; known: {', '.join(CPU_LEVELS)}")
     return value
+
+
+@contextmanager
+def using_cpu_level(word: str) -> Iterator[None]:
+    """Lower the C++ core to a level for a while."""
+    before = os.environ.get("MICROSCALE_CPU_LEVEL")
+    os.environ["MICROSCALE_CPU_LEVEL"] = word
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["MICROSCALE_CPU_LEVEL"]
+        else:
+            os.environ["MICROSCALE_CPU_LEVEL"] = before
 
 
 def emulation_tile() -> int:

@@ -169,6 +169,31 @@ def _memory() -> int:
     return total
 
 
+def cache_bytes() -> int:
+    """Bytes of all last-level caches that this process's processors share; 0 where the system does not say."""
+    found: dict[str, int] = {}
+    for cpu in os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else ():
+        where = f"/sys/devices/system/cpu/cpu{cpu}/cache"
+        levels = []
+        for index in os.listdir(where) if os.path.isdir(where) else ():
+            level, size, shared = (
+                _line(f"{where}/{index}/{name}") for name in ("level", "size", "shared_cpu_list")
+            )
+            if level.isdigit() and size.endswith("K") and size[:-1].isdigit():
+                levels.append((int(level), int(size[:-1]) * 1024, shared))
+        if levels:
+            _, found_size, by = max(levels)
+            found[by] = found_size
+    return sum(found.values())
+
+
+def _line(path: str) -> str:
+    if not os.path.isfile(path):
+        return ""
+    with open(path, encoding="ascii", errors="replace") as file:
+        return file.read().strip()
+
+
 def _gpus() -> tuple[Gpu, ...]:
     found = []
     if torch.cuda.is_available():

@@ -12,7 +12,7 @@ import typer
 from typer.core import TyperGroup
 
 from microscale import env
-from microscale.cli import doctor, explain, inspect, run, selftest
+from microscale.cli import bench, doctor, explain, inspect, run, selftest
 from microscale.cli import eval as evaluation
 from microscale.cli.output import clean, emit, only_json
 from microscale.errors import MicroscaleError
@@ -58,6 +58,7 @@ app.command()(run.run)
 app.command()(explain.explain)
 app.command()(inspect.inspect)
 app.command("eval")(evaluation.evaluate)
+app.add_typer(bench.bench, name="bench")
 app.command()(selftest.selftest)
 app.command()(doctor.doctor)
 
