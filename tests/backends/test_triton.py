@@ -4,7 +4,6 @@ targets that are not here."""
 from __future__ import annotations
 
 import os
-import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -14,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from triton_ahead import POINTERS, TARGETS, compile_ahead, random_bytes
 
 from microscale.activations import GPT_OSS
 from microscale.backends.triton_rules import refuse
@@ -21,7 +21,6 @@ from microscale.formats import FORMATS
 from microscale.invented import INVENTED
 from microscale.machine import Gpu
 from microscale.oracle import Problem
-from microscale.quant import QuantTensor, dequantize
 
 LINEAR = Problem("linear", "mxfp4", 33, 95)
 MOE = Problem(
@@ -58,19 +57,6 @@ def layout() -> Any:
     from microscale.backends.triton import layout
 
     return layout
-
-
-def random_bytes(name: str, shape: tuple[int, ...]) -> QuantTensor:
-    """Any codes and any scales: a layout must not look at what they mean. What lies past K is 0."""
-    fmt = FORMATS[name]
-    codes = torch.randint(256, (*shape[:-1], fmt.packed_columns(shape[-1])), dtype=torch.uint8)
-    spare = codes.shape[-1] * 8 - shape[-1] * fmt.element.bits
-    codes[..., -1] &= 255 >> spare
-    scales = torch.randint(256, (*shape[:-2], *fmt.scale_shape(*shape[-2:])), dtype=torch.uint8)
-    outer = torch.rand(*shape[:-2], 1) if fmt.tensor_scale else None
-    return QuantTensor(
-        fmt, shape, codes, scales.float() if fmt.scale == "f32" else scales, outer, fmt.rules[0]
-    )
 
 
 @pytest.mark.parametrize(
@@ -144,53 +130,6 @@ def test_kernels_on_the_gpu() -> None:
     run_on_device(interpreted=False)
 
 
-# Kind, architecture, lanes of a warp, what machine code is called, bytes of shared memory.
-TARGETS = {
-    "sm_80": ("cuda", 80, 32, "cubin", 163 << 10),
-    "sm_90": ("cuda", 90, 32, "cubin", 227 << 10),
-    "sm_100": ("cuda", 100, 32, "cubin", 227 << 10),
-    "gfx942": ("hip", "gfx942", 64, "hsaco", 64 << 10),
-}
-POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
-
-
-def compiled(
-    kernel: Any, target: str, given: dict[str, Any], options: dict[str, Any], sixteens: tuple[str, ...] = ()
-) -> Any:
-    """Compile for a GPU that is not here.
-
-    Args:
-        given: by argument: a type word ("*bf16", "i32", "fp32") or a compile-time value.
-        sixteens: integers that are multiples of 16.
-    Returns:
-        The stages of compilation, by name.
-    """
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-    from triton.experimental.gluon._runtime import GluonASTSource
-
-    words = ("*", "i32", "fp32")
-    types = {
-        n: v for n, v in given.items() if isinstance(v, str) and v.startswith(words) and n in kernel.arg_names
-    }
-    signature = {n: types.get(n, "constexpr") for n in kernel.arg_names}
-    constants = {n: given[n] for n in kernel.arg_names if n not in types}
-    aligned = {
-        (kernel.arg_names.index(n),): [["tt.divisibility", 16]]
-        for n, t in types.items()
-        if t[0] == "*" or n in sixteens
-    }
-    kind, arch, warp, *_ = TARGETS[target]
-    source = (GluonASTSource if kernel.is_gluon() else ASTSource)(kernel, signature, constants, aligned)
-    return triton.compile(source, target=GPUTarget(kind, arch, warp), options=options).asm
-
-
-def compile_ahead(kernel: Any, target: str, given: dict[str, Any], options: dict[str, Any]) -> int:
-    """`compiled`: the bytes of machine code."""
-    return len(compiled(kernel, target, given, options)[TARGETS[target][3]])
-
-
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize(
     "name, dtype, tokens",
@@ -248,104 +187,17 @@ def test_kernels_compile_for_gpus_that_are_not_here(
 @pytest.mark.parametrize("target", TARGETS)
 def test_routing_and_sums_compile(layout: Any, target: str) -> None:
     routing, total = (import_module(f"microscale.backends.triton.{n}") for n in ("routing", "total"))
-    given = dict.fromkeys(("routes", "experts", "known", "count", "N"), "i32")
-    given |= dict.fromkeys(("keys", "order", "ends", "tile_experts", "tile_starts"), "*i32")
+    given = dict.fromkeys(("routes", "experts", "known", "count", "blocks", "N"), "i32")
+    given |= dict.fromkeys(("order", "ends", "tile_experts", "tile_starts", "counts"), "*i32")
     given |= {
         "ids": "*i64",
         "expert_map": "*i64",
         "HAS_MAP": True,
         "BLOCK_M": 16,
         "BLOCK_E": 128,
-        "BLOCK": 1024,
+        "BLOCK": 256,
+        "TILES": 8,
     }
     given |= {"y": "*bf16", "shares": "*fp32", "TOP_K": 4, "PDL": target == "sm_90"}
-    assert compile_ahead(routing._route_kernel, target, given, {}) > 0
-    assert compile_ahead(total._total_kernel, target, given, {}) > 0
-
-
-@pytest.mark.parametrize("name", ["mxfp4", "nvfp4"])
-@pytest.mark.parametrize("shape", [(1, 32), (65, 96), (130, 160), (2, 64, 64), (3, 200, 352)])
-def test_unpack_is_the_exact_inverse_of_fragments(layout: Any, name: str, shape: tuple[int, ...]) -> None:
-    fragments = import_module("microscale.backends.triton.fragments")
-    w = random_bytes(name, shape)
-    assert not fragments.suits(replace(w, scales=w.scales | 0xFF))
-    w.scales.clamp_(max=128 if name == "mxfp4" else 126)
-    assert fragments.suits(w)
-    packed = fragments.pack(w)
-    for back in (fragments.unpack(packed), layout.unpack(packed.plain)):
-        assert (back.format, back.shape, back.rule) == (w.format, w.shape, w.rule)
-        assert torch.equal(back.codes, w.codes)
-        assert torch.equal(back.scales, w.scales)
-        assert (back.tensor_scale is None) == (w.tensor_scale is None)
-
-
-def test_fragments_are_for_bytes_that_the_layout_can_hold(layout: Any) -> None:
-    fragments = import_module("microscale.backends.triton.fragments")
-    assert not fragments.suits(random_bytes("mxfp8_e4m3", (64, 64)))
-    w = random_bytes("mxfp4", (64, 48))
-    w.scales.fill_(120)
-    assert not fragments.suits(w)
-
-
-def test_the_hopper_kernels_decode_what_fragments_holds(layout: Any) -> None:
-    """The kernel's shifts and masks, bit for bit, on integers: every code comes out where wgmma wants it."""
-    fragments = import_module("microscale.backends.triton.fragments")
-    w = random_bytes("mxfp4", (128, 128))
-    w.scales.fill_(127)
-    words = fragments.pack(w).codes.view(2, 2, 4, 8, 4, 2, 2).long() & 0xFFFFFFFF
-
-    def rotated(v: torch.Tensor, left: int) -> torch.Tensor:
-        return (v << left | v >> 32 - left) & 0xFFFFFFFF
-
-    zero, one = words.unbind(-1)
-    rest = zero & 0x0C180C18 | one << 2 & 0xFFFFFFFF & ~0x0C180C18
-    pairs = [
-        zero,
-        zero << 6,
-        rotated(zero, 10),
-        one,
-        one << 6,
-        rotated(one, 10),
-        rest << 2,
-        rotated(rest, 12),
-    ]
-    bits = torch.stack(pairs, -1) & 0x81C081C0
-    halves = torch.stack((bits << 16, bits & 0xFFFF0000), -1) & 0xFFFFFFFF
-    found = (halves - (halves >> 31 << 32)).int().view(torch.float32).double() * 2.0**126
-    # tile, chunk, warp, g, t, p, (q, h, odd row), odd column -> rows, columns
-    found = found.unflatten(-2, (2, 2, 2)).permute(0, 2, 3, 8, 1, 5, 6, 7, 4, 9).reshape(128, 128)
-    assert torch.equal(found, dequantize(w, torch.float64))
-
-
-@pytest.mark.parametrize("block_m, overlap", [(8, False), (128, True)])
-@pytest.mark.parametrize("name, kind, interleaved", [("mxfp4", "swiglu_oai", True), ("nvfp4", "silu", False)])
-def test_the_hopper_kernels_keep_weights_in_registers(
-    layout: Any, name: str, kind: str, interleaved: bool, block_m: int, overlap: bool
-) -> None:
-    hopper, experts = (import_module(f"microscale.backends.triton.{n}") for n in ("hopper", "hopper_moe"))
-    cut = hopper.Cut(block_m, 2, 2, 8, 4, overlap)
-    w = random_bytes(name, (2, 128, 160))
-    w.scales.fill_(120)
-    packed = import_module("microscale.backends.triton.fragments").pack(w)
-    constants = cut.constants(packed)
-    given = constants | {
-        **dict.fromkeys(("codes", "scales", "tile_experts", "tile_starts", "ends", "order"), "*i32"),
-        **dict.fromkeys(("M", "N", "K", "WIDTH", "TILES", "CHUNKS", "STEPS", "top_k"), "i32"),
-        **dict.fromkeys(("alpha", "beta", "limit"), "fp32"),
-        **dict.fromkeys(("x", "y", "h", "bias"), "*bf16"),
-        **dict.fromkeys(("shares", "topk_weights"), "*fp32"),
-        "row_scale": "*fp32" if packed.row_scale is not None else None,
-        "HAS_BIAS": True,
-        "GROUP": 8,
-        "KIND": kind,
-        "GATED": True,
-        "INTERLEAVED": interleaved,
-        "HAS_LIMIT": interleaved,
-        "WEIGHT_ON_INPUT": False,
-        "PDL": True,
-    }
-    for kernel in (hopper._linear_kernel, experts._first_kernel, experts._second_kernel):
-        ptx = compiled(kernel, "sm_90", given, {"num_warps": cut.warps}, ("K", "N", "WIDTH"))["ptx"]
-        products = re.findall(r"wgmma\.mma_async\S* \{[^}]*\}, (\S)", ptx)
-        # A brace: the left operand is a list of registers.
-        assert set(products) == {"{"}
+    for kernel in (routing._route_kernel, routing._count_kernel, routing._place_kernel, total._total_kernel):
+        assert compile_ahead(kernel, target, given, {}) > 0

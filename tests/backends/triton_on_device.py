@@ -12,7 +12,8 @@ from torch import Tensor
 
 from microscale.activations import GPT_OSS, Activation
 from microscale.backends import triton as backend
-from microscale.backends.triton import layout
+from microscale.backends.triton import layout, routing
+from microscale.backends.triton.fragments import Fragments
 from microscale.backends.triton.layout import exponent_range
 from microscale.conformance import Case, cases, run
 from microscale.elements import pack_codes
@@ -196,6 +197,67 @@ def test_gradients_are_those_of_the_numbers() -> None:
     backend.linear(x, backend.pack(w)).backward(upstream)
     assert x.grad is not None
     torch.testing.assert_close(x.grad, upstream @ dequantize(w))
+
+
+@pytest.mark.parametrize("mapped", [False, True])
+@pytest.mark.parametrize(
+    "tokens, top_k, experts, block_m", [(1, 4, 32, 8), (150, 4, 7, 64), (300, 8, 128, 16)]
+)
+def test_routes_are_sorted_by_expert(
+    tokens: int, top_k: int, experts: int, block_m: int, mapped: bool
+) -> None:
+    """In one launch and in two; ids may name an expert elsewhere, none, or one that does not exist."""
+    known = experts + 5 if mapped else experts
+    ids = torch.randint(-1, known + 2, (tokens, top_k))
+    where = torch.randperm(known) - 5 if mapped else torch.arange(known)
+    where[where < 0] = -1
+    table = routing.route(ids.to(DEVICE), where.to(DEVICE) if mapped else None, experts, block_m)
+    local = torch.where((ids >= 0) & (ids < known), where[ids.clamp(0, known - 1)], -1).flatten()
+    order = [r for e in range(experts) for r in torch.where(local == e)[0].tolist()]
+    counts = [int((local == e).sum()) for e in range(experts)]
+    ends = torch.tensor(counts).cumsum(0).tolist()
+    starts = [0, *ends[:-1]]
+    pieces = [(e, s) for e in range(experts) for s in range(starts[e], ends[e], block_m)]
+    assert table.order[: len(order)].tolist() == order
+    assert table.ends[:experts].tolist() == ends
+    unused = [-1] * (table.count - len(pieces))
+    assert table.tile_experts[: table.count].tolist() == [e for e, _ in pieces] + unused
+    assert table.tile_starts[: len(pieces)].tolist() == [s for _, s in pieces]
+
+
+@pytest.mark.skipif(INTERPRETED, reason="needs a GPU")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_one_copy_of_the_weights_serves_every_dtype(dtype: torch.dtype) -> None:
+    x, ids, weights, w13, w2 = experts("mxfp4")
+    if not isinstance(w13, Fragments):
+        pytest.skip("this GPU has one layout for all")
+    backend.moe(x.to(dtype), ids, weights, w13, w2, GPT_OSS)
+    packed = backend.pack(quantize(torch.randn(70, 96, device=DEVICE), "mxfp4"))
+    backend.linear(x.to(dtype), packed)
+    assert not any("plain" in vars(w) for w in (w13, w2, packed))
+
+
+@pytest.mark.skipif(INTERPRETED, reason="needs a GPU")
+@pytest.mark.parametrize("name", ["mxfp4", "nvfp4"])
+def test_every_cut_gives_the_same_bits(name: str) -> None:
+    x, ids, weights, w13, w2 = experts(name, tokens=130)
+    if not isinstance(w13, Fragments) or not isinstance(w2, Fragments):
+        pytest.skip("this GPU has no cuts")
+    from microscale.backends.triton import hopper, hopper_moe, tiles
+
+    first = tiles.Cut(8, 2, 2, 4, 4)
+    matrix = backend.pack(quantize(torch.randn(200, 416, device=DEVICE), name))
+    assert isinstance(matrix, Fragments)
+    wide = torch.randn(130, 416, device=DEVICE).bfloat16()
+    y = hopper.linear(wide, matrix, None, first)
+    for _, cut in tiles.LINEAR["sm_90"]:
+        assert torch.equal(hopper.linear(wide, matrix, None, cut), y), cut
+    rest = (w13, w2, GPT_OSS, None, None, None, False)
+    y = hopper_moe.moe(x, ids, weights, *rest, (first, first))
+    for *_, cut13, cut2 in tiles.MOE["sm_90"]:
+        for rows in (slice(0, 130), slice(3, 7), slice(3, 4)):
+            found = hopper_moe.moe(x[rows], ids[rows], weights[rows], *rest, (cut13, cut2))
+            assert torch.equal(found, y[rows]), (cut13, cut2, rows)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="needs a GPU")

@@ -1,11 +1,14 @@
 """One source of kernels for CUDA, ROCm and XPU: every format, exact in the weights, activations in 16 or 32 bits.
 
 `layout` packs and unpacks, `decode` turns codes and scales into numbers in registers, `gemm` has the loop over K and
-linear, `moe` the experts, `routing` sorts their routes, `tiles` has the sizes. On Hopper 4-bit weights have a layout
-and kernels of their own: `fragments`, `hopper`, `hopper_moe`.
+linear, `moe` the experts, `routing` sorts their routes, `total` adds up their shares, `tiles` has the sizes. On Hopper
+4-bit weights have a layout and kernels of their own: `fragments`, and `hopper`, `hopper_moe` over `hopper_loop` and
+`hopper_decode`; `fallback` if those do not compile.
 """
 
 from __future__ import annotations
+
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -14,6 +17,7 @@ from microscale.activations import Activation
 from microscale.backends import autograd, emulation
 from microscale.backends.triton import fragments, gemm, layout, tiles
 from microscale.backends.triton import moe as experts
+from microscale.backends.triton.fallback import attempt
 from microscale.backends.triton.fragments import Fragments
 from microscale.backends.triton.layout import Packed
 from microscale.errors import BackendError
@@ -58,11 +62,16 @@ def linear(
         rows = x.reshape(-1, k)
         if rows.shape[0] == 0 or n == 0:
             return x.new_zeros(*x.shape[:-1], n)
-        if isinstance(w, Fragments) and x.dtype == torch.bfloat16:
+        if isinstance(w, Fragments):
             from microscale.backends.triton import hopper
 
-            return hopper.linear(rows, w, bias).view(*x.shape[:-1], n)
-        return gemm.linear(rows, _plain(w), bias).view(*x.shape[:-1], n)
+            cut = tiles.linear_cut(rows.shape[0], n, hopper.PARTS[x.dtype])
+            return attempt(
+                lambda: hopper.linear(rows, w, bias, cut),
+                lambda: gemm.linear(rows, w.plain, bias),
+                *("linear", w.format.name, w.shape, x.dtype, cut),
+            ).view(*x.shape[:-1], n)
+        return gemm.linear(rows, w, bias).view(*x.shape[:-1], n)
 
     def slow(x: Tensor, bias: Tensor | None) -> Tensor:
         return emulation.linear(x, emulation.Packed(unpack(w)), bias)
@@ -86,7 +95,8 @@ def moe(
 ) -> Tensor:
     """See `contract.Contract.moe`. Never waits for the device: a token with an id out of range becomes NaN.
 
-    Numerics: as `linear`; the intermediate is rounded once to x's dtype, and the sum over experts is float32.
+    Numerics: as `linear`; the intermediate is rounded once to x's dtype, and the sum over experts is float32. On
+    Hopper, 4-bit experts round each token's share of an expert to x's dtype too, before that sum.
     """
     check_moe(x, topk_ids, topk_weights, w13.shape, w2.shape, activation, b13, b2, weight_on_input)
     _check(x, act)
@@ -94,25 +104,21 @@ def moe(
     def fast(x: Tensor, topk_weights: Tensor, b13: Tensor | None, b2: Tensor | None) -> Tensor:
         if 0 in (topk_ids.numel(), *w13.shape, *w2.shape):
             return x.new_zeros(x.shape[0], w2.shape[1])
-        if isinstance(w13, Fragments) and isinstance(w2, Fragments) and x.dtype == torch.bfloat16:
-            from microscale.backends.triton import hopper_moe
+        rest = (activation, b13, b2, expert_map, weight_on_input)
+
+        def plain() -> Tensor:
+            return experts.moe(x, topk_ids, topk_weights, _plain(w13), _plain(w2), *rest)
+
+        if isinstance(w13, Fragments) and isinstance(w2, Fragments):
+            from microscale.backends.triton import hopper, hopper_moe
 
             if not hopper_moe.refuse(w13, activation):
-                return hopper_moe.moe(
-                    x, topk_ids, topk_weights, w13, w2, activation, b13, b2, expert_map, weight_on_input
-                )
-        return experts.moe(
-            x,
-            topk_ids,
-            topk_weights,
-            _plain(w13),
-            _plain(w2),
-            activation,
-            b13,
-            b2,
-            expert_map,
-            weight_on_input,
-        )
+                (tokens, top_k), (count, rows, _) = topk_ids.shape, w13.shape
+                cuts = tiles.moe_cuts(tokens, top_k, count, rows, hopper.PARTS[x.dtype])
+                own = partial(hopper_moe.moe, x, topk_ids, topk_weights, w13, w2, *rest, cuts)
+                what = ("moe", w13.format.name, w13.shape, activation, x.dtype, *cuts)
+                return attempt(own, plain, *what)
+        return plain()
 
     def slow(x: Tensor, topk_weights: Tensor, b13: Tensor | None, b2: Tensor | None) -> Tensor:
         return emulation.moe(

@@ -17,6 +17,7 @@ NVFP4's stay E4M3 without the sign bit.
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -91,7 +92,12 @@ class Fragments:
 
     @cached_property
     def plain(self) -> layout.Packed:
-        """For the kernels of every target: other activations than bfloat16, and rows that do not fit."""
+        """For the kernels of every target, where `hopper_moe` refuses. Kept, so these weights are in memory twice."""
+        warnings.warn(
+            f"{self.format.name} weights {self.shape} are kept a second time, in the layout of all GPUs: Hopper's own "
+            "kernels want w13 and w2 both packed for them, and gates and ups that lie apart in multiples of 64 rows",
+            stacklevel=2,
+        )
         return layout.pack(unpack(self))
 
 

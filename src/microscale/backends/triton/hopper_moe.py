@@ -1,4 +1,8 @@
-"""The experts on Hopper: w13 with its activation is one kernel, w2 with the routing weight another; see `hopper`."""
+"""The experts on Hopper: w13 with its activation is one kernel, w2 with the routing weight another; see `hopper`.
+
+From the routing on, a kernel starts while the one before it ends. A single token needs no routing: each of its routes
+is a tile.
+"""
 
 from __future__ import annotations
 
@@ -10,143 +14,210 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from microscale.activations import Activation
 from microscale.backends.triton import activation as _activation
-from microscale.backends.triton import tiles
+from microscale.backends.triton import routing, tiles
 from microscale.backends.triton.fragments import ROWS, Fragments
-from microscale.backends.triton.hopper import (
-    Cut,
-    accumulator,
-    aligned,
-    buffers,
-    copy_weights,
-    finish,
-    in_order,
-    pointers,
-    product,
-    slots,
-    store_layout,
-)
-from microscale.backends.triton.routing import Table, route
+from microscale.backends.triton.hopper import PARTS, as_parts
+from microscale.backends.triton.hopper_decode import accumulator, finish, in_order, slots, store_layout
+from microscale.backends.triton.hopper_loop import buffers, copy_weights, pointers, product
+from microscale.backends.triton.routing import Table
+from microscale.backends.triton.tiles import Cut
 from microscale.backends.triton.total import total
 
 activate = gluon.jit(_activation.activate.fn)
+key_of = gluon.jit(routing.key_of.fn)
 
 
-@gluon.jit(do_not_specialize=["top_k", "TILES", "CHUNKS", "STEPS"])
-def _first_kernel(
-    h, x, codes, scales, row_scale, bias, tile_experts, tile_starts, ends, order, topk_weights,
-    top_k, N, WIDTH, K, TILES, CHUNKS, STEPS, alpha, beta, limit,
+@gluon.jit
+def _expert(tile, tile_experts, expert_map, experts, known, DIRECT: gl.constexpr, HAS_MAP: gl.constexpr):
+    """int64, of a tile; -1: nothing to do. DIRECT: a tile is a route, and `tile_experts` the ids."""
+    if DIRECT:
+        key = key_of(tile_experts, expert_map, tile, tile + 1, experts, known, HAS_MAP)
+        expert = gl.where(key < experts, key, -1)
+    else:
+        expert = gl.load(tile_experts + tile)
+    return expert.to(gl.int64)
+
+
+@gluon.jit
+def _span(tile, expert, tile_starts, ends, DIRECT: gl.constexpr):
+    """A tile's first place in the order, and where its expert's places end."""
+    if DIRECT:
+        return tile, tile + 1
+    else:
+        return gl.load(tile_starts + tile), gl.load(ends + expert)
+
+
+@gluon.jit
+def _routes(order, place, DIRECT: gl.constexpr):
+    if DIRECT:
+        return place
+    else:
+        return gl.load(order + place)
+
+
+@gluon.jit
+def _first(
+    h, x, row_scale, bias, order, topk_weights, cs, ss, cp, sp, expert, block, first, second, start, end,
+    top_k, N, WIDTH, K, CHUNKS, STEPS, alpha, beta, limit,
     SCALE: gl.constexpr, EVEN: gl.constexpr, ROW_SCALE: gl.constexpr, HAS_BIAS: gl.constexpr,
     KIND: gl.constexpr, GATED: gl.constexpr, INTERLEAVED: gl.constexpr, HAS_LIMIT: gl.constexpr,
-    WEIGHT_ON_INPUT: gl.constexpr,
+    WEIGHT_ON_INPUT: gl.constexpr, DIRECT: gl.constexpr,
     BLOCK_M: gl.constexpr, T: gl.constexpr, C: gl.constexpr, STAGES: gl.constexpr,
-    OVERLAP: gl.constexpr, PDL: gl.constexpr,
+    OVERLAP: gl.constexpr, ODD: gl.constexpr, PARTS: gl.constexpr,
+):  # fmt: skip
+    """A tile of `_first_kernel`, of at most BLOCK_M tokens."""
+    WARPS: gl.constexpr = gl.num_warps()
+    OUT: gl.constexpr = T * 32 if GATED else T * 64
+    TOKENS: gl.constexpr = gl.BlockedLayout([1, 8], [4 // C, 8 * C], [WARPS, 1], [1, 0])
+    place = gl.minimum(start + gl.arange(0, BLOCK_M, gl.SliceLayout(1, TOKENS)), end - 1)
+    token = (_routes(order, place, DIRECT) // top_k).to(gl.int64)
+    acc = product(
+        x, token, cs, ss, cp, sp, STEPS, CHUNKS, K,
+        SCALE, EVEN, BLOCK_M, T, C, STAGES, OVERLAP, ODD, PARTS,
+    )  # fmt: skip
+    ACC: gl.constexpr = accumulator(BLOCK_M, WARPS)
+    if WEIGHT_ON_INPUT:
+        place = gl.minimum(start + gl.arange(0, BLOCK_M, gl.SliceLayout(0, ACC)), end - 1)
+        acc = acc * gl.load(topk_weights + _routes(order, place, DIRECT)).to(gl.float32)[None, :]
+    rows = gl.minimum(slots(first, second, T, gl.SliceLayout(1, ACC)), N - 1)
+    acc = finish(acc, row_scale, bias, expert * N + rows, ROW_SCALE, HAS_BIAS)
+    if GATED and not INTERLEAVED:
+        both = in_order(acc, T, BLOCK_M).reshape([2, OUT, BLOCK_M]).permute([1, 2, 0])
+        gate, up = gl.convert_layout(
+            both, gl.BlockedLayout([2, 1, 2], [16, 2, 1], [1, WARPS, 1], [2, 0, 1])
+        ).split()
+        out = activate(gate, up, alpha, beta, limit, KIND, GATED, HAS_LIMIT)
+    elif GATED:
+        gate, up = acc.reshape([T * 4, 2, 8, BLOCK_M]).permute([0, 2, 3, 1]).split()
+        out = activate(gate, up, alpha, beta, limit, KIND, GATED, HAS_LIMIT).reshape([OUT, BLOCK_M])
+    else:
+        out = in_order(activate(acc, acc, alpha, beta, limit, KIND, GATED, HAS_LIMIT), T, BLOCK_M)
+    STORE: gl.constexpr = store_layout(OUT, WARPS)
+    out = gl.convert_layout(out.to(h.dtype.element_ty), STORE)
+    n = block * OUT + gl.arange(0, OUT, gl.SliceLayout(1, STORE))
+    place = start + gl.arange(0, BLOCK_M, gl.SliceLayout(0, STORE))
+    gl.store(
+        h + place.to(gl.int64)[None, :] * WIDTH + n[:, None],
+        out,
+        mask=(n < WIDTH)[:, None] & (place < end)[None, :],
+    )
+
+
+@gluon.jit(do_not_specialize=["top_k", "TILES", "CHUNKS", "STEPS", "experts", "known"])
+def _first_kernel(
+    h, x, codes, scales, row_scale, bias, tile_experts, tile_starts, ends, order, expert_map, topk_weights,
+    top_k, experts, known, N, WIDTH, K, TILES, CHUNKS, STEPS, alpha, beta, limit,
+    SCALE: gl.constexpr, EVEN: gl.constexpr, ROW_SCALE: gl.constexpr, HAS_BIAS: gl.constexpr,
+    KIND: gl.constexpr, GATED: gl.constexpr, INTERLEAVED: gl.constexpr, HAS_LIMIT: gl.constexpr,
+    WEIGHT_ON_INPUT: gl.constexpr, DIRECT: gl.constexpr, HAS_MAP: gl.constexpr,
+    BLOCK_M: gl.constexpr, T: gl.constexpr, C: gl.constexpr, STAGES: gl.constexpr,
+    OVERLAP: gl.constexpr, ODD: gl.constexpr, PARTS: gl.constexpr, TAIL: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """h[sorted route, WIDTH] = activation(w13[e] @ x[token] + b13[e])."""
-    WARPS: gl.constexpr = gl.num_warps()
     WORDS: gl.constexpr = 1 if SCALE == "e8m0" else 2
-    APART: gl.constexpr = GATED and not INTERLEAVED  # half the tiles are gates, half the ups WIDTH rows on
-    OUT: gl.constexpr = T * 32 if GATED else T * 64
-    blocks = gl.cdiv(WIDTH, OUT)
+    blocks = gl.cdiv(WIDTH, T * 32 if GATED else T * 64)
     tile = gl.program_id(0) // blocks
     block = gl.program_id(0) % blocks
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
-    expert = gl.load(tile_experts + tile).to(gl.int64)
+    expert = _expert(tile, tile_experts, expert_map, experts, known, DIRECT, HAS_MAP)
     if expert >= 0:
-        if APART:
+        if GATED and not INTERLEAVED:  # half the tiles are gates, half the ups WIDTH rows on
             first = block * (T // 2)
             second = first + WIDTH // 64
         else:
             first = block * T
             second = first + T // 2
-        xs, cs, ss = buffers(BLOCK_M, T, C, STAGES, WORDS)
+        cs, ss = buffers(T, C, STAGES, WORDS)
         cp, sp = pointers(codes, scales, expert, first, second, TILES, CHUNKS, T, C, WORDS)
         for s in gl.static_range(STAGES - 1):
             copy_weights(cs, ss, cp, sp, s, s, STEPS, CHUNKS, T, C, WORDS, EVEN)
-        start = gl.load(tile_starts + tile)
-        end = gl.load(ends + expert)
-        TOKENS: gl.constexpr = gl.BlockedLayout([1, 8], [4 // C, 8 * C], [WARPS, 1], [1, 0])
-        position = gl.minimum(start + gl.arange(0, BLOCK_M, gl.SliceLayout(1, TOKENS)), end - 1)
-        token = (gl.load(order + position) // top_k).to(gl.int64)
-        acc = product(
-            x, token, xs, cs, ss, cp, sp, STEPS, CHUNKS, K, SCALE, EVEN, BLOCK_M, T, C, STAGES, OVERLAP
-        )
-        ACC: gl.constexpr = accumulator(BLOCK_M, WARPS)
-        if WEIGHT_ON_INPUT:
-            position = gl.minimum(start + gl.arange(0, BLOCK_M, gl.SliceLayout(0, ACC)), end - 1)
-            acc = acc * gl.load(topk_weights + gl.load(order + position)).to(gl.float32)[None, :]
-        rows = gl.minimum(slots(first, second, T, gl.SliceLayout(1, ACC)), N - 1)
-        acc = finish(acc, row_scale, bias, expert * N + rows, ROW_SCALE, HAS_BIAS)
-        if APART:
-            both = in_order(acc, T, BLOCK_M).reshape([2, OUT, BLOCK_M]).permute([1, 2, 0])
-            gate, up = gl.convert_layout(
-                both, gl.BlockedLayout([2, 1, 2], [16, 2, 1], [1, WARPS, 1], [2, 0, 1])
-            ).split()
-            out = activate(gate, up, alpha, beta, limit, KIND, GATED, HAS_LIMIT)
-        elif GATED:
-            gate, up = acc.reshape([T * 4, 2, 8, BLOCK_M]).permute([0, 2, 3, 1]).split()
-            out = activate(gate, up, alpha, beta, limit, KIND, GATED, HAS_LIMIT).reshape([OUT, BLOCK_M])
+        start, end = _span(tile, expert, tile_starts, ends, DIRECT)
+        if TAIL and end - start <= BLOCK_M // 2:
+            _first(
+                h, x, row_scale, bias, order, topk_weights, cs, ss, cp, sp, expert, block, first, second,
+                start, end, top_k, N, WIDTH, K, CHUNKS, STEPS, alpha, beta, limit,
+                SCALE, EVEN, ROW_SCALE, HAS_BIAS, KIND, GATED, INTERLEAVED, HAS_LIMIT, WEIGHT_ON_INPUT, DIRECT,
+                BLOCK_M // 2, T, C, STAGES, OVERLAP, ODD, PARTS,
+            )  # fmt: skip
         else:
-            out = activate(acc, acc, alpha, beta, limit, KIND, GATED, HAS_LIMIT)
-            out = in_order(out, T, BLOCK_M)
-        STORE: gl.constexpr = store_layout(OUT, WARPS)
-        out = gl.convert_layout(out.to(h.dtype.element_ty), STORE)
-        n = block * OUT + gl.arange(0, OUT, gl.SliceLayout(1, STORE))
-        position = start + gl.arange(0, BLOCK_M, gl.SliceLayout(0, STORE))
-        gl.store(
-            h + position.to(gl.int64)[None, :] * WIDTH + n[:, None],
-            out,
-            mask=(n < WIDTH)[:, None] & (position < end)[None, :],
-        )
+            _first(
+                h, x, row_scale, bias, order, topk_weights, cs, ss, cp, sp, expert, block, first, second,
+                start, end, top_k, N, WIDTH, K, CHUNKS, STEPS, alpha, beta, limit,
+                SCALE, EVEN, ROW_SCALE, HAS_BIAS, KIND, GATED, INTERLEAVED, HAS_LIMIT, WEIGHT_ON_INPUT, DIRECT,
+                BLOCK_M, T, C, STAGES, OVERLAP, ODD, PARTS,
+            )  # fmt: skip
 
 
-@gluon.jit(do_not_specialize=["TILES", "CHUNKS", "STEPS"])
-def _second_kernel(
-    shares, h, codes, scales, row_scale, bias, tile_experts, tile_starts, ends, order, topk_weights,
-    N, K, TILES, CHUNKS, STEPS,
+@gluon.jit
+def _second(
+    shares, h, row_scale, bias, order, topk_weights, cs, ss, cp, sp, expert, first, start, end,
+    N, K, CHUNKS, STEPS,
     SCALE: gl.constexpr, EVEN: gl.constexpr, ROW_SCALE: gl.constexpr, HAS_BIAS: gl.constexpr,
-    WEIGHT_ON_INPUT: gl.constexpr,
+    WEIGHT_ON_INPUT: gl.constexpr, DIRECT: gl.constexpr,
     BLOCK_M: gl.constexpr, T: gl.constexpr, C: gl.constexpr, STAGES: gl.constexpr,
-    OVERLAP: gl.constexpr, PDL: gl.constexpr,
+    OVERLAP: gl.constexpr, ODD: gl.constexpr, PARTS: gl.constexpr,
+):  # fmt: skip
+    """A tile of `_second_kernel`, of at most BLOCK_M tokens."""
+    WARPS: gl.constexpr = gl.num_warps()
+    TOKENS: gl.constexpr = gl.BlockedLayout([1, 8], [4 // C, 8 * C], [WARPS, 1], [1, 0])
+    place = gl.minimum(start + gl.arange(0, BLOCK_M, gl.SliceLayout(1, TOKENS)), end - 1).to(gl.int64)
+    acc = product(
+        h, place, cs, ss, cp, sp, STEPS, CHUNKS, K,
+        SCALE, EVEN, BLOCK_M, T, C, STAGES, OVERLAP, ODD, PARTS,
+    )  # fmt: skip
+    ACC: gl.constexpr = accumulator(BLOCK_M, WARPS)
+    rows = gl.minimum(slots(first, first + T // 2, T, gl.SliceLayout(1, ACC)), N - 1)
+    acc = finish(acc, row_scale, bias, expert * N + rows, ROW_SCALE, HAS_BIAS)
+    if not WEIGHT_ON_INPUT:
+        place = gl.minimum(start + gl.arange(0, BLOCK_M, gl.SliceLayout(0, ACC)), end - 1)
+        acc = acc * gl.load(topk_weights + _routes(order, place, DIRECT)).to(gl.float32)[None, :]
+    STORE: gl.constexpr = store_layout(T * 64, WARPS)
+    out = gl.convert_layout(in_order(acc.to(shares.dtype.element_ty), T, BLOCK_M), STORE)
+    n = first * 64 + gl.arange(0, T * 64, gl.SliceLayout(1, STORE))
+    place = start + gl.arange(0, BLOCK_M, gl.SliceLayout(0, STORE))
+    route = _routes(order, gl.minimum(place, end - 1), DIRECT).to(gl.int64)
+    gl.store(shares + route[None, :] * N + n[:, None], out, mask=(n < N)[:, None] & (place < end)[None, :])
+
+
+@gluon.jit(do_not_specialize=["TILES", "CHUNKS", "STEPS", "experts", "known"])
+def _second_kernel(
+    shares, h, codes, scales, row_scale, bias, tile_experts, tile_starts, ends, order, expert_map, topk_weights,
+    experts, known, N, K, TILES, CHUNKS, STEPS,
+    SCALE: gl.constexpr, EVEN: gl.constexpr, ROW_SCALE: gl.constexpr, HAS_BIAS: gl.constexpr,
+    WEIGHT_ON_INPUT: gl.constexpr, DIRECT: gl.constexpr, HAS_MAP: gl.constexpr,
+    BLOCK_M: gl.constexpr, T: gl.constexpr, C: gl.constexpr, STAGES: gl.constexpr,
+    OVERLAP: gl.constexpr, ODD: gl.constexpr, PARTS: gl.constexpr, TAIL: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """shares[route, N] = routing weight * (w2[e] @ h[sorted route] + b2[e])."""
-    WARPS: gl.constexpr = gl.num_warps()
     WORDS: gl.constexpr = 1 if SCALE == "e8m0" else 2
     blocks = gl.cdiv(TILES, T)
     tile = gl.program_id(0) // blocks
-    # The list of tiles is older than the kernel before this one, whose programs have all waited for it.
-    expert = gl.load(tile_experts + tile).to(gl.int64)
+    # The list of tiles, or the ids, are older than the kernel before this one, whose programs have waited for them.
+    expert = _expert(tile, tile_experts, expert_map, experts, known, DIRECT, HAS_MAP)
     if expert >= 0:
         first = gl.program_id(0) % blocks * T
-        xs, cs, ss = buffers(BLOCK_M, T, C, STAGES, WORDS)
+        cs, ss = buffers(T, C, STAGES, WORDS)
         cp, sp = pointers(codes, scales, expert, first, first + T // 2, TILES, CHUNKS, T, C, WORDS)
         for s in gl.static_range(STAGES - 1):
             copy_weights(cs, ss, cp, sp, s, s, STEPS, CHUNKS, T, C, WORDS, EVEN)
-        start = gl.load(tile_starts + tile)
-        end = gl.load(ends + expert)
+        start, end = _span(tile, expert, tile_starts, ends, DIRECT)
         if PDL:
             gdc_wait()
             gdc_launch_dependents()
-        TOKENS: gl.constexpr = gl.BlockedLayout([1, 8], [4 // C, 8 * C], [WARPS, 1], [1, 0])
-        position = gl.minimum(start + gl.arange(0, BLOCK_M, gl.SliceLayout(1, TOKENS)), end - 1).to(gl.int64)
-        acc = product(
-            h, position, xs, cs, ss, cp, sp, STEPS, CHUNKS, K, SCALE, EVEN, BLOCK_M, T, C, STAGES, OVERLAP
-        )
-        ACC: gl.constexpr = accumulator(BLOCK_M, WARPS)
-        rows = gl.minimum(slots(first, first + T // 2, T, gl.SliceLayout(1, ACC)), N - 1)
-        acc = finish(acc, row_scale, bias, expert * N + rows, ROW_SCALE, HAS_BIAS)
-        if not WEIGHT_ON_INPUT:
-            position = gl.minimum(start + gl.arange(0, BLOCK_M, gl.SliceLayout(0, ACC)), end - 1)
-            acc = acc * gl.load(topk_weights + gl.load(order + position)).to(gl.float32)[None, :]
-        STORE: gl.constexpr = store_layout(T * 64, WARPS)
-        out = gl.convert_layout(in_order(acc.to(shares.dtype.element_ty), T, BLOCK_M), STORE)
-        n = first * 64 + gl.arange(0, T * 64, gl.SliceLayout(1, STORE))
-        position = start + gl.arange(0, BLOCK_M, gl.SliceLayout(0, STORE))
-        route = gl.load(order + gl.minimum(position, end - 1)).to(gl.int64)
-        gl.store(
-            shares + route[None, :] * N + n[:, None], out, mask=(n < N)[:, None] & (position < end)[None, :]
-        )
+        if TAIL and end - start <= BLOCK_M // 2:
+            _second(
+                shares, h, row_scale, bias, order, topk_weights, cs, ss, cp, sp, expert, first, start, end,
+                N, K, CHUNKS, STEPS, SCALE, EVEN, ROW_SCALE, HAS_BIAS, WEIGHT_ON_INPUT, DIRECT,
+                BLOCK_M // 2, T, C, STAGES, OVERLAP, ODD, PARTS,
+            )  # fmt: skip
+        else:
+            _second(
+                shares, h, row_scale, bias, order, topk_weights, cs, ss, cp, sp, expert, first, start, end,
+                N, K, CHUNKS, STEPS, SCALE, EVEN, ROW_SCALE, HAS_BIAS, WEIGHT_ON_INPUT, DIRECT,
+                BLOCK_M, T, C, STAGES, OVERLAP, ODD, PARTS,
+            )  # fmt: skip
     elif PDL:
         gdc_wait()
 
@@ -154,20 +225,6 @@ def _second_kernel(
 def refuse(w13: Fragments, activation: Activation) -> bool:
     """Gates and ups that lie apart must both begin at a tile."""
     return activation.gated and not activation.interleaved and w13.shape[1] // 2 % ROWS != 0
-
-
-def moe_cuts(tokens: int, experts: int, top_k: int) -> tuple[Cut, Cut]:
-    """The choice for w13 and w2; both have the same block_m."""
-    each = -(-tokens * top_k // min(experts, tokens * top_k))  # routes of an expert that is hit
-    if each <= 2:
-        return Cut(8, 2, 1, 8, 6), Cut(8, 2, 1, 8, 6)
-    if each <= 8:
-        return Cut(16, 2, 1, 8, 6), Cut(16, 2, 1, 8, 6)
-    if each <= 20:
-        return Cut(32, 2, 1, 8, 6), Cut(32, 2, 1, 8, 6)
-    if each <= 40:
-        return Cut(64, 2, 1, 8, 6, True), Cut(64, 2, 1, 8, 6, True)
-    return Cut(128, 4, 1, 8, 6, True), Cut(128, 4, 1, 8, 6, True)
 
 
 def first(
@@ -180,16 +237,23 @@ def first(
     cut: Cut,
     weight_on_input: bool,
     pdl: bool,
+    expert_map: Tensor | None = None,
+    direct: bool = False,
 ) -> Tensor:
-    """[M, H] -> [routes, I] in the table's order."""
-    _, rows, hidden = w.shape
+    """[M, H] -> [routes, I] in the table's order.
+
+    Args:
+        direct: there is one token, and the table's `tile_experts` are its ids.
+    """
+    experts, rows, hidden = w.shape
     inner = rows // 2 if activation.gated else rows
     h = torch.empty(weights.numel(), inner, dtype=x.dtype, device=x.device)
     per_block = cut.tiles * (32 if activation.gated else 64)
     _first_kernel[(table.count * -(-inner // per_block),)](
-        h, aligned(x), w.codes, w.scales, w.row_scale, bias,
-        table.tile_experts, table.tile_starts, table.ends, table.order, weights,
-        weights.shape[1], rows, inner, hidden, *cut.sizes(w),
+        h, as_parts(x), w.codes, w.scales, w.row_scale, bias,
+        table.tile_experts, table.tile_starts, table.ends, table.order, expert_map, weights,
+        weights.shape[1], experts, experts if expert_map is None else expert_map.numel(),
+        rows, inner, hidden, *cut.sizes(w),
         activation.alpha, activation.beta, activation.limit or 0.0,
         HAS_BIAS=bias is not None,
         KIND=activation.kind,
@@ -197,8 +261,14 @@ def first(
         INTERLEAVED=activation.interleaved,
         HAS_LIMIT=activation.limit is not None,
         WEIGHT_ON_INPUT=weight_on_input,
+        DIRECT=direct,
+        HAS_MAP=expert_map is not None,
+        PARTS=PARTS[x.dtype],
+        # A direct tile is one route: the compiler would decide the branch, and Triton 3.6 cannot compile a decided
+        # branch between two sizes of tile ("PassManager::run failed", in ConvertTritonGPUToLLVM).
+        TAIL=cut.tail and not direct,
         PDL=pdl,
-        launch_pdl=pdl,
+        launch_pdl=pdl and not direct,
         **cut.constants(w),
     )  # fmt: skip
     return h
@@ -213,15 +283,22 @@ def second(
     cut: Cut,
     weight_on_input: bool,
     pdl: bool,
+    expert_map: Tensor | None = None,
+    direct: bool = False,
 ) -> Tensor:
-    """[routes, I] in the table's order -> float32 [routes, N] in the tokens' order."""
-    _, n, inner = w.shape
-    shares = torch.empty(weights.numel(), n, dtype=torch.float32, device=h.device)
+    """[routes, I] in the table's order -> [routes, N] in the tokens' order, in h's dtype."""
+    experts, n, inner = w.shape
+    shares = torch.empty(weights.numel(), n, dtype=h.dtype, device=h.device)
     _second_kernel[(table.count * -(-w.tiles // cut.tiles),)](
-        shares, h, w.codes, w.scales, w.row_scale, bias,
-        table.tile_experts, table.tile_starts, table.ends, table.order, weights, n, inner, *cut.sizes(w),
+        shares, as_parts(h), w.codes, w.scales, w.row_scale, bias,
+        table.tile_experts, table.tile_starts, table.ends, table.order, expert_map, weights,
+        experts, experts if expert_map is None else expert_map.numel(), n, inner, *cut.sizes(w),
         HAS_BIAS=bias is not None,
         WEIGHT_ON_INPUT=weight_on_input,
+        DIRECT=direct,
+        HAS_MAP=expert_map is not None,
+        PARTS=PARTS[h.dtype],
+        TAIL=cut.tail and not direct,  # as in `first`
         PDL=pdl,
         launch_pdl=pdl,
         **cut.constants(w),
@@ -242,13 +319,25 @@ def moe(
     weight_on_input: bool,
     cuts: tuple[Cut, Cut] | None = None,
     pdl: bool = True,
+    direct: bool | None = None,
 ) -> Tensor:
-    """As `moe.moe`, x bfloat16. From the routing on, a kernel starts while the one before it ends."""
-    (m, top_k), experts = topk_ids.shape, w13.shape[0]
-    cut13, cut2 = cuts or moe_cuts(m, experts, top_k)
-    weights = topk_weights.contiguous()
+    """As `moe.moe`; each expert's share, like the intermediate, is rounded once to x's dtype.
+
+    Args:
+        cuts: of w13 and w2, with the same block_m and tail; `tiles.moe_cuts` by default.
+        direct: no routing, for one token; the default there.
+    """
+    (m, top_k), (experts, rows, _) = topk_ids.shape, w13.shape
+    cut13, cut2 = cuts or tiles.moe_cuts(m, top_k, experts, rows, PARTS[x.dtype])
+    direct = m == 1 if direct is None else direct
+    # Between float16 and wider activations and the kernels that read them stand others, which do not start early.
+    pdl = pdl and x.dtype == torch.bfloat16
+    ids, weights = topk_ids.contiguous(), topk_weights.contiguous()
     with tiles.on(x.device):
-        table = route(topk_ids, expert_map, experts, cut13.block_m, pdl)
-        h = first(x, weights, w13, b13, activation, table, cut13, weight_on_input, pdl)
-        shares = second(h, weights, w2, b2, table, cut2, weight_on_input, pdl)
-        return total(shares, table.keys, m, experts, x.dtype, pdl)
+        if direct:
+            table = Table(ids, ids, ids, ids, top_k)
+        else:
+            table = routing.route(ids, expert_map, experts, cut13.block_m, pdl)
+        h = first(x, weights, w13, b13, activation, table, cut13, weight_on_input, pdl, expert_map, direct)
+        shares = second(h, weights, w2, b2, table, cut2, weight_on_input, pdl, expert_map, direct)
+        return total(shares, ids, expert_map, experts, x.dtype, pdl)

@@ -212,4 +212,4 @@ def moe(
             **tile2.constants,
             **tile2.compiler,
         )  # fmt: skip
-    return total(shares, routed.keys, m, experts, stored).to(x.dtype)
+    return total(shares, topk_ids, expert_map, experts, stored).to(x.dtype)

@@ -9,40 +9,61 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_wait
 
 from microscale.backends.triton import tiles
+from microscale.backends.triton.routing import key_of
 
 
 @triton.jit
-def _total_kernel(y, shares, keys, experts, N, TOP_K: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
+def _total_kernel(
+    y,
+    shares,
+    ids,
+    expert_map,
+    experts,
+    known,
+    N,
+    HAS_MAP: tl.constexpr,
+    TOP_K: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+):
     blocks = tl.cdiv(N, BLOCK)
     token = (tl.program_id(0) // blocks).to(tl.int64)
     n = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     acc = tl.zeros((BLOCK,), tl.float32)
     if PDL:
         gdc_wait()
-    for t in range(TOP_K):
+    for t in tl.static_range(TOP_K):
         route = token * TOP_K + t
-        key = tl.load(keys + route)
+        key = key_of(ids, expert_map, route, route + 1, experts, known, HAS_MAP)
         # A share that nobody wrote is not read.
-        acc += tl.load(shares + route * N + n, mask=(n < N) & (key < experts), other=0.0)
+        acc += tl.load(shares + route * N + n, mask=(n < N) & (key < experts), other=0.0).to(tl.float32)
         acc = tl.where(key > experts, float("nan"), acc)
     tl.store(y + token * N + n, acc.to(y.dtype.element_ty), mask=n < N)
 
 
 def total(
-    shares: Tensor, keys: Tensor, tokens: int, experts: int, dtype: torch.dtype, pdl: bool = False
+    shares: Tensor,
+    topk_ids: Tensor,
+    expert_map: Tensor | None,
+    experts: int,
+    dtype: torch.dtype,
+    pdl: bool = False,
 ) -> Tensor:
-    """float32 [routes, N] -> [tokens, N] in `dtype`.
+    """[routes, N] -> [tokens, N] in `dtype`, added up in float32.
 
-    A route without an expert (key E) adds nothing; an id that does not exist (key E + 1) makes its token NaN.
+    A route without an expert adds nothing; an id that does not exist makes its token NaN.
 
     Args:
+        topk_ids: [tokens, T] global ids; `experts` of them are here, found by the map.
         pdl: the kernel may start before the one that writes the shares ends, and waits for it.
     """
-    routes, n = shares.shape
+    (tokens, top_k), n = topk_ids.shape, shares.shape[1]
     y = torch.empty(tokens, n, dtype=dtype, device=shares.device)
+    known = experts if expert_map is None else expert_map.numel()
     launch = {"launch_pdl": True} if pdl else {}
     with tiles.on(shares.device):
         _total_kernel[(tokens * -(-n // 1024),)](
-            y, shares, keys, experts, n, TOP_K=routes // tokens, BLOCK=1024, PDL=pdl, **launch
-        )
+            y, shares, topk_ids.contiguous(), expert_map, experts, known, n,
+            HAS_MAP=expert_map is not None, TOP_K=top_k, BLOCK=1024, PDL=pdl, **launch,
+        )  # fmt: skip
     return y

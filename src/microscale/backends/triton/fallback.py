@@ -1,0 +1,29 @@
+"""Where Triton cannot compile a kernel of Hopper's: the kernels for every target take over, with one warning."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Hashable
+
+from torch import Tensor
+from triton.errors import TritonError
+
+_failed: set[tuple[Hashable, ...]] = set()
+
+
+def attempt(fast: Callable[[], Tensor], plain: Callable[[], Tensor], *what: Hashable) -> Tensor:
+    """`fast`, or `plain` if a kernel of it does not compile; then `fast` is not tried again for the same `what`."""
+    if what not in _failed:
+        try:
+            return fast()
+        except (TritonError, RuntimeError) as error:
+            # MLIR's passes raise a bare RuntimeError, as do things that are none of ours.
+            if not isinstance(error, TritonError) and str(error) != "PassManager::run failed":
+                raise
+            _failed.add(what)
+            warnings.warn(
+                f"Triton cannot compile Hopper's kernel for {' '.join(map(str, what))} "
+                f"({str(error).partition(chr(10))[0]}); slower kernels run instead",
+                stacklevel=2,
+            )
+    return plain()
