@@ -21,16 +21,13 @@ T *at(Address address) {
 
 void check(int status, const char *what) {
   switch (status) {
-    case MS_OK:
-      return;
-    case MS_NO_MEMORY:
-      throw std::bad_alloc();
+    case MS_OK: return;
+    case MS_NO_MEMORY: throw std::bad_alloc();
     case MS_BAD_HEADER:
       throw nb::value_error((std::string(what) + ": the buffer does not hold a tensor that this core packed").c_str());
     case MS_BAD_LEVEL:
       throw nb::value_error((std::string(what) + ": this processor, or this build, does not have that level").c_str());
-    default:
-      throw nb::value_error((std::string(what) + ": an argument is out of range").c_str());
+    default: throw nb::value_error((std::string(what) + ": an argument is out of range").c_str());
   }
 }
 
@@ -45,7 +42,8 @@ void pack(int format, int64_t experts, int64_t n, int64_t k, Address codes, Addr
   int status;
   {
     nb::gil_scoped_release release;
-    status = ms_pack(format, experts, n, k, at<const uint8_t>(codes), at<const void>(scales), at<void>(packed), threads);
+    status =
+        ms_pack(format, experts, n, k, at<const uint8_t>(codes), at<const void>(scales), at<void>(packed), threads);
   }
   check(status, "pack");
 }

@@ -15,9 +15,9 @@ using Clock = std::chrono::steady_clock;
 
 double since(Clock::time_point start) { return std::chrono::duration<double>(Clock::now() - start).count(); }
 
-constexpr int64_t kUnit = 1 << 20;        // bytes handed out at a time: more than a page table walk notices
-constexpr double kUnitSeconds = 0.5e-3;   // of multiplication handed out at a time
-constexpr double kSeconds = 15e-3;        // of multiplication measured
+constexpr int64_t kUnit = 1 << 20;       // bytes handed out at a time: more than a page table walk notices
+constexpr double kUnitSeconds = 0.5e-3;  // of multiplication handed out at a time
+constexpr double kSeconds = 15e-3;       // of multiplication measured
 
 const Ceilings *ceilings_for(int level) {
   if (level < 0 || level > ms_level()) return nullptr;

@@ -51,7 +51,7 @@ int detect() {
     return MS_PLAIN;
   // AVX-512 F, DQ, BW, VL
   if (!zmm || !bit(seven.b, 16) || !bit(seven.b, 17) || !bit(seven.b, 30) || !bit(seven.b, 31)) return MS_AVX2;
-  if (!bit(more.a, 5)) return MS_AVX512;  // AVX512_BF16
+  if (!bit(more.a, 5)) return MS_AVX512;                                                            // AVX512_BF16
   if (!tiles || !bit(seven.d, 22) || !bit(seven.d, 24) || !amx_permitted()) return MS_AVX512_BF16;  // AMX BF16, TILE
   return MS_AMX;
 }
@@ -101,7 +101,8 @@ const Kernels *kernels_for(int level, int dtype, bool special) {
 }  // namespace microscale
 
 extern "C" int ms_level(void) {
-  static const int level = microscale::detect() < microscale::compiled() ? microscale::detect() : microscale::compiled();
+  static const int level =
+      microscale::detect() < microscale::compiled() ? microscale::detect() : microscale::compiled();
   return level;
 }
 

@@ -48,9 +48,7 @@ static constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b
 // Canonical form.
 static constexpr int64_t row_bytes(int format, int64_t k) { return ceil_div(k * traits(format).bits, 8); }
 static constexpr int64_t scale_rows(int format, int64_t n) { return ceil_div(n, traits(format).block_rows); }
-static constexpr int64_t scale_columns(int format, int64_t k) {
-  return ceil_div(k, traits(format).block_columns);
-}
+static constexpr int64_t scale_columns(int format, int64_t k) { return ceil_div(k, traits(format).block_columns); }
 
 // Packed form.
 static constexpr int64_t tiles(int64_t k) { return ceil_div(k, kTileK); }

@@ -47,16 +47,15 @@ struct Linear {
     const int64_t column = first * kPanelColumns, width = std::min(count * kPanelColumns, n - column);
     const float *outer = c.outer ? c.outer + column : nullptr, *bias = c.bias ? c.bias + column : nullptr;
     for (int64_t i = 0; i < c.m; ++i)
-      c.kernels->store(sums + i * stride, outer, bias, width, c.dtype,
-                       c.y + (i * n + column) * element_bytes(c.dtype));
+      c.kernels->store(sums + i * stride, outer, bias, width, c.dtype, c.y + (i * n + column) * element_bytes(c.dtype));
   }
 };
 
 }  // namespace
 }  // namespace microscale
 
-extern "C" int ms_linear(int level, const void *weights, const float *outer, int dtype, const void *x,
-                         int64_t x_stride, int64_t m, const float *bias, void *y, int threads) {
+extern "C" int ms_linear(int level, const void *weights, const float *outer, int dtype, const void *x, int64_t x_stride,
+                         int64_t m, const float *bias, void *y, int threads) {
   using namespace microscale;
   const ms_header *w = header_of(weights);
   if (!w) return MS_BAD_HEADER;

@@ -4,18 +4,19 @@
  * A packed tensor [E, N, K] is one buffer, aligned to 64 bytes:
  *
  *   header   64 bytes, see `ms_header`
- *   for each expert, groups of 64 output columns: 4 panels of 16 columns (fewer in the last group), padded with zeros to
- *   a multiple of 64 bytes, so that one stretch of memory holds all that 64 columns need, in the order of its use:
- *     for each tile of 32 k: the codes of each panel's 16 columns x 32 k, then the byte scales of each panel
- *     block FP8: then each panel's scales for all of K
+ *   for each expert, groups of 64 output columns: 4 panels of 16 columns (fewer in the last group), padded with zeros
+ * to a multiple of 64 bytes, so that one stretch of memory holds all that 64 columns need, in the order of its use: for
+ * each tile of 32 k: the codes of each panel's 16 columns x 32 k, then the byte scales of each panel block FP8: then
+ * each panel's scales for all of K
  *
  * Every 32-bit word of a tile belongs to one column n = word % 16, so that vectors of any width find the same
- * columns in their lanes. With q = word / 16 and p the parity of k (bits 15..0 of the word: even k, bits 31..16: odd k):
+ * columns in their lanes. With q = word / 16 and p the parity of k (bits 15..0 of the word: even k, bits 31..16: odd
+ * k):
  *
  *   4 bits: 64 words. Nibble j (low first) of half p is k = 8 q + 2 j + p.
  *   8 bits: 128 words. Byte j (low first) of half p is k = 4 q + 2 j + p.
- *   6 bits: 64 words as for 4 bits hold each code's low four bits; then 32 words hold the high two: bits 2 i + 1, 2 i of
- *           half p are k = 16 q + 2 i + p.
+ *   6 bits: 64 words as for 4 bits hold each code's low four bits; then 32 words hold the high two: bits 2 i + 1, 2 i
+ * of half p are k = 16 q + 2 i + p.
  *
  *   E8M0 scales of a panel and tile: byte [column].   E4M3 (NVFP4): byte [half][column], half = k / 16 % 2.
  *   float32 (block FP8): float [ceil(K / 128)], the panel's 16 columns share them.
@@ -32,7 +33,14 @@ extern "C" {
 #endif
 
 enum ms_format {
-  MS_MXFP4, MS_MXFP6_E2M3, MS_MXFP6_E3M2, MS_MXFP8_E4M3, MS_MXFP8_E5M2, MS_MXINT8, MS_NVFP4, MS_FP8_BLOCK128,
+  MS_MXFP4,
+  MS_MXFP6_E2M3,
+  MS_MXFP6_E3M2,
+  MS_MXFP8_E4M3,
+  MS_MXFP8_E5M2,
+  MS_MXINT8,
+  MS_NVFP4,
+  MS_FP8_BLOCK128,
   MS_FORMATS
 };
 enum ms_dtype { MS_BF16, MS_FP16, MS_FP32, MS_DTYPES };
@@ -90,7 +98,8 @@ int ms_compiled_level(void);
 /* What this machine can do at most, measured now: the two sides of a kernel's floor.
  *
  * Bytes a second at which `threads` threads together read the `bytes` bytes at `from` once, with the widest loads.
- * `from` is aligned to 64, `bytes` a multiple of 1024. Whether they come from memory or a cache is the caller's choice. */
+ * `from` is aligned to 64, `bytes` a multiple of 1024. Whether they come from memory or a cache is the caller's choice.
+ */
 int ms_read_rate(const void *from, int64_t bytes, int threads, double *rate);
 /* FLOPs a second (a multiplication and an addition are two) of a level's widest multiplication, in registers alone:
  * bfloat16 from MS_AVX512_BF16 on, float32 below. Takes some 20 ms. */

@@ -196,8 +196,8 @@ bool agree(const ms_header *w13, const ms_header *w2, const ms_activation *a) {
 }  // namespace
 }  // namespace microscale
 
-extern "C" int ms_moe(int level, const void *w13, const float *outer13, const void *w2, const float *outer2,
-                      int dtype, const void *x, int64_t m, const int64_t *ids, const float *weights, int64_t t,
+extern "C" int ms_moe(int level, const void *w13, const float *outer13, const void *w2, const float *outer2, int dtype,
+                      const void *x, int64_t m, const int64_t *ids, const float *weights, int64_t t,
                       const struct ms_activation *activation, const float *b13, const float *b2, int weight_on_input,
                       void *y, int threads) {
   using namespace microscale;

@@ -35,8 +35,8 @@ struct OperandLayout {
 // Rows, used where they are if the kernels can and converted otherwise.
 class Operands {
  public:
-  // `rows` rows in groups that are multiplied together: group g is rows [first[g], first[g + 1]). `source[i]` is the row
-  // of x that row i takes, null: i itself. `factor[i]` multiplies it, null: 1. False: no memory.
+  // `rows` rows in groups that are multiplied together: group g is rows [first[g], first[g + 1]). `source[i]` is the
+  // row of x that row i takes, null: i itself. `factor[i]` multiplies it, null: 1. False: no memory.
   bool prepare(const Kernels &kernels, int dtype, const void *x, int64_t x_stride, int64_t k, int64_t rows,
                const int64_t *first, int64_t groups, const int64_t *source, const float *factor, int threads);
   const void *const *rows() const { return rows_.get(); }

@@ -12,9 +12,8 @@ namespace {
 // Tiles after which packing turns to the next four columns: the panel's lines are then still in the L1 cache.
 constexpr int64_t kRun = 8;
 
-// Packs a panel's codes. `stride` is the bytes of a row, `columns` how many of the panel's exist, `step` the vectors from
-// a tile to the next. Returns
-// whether a code is bad.
+// Packs a panel's codes. `stride` is the bytes of a row, `columns` how many of the panel's exist, `step` the vectors
+// from a tile to the next. Returns whether a code is bad.
 template <int Bits>
 bool pack_codes(const uint8_t *rows, int64_t stride, int64_t columns, Lanes *panel, int64_t step, Bad bad) {
   constexpr int64_t bytes = 4 * Bits;  // of a row in one tile
@@ -124,9 +123,7 @@ struct Place {
     column = panel * kPanelColumns;
     columns = n - column < kPanelColumns ? n - column : kPanelColumns;
   }
-  int64_t codes(int format, int64_t n, int64_t k) const {
-    return (expert * n + column) * row_bytes(format, k);
-  }
+  int64_t codes(int format, int64_t n, int64_t k) const { return (expert * n + column) * row_bytes(format, k); }
   int64_t scales(int format, int64_t n, int64_t k) const {
     const int64_t row = expert * scale_rows(format, n) + column / traits(format).block_rows;
     return row * scale_columns(format, k) * traits(format).scale_bytes;
@@ -171,9 +168,8 @@ void pack_panel(void *context, int64_t unit, int) {
           to[b * kPanelColumns + c] =
               c < at.columns && each * t + b < blocks ? in[c * blocks + each * t + b] : uint8_t{0};
     }
-    special |= traits(format).scale == kE4M3
-                   ? special_e4m3(out, place.step, tiles(k))
-                   : special_e8m0(format, packed_codes, out, place.step, tiles(k));
+    special |= traits(format).scale == kE4M3 ? special_e4m3(out, place.step, tiles(k))
+                                             : special_e8m0(format, packed_codes, out, place.step, tiles(k));
   }
   if (special) job.special.store(true, std::memory_order_relaxed);
 
@@ -224,9 +220,7 @@ void unpack_panel(void *context, int64_t unit, int) {
   }
 }
 
-bool usable(const void *packed) {
-  return packed != nullptr && reinterpret_cast<uintptr_t>(packed) % kAlignment == 0;
-}
+bool usable(const void *packed) { return packed != nullptr && reinterpret_cast<uintptr_t>(packed) % kAlignment == 0; }
 
 }  // namespace
 }  // namespace microscale
@@ -237,8 +231,8 @@ int64_t ms_packed_bytes(int format, int64_t experts, int64_t n, int64_t k) {
   return packed_bytes(format, experts, n, k);
 }
 
-int ms_pack(int format, int64_t experts, int64_t n, int64_t k, const uint8_t *codes, const void *scales,
-            void *packed, int threads) {
+int ms_pack(int format, int64_t experts, int64_t n, int64_t k, const uint8_t *codes, const void *scales, void *packed,
+            int threads) {
   const int64_t bytes = packed_bytes(format, experts, n, k);
   if (bytes < 0 || !usable(packed)) return MS_BAD_ARGUMENT;
   if (bytes > kHeaderBytes && (codes == nullptr || scales == nullptr)) return MS_BAD_ARGUMENT;

@@ -43,9 +43,7 @@ void sleep_while(std::atomic<uint32_t> &word, uint32_t value) {
   static_assert(sizeof word == 4);
   syscall(SYS_futex, &word, FUTEX_WAIT_PRIVATE, value, nullptr, nullptr, 0);  // callers expect early returns
 }
-void wake_one(std::atomic<uint32_t> &word) {
-  syscall(SYS_futex, &word, FUTEX_WAKE_PRIVATE, 1, nullptr, nullptr, 0);
-}
+void wake_one(std::atomic<uint32_t> &word) { syscall(SYS_futex, &word, FUTEX_WAKE_PRIVATE, 1, nullptr, nullptr, 0); }
 #else
 void sleep_while(std::atomic<uint32_t> &word, uint32_t value) { word.wait(value); }
 void wake_one(std::atomic<uint32_t> &word) { word.notify_one(); }
@@ -210,8 +208,7 @@ void Pool::wait_until_empty() {
 
 }  // namespace
 
-void parallel(int threads, int64_t units, void (*run)(void *context, int64_t unit, int thread),
-              void *context) {
+void parallel(int threads, int64_t units, void (*run)(void *context, int64_t unit, int thread), void *context) {
   if (threads > kMaxThreads) threads = kMaxThreads;
   if (threads > units) threads = static_cast<int>(units);
   if (threads <= 1) {

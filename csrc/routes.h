@@ -11,15 +11,15 @@ class Routes {
   int sort(const int64_t *ids, const float *weights, int64_t m, int64_t t, int64_t experts);
 
   int64_t count() const { return count_; }
-  int64_t experts() const { return hit_count_; }              // with a route
-  int64_t expert(int64_t i) const { return hit_[i]; }         // ascending
-  int64_t first(int64_t i) const { return first_[i]; }        // route of the i-th hit expert
-  const int64_t *firsts() const { return first_.get(); }      // [experts + 1]
+  int64_t experts() const { return hit_count_; }          // with a route
+  int64_t expert(int64_t i) const { return hit_[i]; }     // ascending
+  int64_t first(int64_t i) const { return first_[i]; }    // route of the i-th hit expert
+  const int64_t *firsts() const { return first_.get(); }  // [experts + 1]
   int64_t size(int64_t i) const { return first_[i + 1] - first_[i]; }
-  int64_t largest() const { return largest_; }                // most routes of one expert
-  int64_t by_size(int64_t i) const { return by_size_[i]; }    // positions, most routes first
-  const int64_t *tokens() const { return token_.get(); }      // [count]
-  const float *weights() const { return weight_.get(); }      // [count]
+  int64_t largest() const { return largest_; }              // most routes of one expert
+  int64_t by_size(int64_t i) const { return by_size_[i]; }  // positions, most routes first
+  const int64_t *tokens() const { return token_.get(); }    // [count]
+  const float *weights() const { return weight_.get(); }    // [count]
 
  private:
   int64_t count_ = 0, hit_count_ = 0, largest_ = 0;

@@ -8,7 +8,8 @@
 namespace microscale {
 namespace {
 
-// e^v within 1.5 ulp; the usual reduction by ln 2 and a degree 6 polynomial (Cody and Waite; coefficients of Cephes' expf).
+// e^v within 1.5 ulp; the usual reduction by ln 2 and a degree 6 polynomial (Cody and Waite; coefficients of Cephes'
+// expf).
 inline f32x16 exponential(f32x16 v) {
   v = v > 89.0f ? splat(89.0f) : v;
   v = v < -87.33f ? splat(-87.33f) : v;
@@ -63,15 +64,11 @@ inline f32x16 activated(f32x16 g, f32x16 u, const ms_activation &a) {
       g = at_most(g, limit);
       g = g * sigmoid(a.alpha * g);
       return a.gated ? g * (within(u, limit) + a.beta) : g;
-    case MS_SWIGLU_STEP:
-      g = at_most(g * sigmoid(g), limit);
-      break;
+    case MS_SWIGLU_STEP: g = at_most(g * sigmoid(g), limit); break;
     case MS_SITU:
       g = a.beta * hyperbolic_tangent(g / a.beta) * sigmoid(g);
       return a.gated ? g * (a.alpha * hyperbolic_tangent(u / a.alpha)) : g;
-    case MS_GELU:
-      g = gelu(g);
-      break;
+    case MS_GELU: g = gelu(g); break;
     case MS_GELU_TANH:  // 1 + tanh(y) = 2 sigmoid(2 y)
       g = g * sigmoid(g * 1.59576912f * (1.0f + 0.044715f * g * g));
       break;

@@ -80,7 +80,8 @@ struct EightBits {
     const __m512i magnitude = _mm512_and_si512(v, words(0x7f00));
     __m512i r = _mm512_add_epi16(_mm512_srli_epi16(magnitude, 8 - kEncoding.exponent_bits),
                                  words((127 - kEncoding.bias + (kHow == kAsIs ? 0 : kRaise)) << 7));
-    const auto subnormal = _mm512_testn_epi16_mask(v, words(((1 << kEncoding.exponent_bits) - 1) << (8 + kEncoding.mantissa_bits)));
+    const auto subnormal =
+        _mm512_testn_epi16_mask(v, words(((1 << kEncoding.exponent_bits) - 1) << (8 + kEncoding.mantissa_bits)));
     r = _mm512_mask_permutexvar_epi16(r, subnormal, _mm512_srli_epi16(magnitude, 8), table);
     if (kSpecial) {
       const auto top = _mm512_cmpge_epu16_mask(magnitude, words(kTop));
@@ -122,14 +123,38 @@ struct Integers {
 // What a format's codes are, and 2^kShift, by which its decoded codes must be multiplied.
 template <int kFormat, Raise kHow = kAsIs>
 struct Codes;
-template <Raise kHow> struct Codes<MS_MXFP4, kHow> : FourBits<kHow> { static constexpr int kShift = 0; };
-template <Raise kHow> struct Codes<MS_NVFP4, kHow> : FourBits<kHow> { static constexpr int kShift = 0; };
-template <Raise kHow> struct Codes<MS_MXFP6_E2M3, kHow> : SixBits<kE2M3, kHow> { static constexpr int kShift = 0; };
-template <Raise kHow> struct Codes<MS_MXFP6_E3M2, kHow> : SixBits<kE3M2, kHow> { static constexpr int kShift = 0; };
-template <Raise kHow> struct Codes<MS_MXFP8_E4M3, kHow> : EightBits<kE4M3, kHow> { static constexpr int kShift = 0; };
-template <Raise kHow> struct Codes<MS_MXFP8_E5M2, kHow> : EightBits<kE5M2, kHow> { static constexpr int kShift = 0; };
-template <Raise kHow> struct Codes<MS_FP8_BLOCK128, kHow> : EightBits<kE4M3, kHow> { static constexpr int kShift = 0; };
-template <Raise kHow> struct Codes<MS_MXINT8, kHow> : Integers { static constexpr int kShift = -30; };
+template <Raise kHow>
+struct Codes<MS_MXFP4, kHow> : FourBits<kHow> {
+  static constexpr int kShift = 0;
+};
+template <Raise kHow>
+struct Codes<MS_NVFP4, kHow> : FourBits<kHow> {
+  static constexpr int kShift = 0;
+};
+template <Raise kHow>
+struct Codes<MS_MXFP6_E2M3, kHow> : SixBits<kE2M3, kHow> {
+  static constexpr int kShift = 0;
+};
+template <Raise kHow>
+struct Codes<MS_MXFP6_E3M2, kHow> : SixBits<kE3M2, kHow> {
+  static constexpr int kShift = 0;
+};
+template <Raise kHow>
+struct Codes<MS_MXFP8_E4M3, kHow> : EightBits<kE4M3, kHow> {
+  static constexpr int kShift = 0;
+};
+template <Raise kHow>
+struct Codes<MS_MXFP8_E5M2, kHow> : EightBits<kE5M2, kHow> {
+  static constexpr int kShift = 0;
+};
+template <Raise kHow>
+struct Codes<MS_FP8_BLOCK128, kHow> : EightBits<kE4M3, kHow> {
+  static constexpr int kShift = 0;
+};
+template <Raise kHow>
+struct Codes<MS_MXINT8, kHow> : Integers {
+  static constexpr int kShift = -30;
+};
 
 // 16 columns' scales of one block as float32, times 2^kShift unless special. `scales` are the tile's (block FP8: the
 // panel's).
@@ -158,8 +183,10 @@ inline __m512 scale512(const uint8_t *scales, int64_t tile, int block) {
     __m512i value = _mm512_slli_epi32(s, 23);
     if (!kSpecial && kShift != 0) value = _mm512_add_epi32(value, _mm512_set1_epi32(kShift * (1 << 23)));
     if (kSpecial) {
-      value = _mm512_mask_mov_epi32(value, _mm512_cmpeq_epi32_mask(s, _mm512_setzero_si512()), _mm512_set1_epi32(0x00400000));
-      value = _mm512_mask_mov_epi32(value, _mm512_cmpeq_epi32_mask(s, _mm512_set1_epi32(255)), _mm512_set1_epi32(0x7fc00000));
+      value = _mm512_mask_mov_epi32(value, _mm512_cmpeq_epi32_mask(s, _mm512_setzero_si512()),
+                                    _mm512_set1_epi32(0x00400000));
+      value = _mm512_mask_mov_epi32(value, _mm512_cmpeq_epi32_mask(s, _mm512_set1_epi32(255)),
+                                    _mm512_set1_epi32(0x7fc00000));
     }
     return _mm512_castsi512_ps(value);
   }

@@ -42,8 +42,8 @@ constexpr Table16<N> bf16_table(Encoding e, int codes) {
   return t;
 }
 
-// Values times 2^kRaise, so large that an unsigned, saturating subtraction from their bits can scale them down again and
-// leaves zero, of either sign, alone. `flag`: bit 0 is set where the mantissa is not zero.
+// Values times 2^kRaise, so large that an unsigned, saturating subtraction from their bits can scale them down again
+// and leaves zero, of either sign, alone. `flag`: bit 0 is set where the mantissa is not zero.
 constexpr int kRaise = 100;
 template <int N>
 constexpr Table16<N> raised_table(Encoding e, int codes, bool flag) {

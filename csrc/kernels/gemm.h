@@ -3,8 +3,8 @@
 //
 // Every block of weights is summed on its own, in order of k, and its sum is then multiplied by the block's scale and
 // added to the total. So a decoder need not know scales, any scale is exact, and whether a tile was decoded for one row
-// or for a thousand, a row's result is the same to the bit. `D::order`: decoders may give a block's steps in another order,
-// and every path takes that one; order(i) is the i-th step, and it is its own inverse.
+// or for a thousand, a row's result is the same to the bit. `D::order`: decoders may give a block's steps in another
+// order, and every path takes that one; order(i) is the i-th step, and it is its own inverse.
 #pragma once
 #include "table.h"
 #include "../layout.h"
@@ -91,8 +91,9 @@ void decode(const PanelPlace *at, const uint8_t *weights, int64_t tile, int64_t 
   for (int64_t t = tile; t < tile + tiles; ++t, w += P * (32 / V::kStep))
     for (int p = 0; p < P; ++p)
       for (int part = 0; part < D::kParts; ++part)
-        decoder.template steps<kSpecial>(weights + at[p].codes + t * at[p].step, part,
-                                         [&](int step, const typename V::Weights &v) { w[D::order(step) * P + p] = v; });
+        decoder.template steps<kSpecial>(
+            weights + at[p].codes + t * at[p].step, part,
+            [&](int step, const typename V::Weights &v) { w[D::order(step) * P + p] = v; });
 }
 
 template <class V, class D, int P, bool kSpecial>

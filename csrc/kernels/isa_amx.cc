@@ -1,6 +1,6 @@
 // AMX with bfloat16 tiles: weights are decoded with their scales into tiles of 16 columns x 32 k, which rows share.
-// A row's sum runs through all of K in one tile register (block FP8: through each block of 128), in the same order for one
-// row as for a thousand, so the result is the same to the bit. Rows are equally far apart.
+// A row's sum runs through all of K in one tile register (block FP8: through each block of 128), in the same order for
+// one row as for a thousand, so the result is the same to the bit. Rows are equally far apart.
 #include "decode_avx512.h"
 #include "rows.h"
 #include "table.h"
@@ -8,10 +8,10 @@
 namespace microscale {
 namespace {
 
-constexpr int64_t kTile = 1024;    // bytes decoded
-constexpr int64_t kAhead = 4096;   // bytes that codes are fetched ahead
-constexpr int64_t kChunk = 128;    // decoded tiles of K that many rows share: those of two panels stay in L2
-constexpr int64_t kBehind = 12;    // tiles between decoding and multiplication
+constexpr int64_t kTile = 1024;   // bytes decoded
+constexpr int64_t kAhead = 4096;  // bytes that codes are fetched ahead
+constexpr int64_t kChunk = 128;   // decoded tiles of K that many rows share: those of two panels stay in L2
+constexpr int64_t kBehind = 12;   // tiles between decoding and multiplication
 constexpr int64_t kSums = 2 * 16 * 64 * 4;
 constexpr int64_t kScratch = 2 * kChunk * kTile + kSums;
 
@@ -132,7 +132,8 @@ struct alignas(64) ScaleTables {
 constexpr int32_t half_as_much_more(uint32_t bits) {  // of a float with at most five significant bits
   const uint32_t significand = (bits & 0x7fffff) | 0x800000, larger = significand + significand / 2;
   const uint32_t exponent = bits >> 23;
-  const uint32_t result = larger >> 24 ? (exponent + 1) << 23 | (larger / 2 & 0x7fffff) : exponent << 23 | (larger & 0x7fffff);
+  const uint32_t result =
+      larger >> 24 ? (exponent + 1) << 23 | (larger / 2 & 0x7fffff) : exponent << 23 | (larger & 0x7fffff);
   return static_cast<int32_t>(result >> 16);
 }
 constexpr ScaleTables scale_tables() {
@@ -151,8 +152,7 @@ constexpr ScaleTables kScales = scale_tables();
 // exponent alone, and an E2M1 code times an E4M3 scale has six significant bits. Block FP8 keeps its scales for later.
 template <int kFormat>
 struct Decoder {
-  static constexpr Raise kHow =
-      kFormat == MS_FP8_BLOCK128 ? kAsIs : kFormat == MS_NVFP4 ? kFlagged : kRaised;
+  static constexpr Raise kHow = kFormat == MS_FP8_BLOCK128 ? kAsIs : kFormat == MS_NVFP4 ? kFlagged : kRaised;
   const Codes<kFormat, kHow> codes{};
 
   void tile(const uint8_t *from, const uint8_t *scales, uint8_t *out) const {
@@ -300,8 +300,8 @@ void few(const Product &a, int64_t panel, float *out, uint8_t *scratch, float *s
   block<kFormat, 1, P, true>(Panels(kFormat, a, panel, P), 0, all, all, kBehind / P + 2, r, scratch, sums);
 }
 
-// More: two row tiles times two panels, so that each tile loaded serves two products. The first rows decode a chunk of K,
-// and the others find it in L2.
+// More: two row tiles times two panels, so that each tile loaded serves two products. The first rows decode a chunk of
+// K, and the others find it in L2.
 template <int kFormat, int P>
 void many(const Product &a, int64_t panel, float *out, uint8_t *scratch, float *sums) {
   const Panels panels(kFormat, a, panel, P);

@@ -1,6 +1,6 @@
-// AVX2 vectors and decoders for gemm.h. A word of a tile holds codes of one column for both parities of k, so neighbouring
-// lanes hold even and odd k of one column: rows are read two floats at a time, and the lanes are added in pairs at a
-// block's end.
+// AVX2 vectors and decoders for gemm.h. A word of a tile holds codes of one column for both parities of k, so
+// neighbouring lanes hold even and odd k of one column: rows are read two floats at a time, and the lanes are added in
+// pairs at a block's end.
 #pragma once
 #include <immintrin.h>
 
@@ -132,7 +132,8 @@ struct SixBits : Halves {
     for (int pair = first; pair < last; ++pair) {
       __m256i half[2];
       for (int i = 0; i < 2; ++i) {
-        const __m256i lows = load256(tile + 64 * (pair / 4) + 32 * i), highs = load256(tile + 256 + 64 * (pair / 8) + 32 * i);
+        const __m256i lows = load256(tile + 64 * (pair / 4) + 32 * i),
+                      highs = load256(tile + 256 + 64 * (pair / 8) + 32 * i);
         const __m256i low = _mm256_and_si256(_mm256_srl_epi16(lows, _mm_cvtsi32_si128(4 * (pair % 4))), four);
         const __m256i high = _mm256_slli_epi16(_mm256_srl_epi16(highs, _mm_cvtsi32_si128(2 * (pair % 8))), 4);
         const __m256i code = _mm256_or_si256(low, _mm256_and_si256(high, two));
@@ -152,7 +153,8 @@ struct EightBits : Halves {
     const __m256i magnitude = _mm256_set1_epi16(0x7f00);
     const __m256i low = _mm256_and_si256(v, magnitude);
     __m256i r = _mm256_or_si256(_mm256_andnot_si256(magnitude, v), _mm256_srli_epi16(low, 1));
-    if constexpr (kSpecial) r = _mm256_or_si256(r, _mm256_and_si256(_mm256_cmpeq_epi16(low, magnitude), _mm256_set1_epi16(0x7e00)));
+    if constexpr (kSpecial)
+      r = _mm256_or_si256(r, _mm256_and_si256(_mm256_cmpeq_epi16(low, magnitude), _mm256_set1_epi16(0x7e00)));
     return r;
   }
   template <bool kSpecial, class Emit>
@@ -188,14 +190,38 @@ struct Integers : Halves {
 
 template <int kFormat>
 struct Codes;
-template <> struct Codes<MS_MXFP4> : FourBits { static constexpr int kShift = 0; };
-template <> struct Codes<MS_NVFP4> : FourBits { static constexpr int kShift = 0; };
-template <> struct Codes<MS_MXFP6_E2M3> : SixBits<kE2M3> { static constexpr int kShift = 14; };
-template <> struct Codes<MS_MXFP6_E3M2> : SixBits<kE3M2> { static constexpr int kShift = 12; };
-template <> struct Codes<MS_MXFP8_E4M3> : EightBits<kE4M3> { static constexpr int kShift = 8; };
-template <> struct Codes<MS_MXFP8_E5M2> : EightBits<kE5M2> { static constexpr int kShift = 0; };
-template <> struct Codes<MS_FP8_BLOCK128> : EightBits<kE4M3> { static constexpr int kShift = 8; };
-template <> struct Codes<MS_MXINT8> : Integers { static constexpr int kShift = -6; };
+template <>
+struct Codes<MS_MXFP4> : FourBits {
+  static constexpr int kShift = 0;
+};
+template <>
+struct Codes<MS_NVFP4> : FourBits {
+  static constexpr int kShift = 0;
+};
+template <>
+struct Codes<MS_MXFP6_E2M3> : SixBits<kE2M3> {
+  static constexpr int kShift = 14;
+};
+template <>
+struct Codes<MS_MXFP6_E3M2> : SixBits<kE3M2> {
+  static constexpr int kShift = 12;
+};
+template <>
+struct Codes<MS_MXFP8_E4M3> : EightBits<kE4M3> {
+  static constexpr int kShift = 8;
+};
+template <>
+struct Codes<MS_MXFP8_E5M2> : EightBits<kE5M2> {
+  static constexpr int kShift = 0;
+};
+template <>
+struct Codes<MS_FP8_BLOCK128> : EightBits<kE4M3> {
+  static constexpr int kShift = 8;
+};
+template <>
+struct Codes<MS_MXINT8> : Integers {
+  static constexpr int kShift = -6;
+};
 
 template <int kFormat_>
 struct Decoder256 {
@@ -227,7 +253,8 @@ struct Decoder256 {
       __m256 value = _mm256_mul_ps(_mm256_cvtph_ps(halves), _mm256_set1_ps(256.0f));
       value = _mm256_or_ps(value, _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_andnot_si256(seven, s), 24)));
       if constexpr (kSpecial)
-        value = _mm256_or_ps(value, _mm256_castsi256_ps(_mm256_and_si256(_mm256_cmpeq_epi32(magnitude, seven), _mm256_set1_epi32(0x7fc00000))));
+        value = _mm256_or_ps(value, _mm256_castsi256_ps(_mm256_and_si256(_mm256_cmpeq_epi32(magnitude, seven),
+                                                                         _mm256_set1_epi32(0x7fc00000))));
       return value;
     } else {
       __m256i e = s;

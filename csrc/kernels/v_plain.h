@@ -49,12 +49,12 @@ constexpr FloatTable floats_of(int format) {
         if (magnitude) {
           int top = 7;
           while (!(magnitude >> top)) --top;
-          bits = (code & 0x80) << 24 | static_cast<uint32_t>(top - 6 + 127) << 23 | (magnitude << (23 - top) & 0x7fffff);
+          bits =
+              (code & 0x80) << 24 | static_cast<uint32_t>(top - 6 + 127) << 23 | (magnitude << (23 - top) & 0x7fffff);
         }
         break;
       }
-      default:
-        bits = (code & 0x7f) == 0x7f ? (code & 0x80) << 24 | 0x7fc00000u : float_bits(kE4M3, code);
+      default: bits = (code & 0x7f) == 0x7f ? (code & 0x80) << 24 | 0x7fc00000u : float_bits(kE4M3, code);
     }
     t.bits[code] = bits;
   }

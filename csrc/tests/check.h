@@ -26,10 +26,10 @@ inline int finish(const char *name) {
 #define CHECK(condition) check::that((condition), #condition, __FILE__, __LINE__)
 
 // With a printf format and its arguments, which say where it failed.
-#define CHECK_IN(condition, ...)                     \
-  do {                                               \
+#define CHECK_IN(condition, ...)                      \
+  do {                                                \
     if (!CHECK(condition) && check::failures <= 20) { \
-      std::fprintf(stderr, "  with " __VA_ARGS__);   \
-      std::fputc('\n', stderr);                      \
-    }                                                \
+      std::fprintf(stderr, "  with " __VA_ARGS__);    \
+      std::fputc('\n', stderr);                       \
+    }                                                 \
   } while (0)

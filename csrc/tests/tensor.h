@@ -16,8 +16,8 @@ using Bytes = std::vector<uint8_t>;
 struct Facts {
   int bits, tile, rows, columns, scale;
 };
-constexpr Facts kFacts[MS_FORMATS] = {{4, 256, 1, 32, 1}, {6, 384, 1, 32, 1}, {6, 384, 1, 32, 1},
-                                      {8, 512, 1, 32, 1}, {8, 512, 1, 32, 1}, {8, 512, 1, 32, 1},
+constexpr Facts kFacts[MS_FORMATS] = {{4, 256, 1, 32, 1}, {6, 384, 1, 32, 1},   {6, 384, 1, 32, 1},
+                                      {8, 512, 1, 32, 1}, {8, 512, 1, 32, 1},   {8, 512, 1, 32, 1},
                                       {4, 256, 1, 16, 1}, {8, 512, 128, 128, 4}};
 constexpr int64_t kCanary = 64;
 

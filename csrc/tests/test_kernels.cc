@@ -1,5 +1,6 @@
-// ms_linear and ms_moe at every level of this machine against double precision on the same numbers, under sanitizers that
-// see every byte read or written outside of what was given. Shapes, formats and options at length: the Python tests.
+// ms_linear and ms_moe at every level of this machine against double precision on the same numbers, under sanitizers
+// that see every byte read or written outside of what was given. Shapes, formats and options at length: the Python
+// tests.
 #include <cmath>
 #include <cstring>
 #include <limits>

@@ -156,9 +156,7 @@ void test_lies() {
   t.randomize(7);
   Buffer out(packed_bytes(t));
   CHECK(pack(t, out.data()) == MS_OK);
-  const auto unpack = [&](int64_t bytes) {
-    return ms_unpack(out.data(), bytes, t.codes.data(), t.scales.data(), 1);
-  };
+  const auto unpack = [&](int64_t bytes) { return ms_unpack(out.data(), bytes, t.codes.data(), t.scales.data(), 1); };
   CHECK(unpack(out.bytes) == MS_OK);
   const int64_t end = out.bytes;
   for (int64_t bytes : {INT64_MIN, int64_t{-1}, int64_t{0}, int64_t{63}, int64_t{64}, end - 1, end + 1}) {

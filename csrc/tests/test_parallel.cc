@@ -41,8 +41,7 @@ using microscale::parallel;
 
 // What one call did. The counts are plain integers: parallel() must order them against its return.
 struct Call {
-  explicit Call(int t, int64_t n)
-      : threads(t), hits(static_cast<size_t>(n)), inside(static_cast<size_t>(t)) {}
+  explicit Call(int t, int64_t n) : threads(t), hits(static_cast<size_t>(n)), inside(static_cast<size_t>(t)) {}
 
   int threads;
   std::vector<int> hits;
@@ -96,11 +95,14 @@ void test_ascending() {
     int64_t last[4] = {-1, -1, -1, -1};
     std::atomic<bool> bad{false};
   } seen;
-  parallel(4, 10000, [](void *context, int64_t unit, int thread) {
-    Seen &s = *static_cast<Seen *>(context);
-    if (unit <= s.last[thread]) s.bad = true;
-    s.last[thread] = unit;
-  }, &seen);
+  parallel(
+      4, 10000,
+      [](void *context, int64_t unit, int thread) {
+        Seen &s = *static_cast<Seen *>(context);
+        if (unit <= s.last[thread]) s.bad = true;
+        s.last[thread] = unit;
+      },
+      &seen);
   CHECK(!seen.bad);
 }
 
@@ -110,12 +112,15 @@ void test_takes_part() {
     std::thread::id ids[3] = {};
     std::atomic<bool> bad{false};
   } who;
-  parallel(3, 60, [](void *context, int64_t, int thread) {
-    Who &w = *static_cast<Who *>(context);
-    if (w.ids[thread] != std::thread::id() && w.ids[thread] != std::this_thread::get_id()) w.bad = true;
-    w.ids[thread] = std::this_thread::get_id();
-    std::this_thread::sleep_for(2ms);
-  }, &who);
+  parallel(
+      3, 60,
+      [](void *context, int64_t, int thread) {
+        Who &w = *static_cast<Who *>(context);
+        if (w.ids[thread] != std::thread::id() && w.ids[thread] != std::this_thread::get_id()) w.bad = true;
+        w.ids[thread] = std::this_thread::get_id();
+        std::this_thread::sleep_for(2ms);
+      },
+      &who);
   CHECK(!who.bad);
   CHECK(who.ids[0] == std::this_thread::get_id());
   for (int i = 1; i < 3; ++i) CHECK(who.ids[i] != std::thread::id() && who.ids[i] != who.ids[0]);
@@ -245,9 +250,12 @@ double overhead(std::chrono::microseconds idle, int calls) {
   for (int i = 0; i < calls; ++i) {
     if (idle.count() != 0) std::this_thread::sleep_for(idle);
     const auto start = Clock::now();
-    parallel(2, 2, [](void *, int64_t, int) {
-      for (const auto end = Clock::now() + kWork; Clock::now() < end;) continue;
-    }, nullptr);
+    parallel(
+        2, 2,
+        [](void *, int64_t, int) {
+          for (const auto end = Clock::now() + kWork; Clock::now() < end;) continue;
+        },
+        nullptr);
     extra.push_back(std::chrono::duration<double, std::micro>(Clock::now() - start - kWork).count());
   }
   std::sort(extra.begin(), extra.end());
@@ -269,7 +277,7 @@ int main() {
   // a fork beside busy threads, nor its leak check for exit() in a child.
   if (!kThreadSanitizer) test_fork();
   if (!kThreadSanitizer && !kAddressSanitizer) test_fork_beside_callers(), test_exit();
-  std::printf("median overhead of a call: %.2f us back to back, %.1f us after 5 ms of idleness\n",
-              overhead(0us, 1000), overhead(5ms, 50));
+  std::printf("median overhead of a call: %.2f us back to back, %.1f us after 5 ms of idleness\n", overhead(0us, 1000),
+              overhead(5ms, 50));
   return check::finish("test_parallel");
 }
