@@ -27,7 +27,8 @@ void direct(const PanelPlace *at, const uint8_t *weights, int64_t tiles, const t
   }
   const D decoder{};
   for (int64_t tile = 0; tile < tiles; ++tile) {
-    for (int p = 0; p < P; ++p) V::prefetch(codes[p] + V::kAhead, D::kTileBytes + tile_scale_bytes(D::kFormat));
+    for (int p = 0; p < P; ++p)
+      V::prefetch(codes[p] + V::kAhead * at[p].step, D::kTileBytes + tile_scale_bytes(D::kFormat));
     for (int block = 0; block < D::kBlocks; ++block) {
       typename V::Sum sum[R][P];
       for (int r = 0; r < R; ++r)

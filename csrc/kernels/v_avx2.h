@@ -23,7 +23,7 @@ struct Avx2 {
     __m256 half[2];  // columns 0 to 7, 8 to 15
   };
   static constexpr int kStep = 2, kDirect = 2, kRows = 3, kPanels = 1, kSinglePanels = 1;
-  static constexpr int64_t kAhead = 1024, kScratch = 16 << 10;
+  static constexpr int64_t kAhead = 1, kScratch = 16 << 10;
 
   static Sum no_sum() {
     const __m256 zero = _mm256_setzero_ps();

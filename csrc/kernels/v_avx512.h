@@ -9,7 +9,7 @@ struct Avx512 {
   using Sum = __m512;
   using Total = __m512;
   static constexpr int kPanels = 2, kSinglePanels = 4;
-  static constexpr int64_t kAhead = 1024;        // bytes that a stream is fetched ahead
+  static constexpr int64_t kAhead = 1;           // tiles that codes are fetched ahead
   static constexpr int64_t kScratch = 16 << 10;  // half of a small L1: the rest is for rows
 
   static Sum no_sum() { return _mm512_setzero_ps(); }

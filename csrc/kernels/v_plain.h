@@ -13,7 +13,7 @@ struct Plain {
   using Sum = f32x16;
   using Total = f32x16;
   static constexpr int kStep = 1, kDirect = 2, kRows = 3, kPanels = 1, kSinglePanels = 1;
-  static constexpr int64_t kAhead = 1024, kScratch = 16 << 10;
+  static constexpr int64_t kAhead = 1, kScratch = 16 << 10;
 
   static Sum no_sum() { return Sum{}; }
   static Total no_total() { return Total{}; }
