@@ -30,6 +30,13 @@ constexpr uint32_t float_bits(Encoding e, uint32_t code) {
 
 constexpr uint16_t bf16_bits(Encoding e, uint32_t code) { return static_cast<uint16_t>(float_bits(e, code) >> 16); }
 
+constexpr float power_of_two(int exponent) {
+  float v = 1;
+  for (; exponent > 0; --exponent) v *= 2;
+  for (; exponent < 0; ++exponent) v /= 2;
+  return v;
+}
+
 // Entry i is the value of code i % codes.
 template <int N>
 struct alignas(64) Table16 {

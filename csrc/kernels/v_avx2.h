@@ -48,15 +48,9 @@ struct Avx2 {
   static void add_block(Total &total, const Sum &sum, const Total &scale) {
     for (int i = 0; i < 2; ++i) {
       __m256 s = D::columns(sum.part[2 * i], sum.part[2 * i + 1]);
-      if constexpr (kSpecial && D::kShift != 0) s = _mm256_mul_ps(s, _mm256_set1_ps(exp2_of(D::kShift)));
+      if constexpr (kSpecial && D::kShift != 0) s = _mm256_mul_ps(s, _mm256_set1_ps(power_of_two(D::kShift)));
       total.half[i] = _mm256_fmadd_ps(s, scale.half[i], total.half[i]);
     }
-  }
-  static constexpr float exp2_of(int e) {
-    float v = 1;
-    for (; e > 0; --e) v *= 2;
-    for (; e < 0; ++e) v /= 2;
-    return v;
   }
 };
 
@@ -274,7 +268,7 @@ struct Decoder256 {
   static Avx2::Total scale(const uint8_t *scales, int64_t tile, int block) {
     if constexpr (kFormat == MS_FP8_BLOCK128) {
       __m256 s = _mm256_broadcast_ss(reinterpret_cast<const float *>(scales) + tile / 4);
-      if (!kSpecial) s = _mm256_mul_ps(s, _mm256_set1_ps(Avx2::exp2_of(kShift)));
+      if (!kSpecial) s = _mm256_mul_ps(s, _mm256_set1_ps(power_of_two(kShift)));
       return {{s, s}};
     } else {
       const uint8_t *p = scales + 16 * block;

@@ -21,14 +21,8 @@ struct Avx512 {
   }
   template <class D, bool kSpecial>
   static void add_block(Total &total, Sum sum, __m512 scale) {
-    if constexpr (kSpecial && D::kShift != 0) sum = _mm512_mul_ps(sum, _mm512_set1_ps(exp2f_constant(D::kShift)));
+    if constexpr (kSpecial && D::kShift != 0) sum = _mm512_mul_ps(sum, _mm512_set1_ps(power_of_two(D::kShift)));
     total = _mm512_fmadd_ps(sum, scale, total);
-  }
-  static constexpr float exp2f_constant(int e) {
-    float v = 1;
-    for (; e > 0; --e) v *= 2;
-    for (; e < 0; ++e) v /= 2;
-    return v;
   }
 };
 
