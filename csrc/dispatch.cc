@@ -51,7 +51,10 @@ int detect() {
     return MS_PLAIN;
   // AVX-512 F, DQ, BW, VL
   if (!zmm || !bit(seven.b, 16) || !bit(seven.b, 17) || !bit(seven.b, 30) || !bit(seven.b, 31)) return MS_AVX2;
-  if (!bit(more.a, 5)) return MS_AVX512;                                                            // AVX512_BF16
+  if (!bit(more.a, 5)) return MS_AVX512;  // AVX512_BF16
+#ifdef MICROSCALE_EMULATE_AMX
+  return MS_AMX;
+#endif
   if (!tiles || !bit(seven.d, 22) || !bit(seven.d, 24) || !amx_permitted()) return MS_AVX512_BF16;  // AMX BF16, TILE
   return MS_AMX;
 }
