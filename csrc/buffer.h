@@ -1,17 +1,22 @@
 // Memory of one call: aligned, given back when it ends, and null instead of an exception where there is none.
 #pragma once
+#include <cstddef>
 #include <cstdint>
-#include <cstdlib>
 #include <utility>
 
 namespace microscale {
+
+// At least `bytes` bytes at a multiple of 64, in large pages if they are many; null where there are none. Large blocks
+// that were given back are kept for the next call, a few and not the largest: a page that the system hands out anew
+// costs more than what a product does with it.
+void *take_memory(size_t bytes);
+void give_memory(void *memory);
 
 template <class T>
 class Buffer {
  public:
   Buffer() = default;
-  explicit Buffer(int64_t count)
-      : data_(static_cast<T *>(std::aligned_alloc(64, (static_cast<size_t>(count) * sizeof(T) + 127) / 64 * 64))) {}
+  explicit Buffer(int64_t count) : data_(static_cast<T *>(take_memory(static_cast<size_t>(count) * sizeof(T)))) {}
   Buffer(Buffer &&other) noexcept : data_(std::exchange(other.data_, nullptr)) {}
   Buffer &operator=(Buffer &&other) noexcept {
     std::swap(data_, other.data_);
@@ -19,7 +24,7 @@ class Buffer {
   }
   Buffer(const Buffer &) = delete;
   Buffer &operator=(const Buffer &) = delete;
-  ~Buffer() { std::free(data_); }
+  ~Buffer() { give_memory(data_); }
 
   T *get() const { return data_; }
   T &operator[](int64_t i) const { return data_[i]; }

@@ -55,7 +55,8 @@ int detect() {
 #ifdef MICROSCALE_EMULATE_AMX
   return MS_AMX;
 #endif
-  if (!tiles || !bit(seven.d, 22) || !bit(seven.d, 24) || !amx_permitted()) return MS_AVX512_BF16;  // AMX BF16, TILE
+  // AVX512_VBMI; AMX BF16, TILE
+  if (!bit(seven.c, 1) || !tiles || !bit(seven.d, 22) || !bit(seven.d, 24) || !amx_permitted()) return MS_AVX512_BF16;
   return MS_AMX;
 }
 

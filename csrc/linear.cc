@@ -20,6 +20,7 @@ struct Linear {
   int64_t m;
   uint8_t *y;
   int64_t columns;  // panels of a unit
+  int threads;
   float *sums;
   uint8_t *scratch;
   int64_t sums_each, scratch_each;
@@ -42,7 +43,9 @@ struct Linear {
     p.scratch = c.scratch + thread * c.scratch_each;
     p.special = (c.w->flags & MS_SPECIAL) != 0;
     p.next = p.weights;
-    if (first + count < panels(n)) p.next += panel_place(c.w->format, n, c.w->k, first + count).codes;
+    // Units go round, as long as all threads are equally fast.
+    const int64_t after = first + c.threads * c.columns;
+    if (after < panels(n)) p.next += panel_place(c.w->format, n, c.w->k, after).codes;
     c.kernels->product[c.w->format](&p);
     const int64_t column = first * kPanelColumns, width = std::min(count * kPanelColumns, n - column);
     const float *outer = c.outer ? c.outer + column : nullptr, *bias = c.bias ? c.bias + column : nullptr;
@@ -74,8 +77,9 @@ extern "C" int ms_linear(int level, const void *weights, const float *outer, int
   c.outer = outer;
   c.bias = bias;
   c.dtype = dtype;
+  c.threads = threads;
   c.columns = all >= 32 * threads ? 4 : all >= 8 * threads ? 2 : 1;
-  c.sums_each = std::min(m, kMaxRows) * c.columns * kPanelColumns;
+  c.sums_each = whole_rows(std::min(m, kMaxRows)) * c.columns * kPanelColumns;
   c.scratch_each = static_cast<int64_t>(kernels->scratch) + 64;
   Buffer<float> sums(c.sums_each * threads);
   Buffer<uint8_t> scratch(c.scratch_each * threads);

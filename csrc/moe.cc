@@ -11,8 +11,8 @@
 namespace microscale {
 namespace {
 
-constexpr int64_t kMaxTokens = 2048;  // at a time: bounds the intermediate, and a thread's sums
-constexpr int64_t kBlock = 32;        // intermediate columns of a unit of the first product: a tile of the second
+constexpr int64_t kMaxTokens = 2048;    // at a time: bounds the intermediate, and a thread's sums
+constexpr int64_t kSumBytes = 1 << 20;  // of a thread's sums, if there are many rows: they should stay in its L2 cache
 
 struct Weights {
   const ms_header *header;
@@ -38,7 +38,9 @@ struct Moe {
   OperandLayout layout;  // of the second product's operands
   uint8_t *middle;
   const void **middle_rows;
-  int64_t m, width, columns;  // tokens; of the intermediate; panels of a unit of the second product
+  int64_t m, width;  // tokens; of the intermediate
+  int threads;
+  int64_t block, columns;  // of a unit: intermediate columns of the first product, panels of the second
   int dtype;
   uint8_t *y;
   bool weighted;  // the routing weight is on the result
@@ -58,80 +60,119 @@ struct Moe {
     return p;
   }
 
-  // Weight rows [row, row + count) of w13 times the expert's tokens; returns the sums of `row`.
-  float *rows_of_w13(Product &p, int64_t row, int64_t count, float *out) const {
+  // Weight rows [row, row + count) of w13 times the expert's tokens; returns the sums of `row`. `next` is read after
+  // it.
+  float *rows_of_w13(Product &p, int64_t row, int64_t count, float *out, const uint8_t *next) const {
     p.first = row / kPanelColumns;
     p.count = ceil_div(row + count, kPanelColumns) - p.first;
     p.out = out;
-    const int64_t after = p.first + p.count;
-    p.next = p.weights;
-    if (after < panels(p.n)) p.next += panel_place(w13.header->format, p.n, p.k, after).codes;
+    p.next = next;
     kernels->product[w13.header->format](&p);
     return out + row % kPanelColumns;
   }
 
-  // One expert and kBlock columns of its intermediate.
+  // Where the weights of a row of w13 begin.
+  const uint8_t *at(const Weights &w, int64_t expert, int64_t row) const {
+    const ms_header *h = w.header;
+    return w.expert(expert) + panel_place(h->format, h->n, h->k, row / kPanelColumns).codes;
+  }
+  // What a thread probably reads after a unit: units go round, as long as all threads are equally fast.
+  const uint8_t *after_first(int64_t unit) const {
+    const int64_t blocks = ceil_div(width, block), next = unit + threads, units = routes->experts() * blocks;
+    if (next >= units) return after_second(next - units - threads);
+    const int64_t column = next % blocks * block;
+    return at(w13, routes->expert(routes->by_size(next / blocks)), pairs() ? 2 * column : column);
+  }
+  const uint8_t *after_second(int64_t unit) const {
+    const int64_t row = (unit + threads) * columns * kPanelColumns;
+    return at(w2, routes->expert(0), row < w2.header->n ? row : 0);
+  }
+
+  bool pairs() const { return activation->gated && activation->interleaved; }
+  int64_t raw_stride() const { return 2 * (block + kPanelColumns); }  // a block of ups may begin inside a panel
+
+  // One expert and a block of columns of its intermediate.
   void first(int64_t unit, uint8_t *own) const {
-    const int64_t blocks = ceil_div(width, kBlock);
-    const int64_t hit = routes->by_size(unit / blocks), column = unit % blocks * kBlock;
-    const int64_t expert = routes->expert(hit), count = std::min(kBlock, width - column);
+    const int64_t blocks = ceil_div(width, block);
+    const int64_t hit = routes->by_size(unit / blocks), column = unit % blocks * block;
+    const int64_t expert = routes->expert(hit), count = std::min(block, width - column);
     Product p = product(w13, expert, hit, x, own);
-    // A block of ups may begin inside a panel and then ends in a third one.
-    constexpr int64_t kGates = kBlock + kPanelColumns;
-    p.stride = 2 * kGates;
+    p.stride = raw_stride();
     float *raw = reinterpret_cast<float *>(own + kernels->scratch);
+    const int64_t row = pairs() ? 2 * column : column;
+    const bool apart = activation->gated && !pairs();
+    const uint8_t *after = after_first(unit);
+    const float *up = nullptr, *gate = rows_of_w13(p, row, pairs() ? 2 * count : count, raw,
+                                                   apart ? at(w13, expert, width + column) : after);
+    if (apart) up = rows_of_w13(p, width + column, count, raw + block + kPanelColumns, after);
+    // Tiles of the second product one after the other.
+    for (int64_t part = 0; part < count; part += kTileK)
+      activate(p, hit, expert, column + part, std::min(kTileK, count - part), gate + (pairs() ? 2 * part : part),
+               up ? up + part : nullptr, own);
+  }
+
+  // Sums of gates and ups to `count` columns of the intermediate.
+  void activate(const Product &p, int64_t hit, int64_t expert, int64_t column, int64_t count, const float *gate,
+                const float *up, uint8_t *own) const {
+    const int64_t row = pairs() ? 2 * column : column;
+    void **out = reinterpret_cast<void **>(own + kernels->scratch + raw_bytes);
+    for (int64_t i = 0; i < p.m; ++i) {
+      out[i] = middle + layout.offset(hit, routes->first(hit), i) + column / kTileK * layout.step(p.m);
+      if (column == 0) middle_rows[routes->first(hit) + i] = out[i];
+      if (count < kTileK) std::memset(out[i], 0, static_cast<size_t>(kTileK * element_bytes(layout.operand)));
+    }
     Activate a{};
     a.activation = activation;
+    a.gate = gate;
+    a.gate_outer = w13.outer_of(expert, row);
+    a.gate_bias = w13.bias_of(expert, row);
+    a.up = up;
+    if (up) a.up_outer = w13.outer_of(expert, width + column), a.up_bias = w13.bias_of(expert, width + column);
     a.stride = p.stride;
     a.m = p.m;
     a.n = count;
-    void **out = reinterpret_cast<void **>(own + kernels->scratch + raw_bytes);
-    for (int64_t i = 0; i < p.m; ++i)
-      out[i] = middle + layout.offset(routes->first(hit), i) + column / 32 * layout.step(p.m, i);
     a.out = out;
-    const bool pairs = activation->gated && activation->interleaved;
-    const int64_t row = pairs ? 2 * column : column;
-    a.gate = rows_of_w13(p, row, pairs ? 2 * count : count, raw);
-    a.gate_outer = w13.outer_of(expert, row);
-    a.gate_bias = w13.bias_of(expert, row);
-    if (activation->gated && !pairs) {
-      a.up = rows_of_w13(p, width + column, count, raw + kGates);
-      a.up_outer = w13.outer_of(expert, width + column);
-      a.up_bias = w13.bias_of(expert, width + column);
-    }
-    if (count % 32 != 0)  // the second product reads whole tiles
-      for (int64_t i = 0; i < p.m; ++i) std::memset(out[i], 0, static_cast<size_t>(32 * element_bytes(layout.operand)));
     kernels->activate(&a);
-    if (column == 0)
-      for (int64_t i = 0; i < p.m; ++i) middle_rows[routes->first(hit) + i] = out[i];
   }
 
   // Some output columns of all tokens: every expert's share in ascending order, so that the sum is always the same.
   void second(int64_t unit, uint8_t *own) const {
-    const int64_t n = w2.header->n, panel = unit * columns, count = std::min(columns, panels(n) - panel);
-    const int64_t column = panel * kPanelColumns, real = std::min(count * kPanelColumns, n - column);
+    const int64_t n = w2.header->n, panel = unit * columns, end = std::min(panel + columns, panels(n));
+    const int64_t column = panel * kPanelColumns, real = std::min(end * kPanelColumns, n) - column;
     const int64_t stride = columns * kPanelColumns;
-    float *raw = reinterpret_cast<float *>(own + kernels->scratch);
     float *sums = reinterpret_cast<float *>(own + kernels->scratch + raw_bytes);
     std::fill_n(sums, m * stride, 0.0f);
-    for (int64_t hit = 0; hit < routes->experts(); ++hit) {
-      const int64_t expert = routes->expert(hit), first_route = routes->first(hit);
-      Product p = product(w2, expert, hit, middle_rows, own);
-      p.first = panel;
-      p.count = count;
-      p.out = raw;
-      p.stride = stride;
-      const int64_t after = hit + 1 < routes->experts() ? routes->expert(hit + 1) : routes->expert(0);
-      p.next = w2.expert(after) + panel_place(w2.header->format, p.n, p.k, panel).codes;
-      kernels->product[w2.header->format](&p);
-      const float *outer = w2.outer_of(expert, column), *bias = w2.bias_of(expert, column);
-      for (int64_t i = 0; i < p.m; ++i) {
-        const float weight = weighted ? routes->weights()[first_route + i] : 1.0f;
-        kernels->add(raw + i * stride, outer, bias, weight, real, sums + routes->tokens()[first_route + i] * stride);
-      }
-    }
+    for (int64_t hit = 0; hit < routes->experts(); ++hit)
+      for (int64_t from = panel; from < end; from += kGroupPanels)
+        add(unit, hit, from, std::min(kGroupPanels, end - from), own, sums + (from - panel) * kPanelColumns);
     for (int64_t i = 0; i < m; ++i)
       kernels->store(sums + i * stride, nullptr, nullptr, real, dtype, y + (i * n + column) * element_bytes(dtype));
+  }
+
+  // One expert's share of `count` panels of a unit to all its tokens' sums.
+  void add(int64_t unit, int64_t hit, int64_t from, int64_t count, uint8_t *own, float *sums) const {
+    const int64_t expert = routes->expert(hit), first_route = routes->first(hit);
+    float *raw = reinterpret_cast<float *>(own + kernels->scratch);
+    Product p = product(w2, expert, hit, middle_rows, own);
+    p.first = from;
+    p.count = count;
+    p.out = raw;
+    p.stride = kGroupPanels * kPanelColumns;
+    const int64_t after = from + count;
+    if (after < std::min((unit + 1) * columns, panels(p.n)))
+      p.next = at(w2, expert, after * kPanelColumns);
+    else if (hit + 1 < routes->experts())
+      p.next = at(w2, routes->expert(hit + 1), unit * columns * kPanelColumns);
+    else
+      p.next = after_second(unit);
+    kernels->product[w2.header->format](&p);
+    const int64_t column = from * kPanelColumns, real = std::min(count * kPanelColumns, p.n - column);
+    const float *outer = w2.outer_of(expert, column), *bias = w2.bias_of(expert, column);
+    for (int64_t i = 0; i < p.m; ++i) {
+      const float weight = weighted ? routes->weights()[first_route + i] : 1.0f;
+      kernels->add(raw + i * p.stride, outer, bias, weight, real,
+                   sums + routes->tokens()[first_route + i] * columns * kPanelColumns);
+    }
   }
 
   static void run_first(void *context, int64_t unit, int thread) {
@@ -155,7 +196,7 @@ int some_tokens(Moe &c, const void *x, const int64_t *ids, const float *weights,
   Operands operands;
   Buffer<const void *> rows(routed), middle_rows(routed);
   c.layout = {c.kernels->operand, c.kernels->tiled != 0, c.width};
-  Buffer<uint8_t> middle(c.layout.bytes(routed));
+  Buffer<uint8_t> middle(c.layout.bytes(routed, routes.experts()));
   if (!rows || !middle || !middle_rows) return MS_NO_MEMORY;
   c.x = rows.get();
   c.middle = middle.get();
@@ -173,16 +214,21 @@ int some_tokens(Moe &c, const void *x, const int64_t *ids, const float *weights,
     for (int64_t i = 0; i < routed; ++i) rows[i] = operands.rows()[routes.tokens()[i]];
   }
 
-  const int64_t all = panels(n);
+  // Whole groups of panels where that leaves enough units. Interleaved gates and ups share a group.
+  const int64_t all = panels(n), whole = c.pairs() ? 32 : 64;
+  c.block = routes.experts() * ceil_div(c.width, whole) >= 4 * threads ? whole : 32;
   c.columns = all >= 32 * threads ? 4 : all >= 8 * threads ? 2 : 1;
-  const int64_t stride = std::max(2 * (kBlock + kPanelColumns), c.columns * kPanelColumns);
-  c.raw_bytes = std::max<int64_t>(routes.largest(), 1) * stride * 4;
-  const int64_t others = std::max(c.m * stride * 4, routes.largest() * static_cast<int64_t>(sizeof(void *)));
+  // Each unit reads the intermediate of all tokens: fewer units where that is much.
+  if (routes.largest() > 16)
+    while (2 * c.columns * 6 * threads <= all && 2 * c.columns * kPanelColumns * c.m * 4 <= kSumBytes) c.columns *= 2;
+  const int64_t most = whole_rows(std::max<int64_t>(routes.largest(), 1));
+  c.raw_bytes = most * std::max(c.raw_stride(), kGroupPanels * kPanelColumns) * 4;
+  const int64_t others = std::max(c.m * c.columns * kPanelColumns * 4, most * static_cast<int64_t>(sizeof(void *)));
   c.scratch_each = ceil_div(static_cast<int64_t>(c.kernels->scratch) + c.raw_bytes + others, 64) * 64 + 64;
   Buffer<uint8_t> scratch(c.scratch_each * threads);
   if (!scratch) return MS_NO_MEMORY;
   c.scratch = scratch.get();
-  parallel(threads, routes.experts() * ceil_div(c.width, kBlock), Moe::run_first, &c);
+  parallel(threads, routes.experts() * ceil_div(c.width, c.block), Moe::run_first, &c);
   parallel(threads, ceil_div(all, c.columns), Moe::run_second, &c);
   return MS_OK;
 }
@@ -212,6 +258,7 @@ extern "C" int ms_moe(int level, const void *w13, const float *outer13, const vo
   if (!c.kernels) return MS_BAD_LEVEL;
   c.activation = activation;
   c.width = c.w2.header->k;
+  c.threads = threads;
   c.dtype = dtype;
   c.weighted = !weight_on_input;
   const int64_t x_bytes = c.w13.header->k * element_bytes(dtype), y_bytes = c.w2.header->n * element_bytes(dtype);

@@ -7,28 +7,30 @@ namespace microscale {
 
 inline int64_t element_bytes(int dtype) { return dtype == MS_FP32 ? 4 : 2; }
 inline int64_t padded_k(int64_t k) { return (k + 31) / 32 * 32; }
+// Rows for which there must be room where products put sums: kernels may store whole tiles of 16.
+inline int64_t whole_rows(int64_t m) { return (m + 15) / 16 * 16; }
 
-// Where the operands of rows lie in memory of our own: `size` rows that are multiplied together begin at row `first` of
-// all rows.
+// Where the operands of rows lie in memory of our own. Rows that are multiplied together are a group: group g is `size`
+// rows, and `first` rows are in the groups before it.
 //
 // Plain: row after row, a cache line between them, so that rows a power of two long do not all fall into one cache set.
-// Tiled: groups of 16 rows (the last has fewer); in a group, 32 k of each row, then the next 32 k of each row.
+// Tiled: tiles of 16 rows; in a tile, 32 k of each row, then the next 32 k of each row. A group of fewer than 16 rows
+// is one tile of just these; larger ones end with a whole tile, for which there is room.
 struct OperandLayout {
   int operand;  // MS_BF16 or MS_FP32
   bool tiled;
   int64_t k;
 
-  int64_t bytes(int64_t rows) const { return rows * row_bytes(); }
+  int64_t bytes(int64_t rows, int64_t groups) const { return (rows + (tiled ? 15 * groups : 0)) * row_bytes(); }
   int64_t row_bytes() const { return padded_k(k) * element_bytes(operand) + (tiled ? 0 : 64); }
-  // Bytes from the start of all rows to column 0 of row `i` of those that begin at `first`.
-  int64_t offset(int64_t first, int64_t i) const {
-    return tiled ? (first + i / 16 * 16) * row_bytes() + i % 16 * 64 : (first + i) * row_bytes();
+  // Bytes from the start of all groups to column 0 of row `i` of group `g`.
+  int64_t offset(int64_t g, int64_t first, int64_t i) const {
+    return tiled ? (first + 15 * g + i / 16 * 16) * row_bytes() + i % 16 * 64 : (first + i) * row_bytes();
   }
-  // Bytes from 32 k of row `i` to the next.
-  int64_t step(int64_t size, int64_t i) const {
+  // Bytes from 32 k of a row to its next 32 k.
+  int64_t step(int64_t size) const {
     if (!tiled) return 32 * element_bytes(operand);
-    const int64_t left = size - i / 16 * 16;
-    return 64 * (left < 16 ? left : 16);
+    return 64 * (size < 16 ? size : 16);
   }
 };
 

@@ -3,6 +3,7 @@
 #include <cstring>
 
 #include "layout.h"
+#include "pages.h"
 #include "parallel.h"
 #include "tile_codes.h"
 
@@ -237,6 +238,7 @@ int ms_pack(int format, int64_t experts, int64_t n, int64_t k, const uint8_t *co
   if (bytes < 0 || !usable(packed)) return MS_BAD_ARGUMENT;
   if (bytes > kHeaderBytes && (codes == nullptr || scales == nullptr)) return MS_BAD_ARGUMENT;
   ms_header header = {MS_MAGIC, format, 0, experts, n, k, bytes, {}};
+  use_large_pages(packed, static_cast<size_t>(bytes));
   std::memset(packed, 0, sizeof header);  // a refused tensor leaves no valid header
   Packing job{&header, codes, static_cast<const uint8_t *>(scales), static_cast<uint8_t *>(packed)};
   if (bytes > kHeaderBytes) parallel(threads, experts * panels(n), pack_panel, &job);

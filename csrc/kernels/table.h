@@ -16,7 +16,7 @@ struct Product {
   int64_t first, count;     // panels
   const void *const *rows;  // [m] operands, readable and finite up to k rounded up to 32; tiled: rows[0] alone counts
   int64_t m;
-  float *out;           // [m][stride]
+  float *out;           // [m][stride], and anything in further rows up to a multiple of 16
   int64_t stride;       // elements, at least 16 * count
   void *scratch;        // Kernels::scratch bytes, aligned to 64
   int special;          // the tensor has MS_SPECIAL

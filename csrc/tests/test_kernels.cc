@@ -216,9 +216,11 @@ int main() {
         for (int64_t m : {1, 4, 5, 19}) test_linear(level, format, dtype, m, 33, 96);
         test_linear(level, format, dtype, 3, 130, 272);
         test_linear(level, format, dtype, 37, 70, 32);
+        test_linear(level, format, dtype, 67, 50, 1200);
         test_moe(level, format, dtype, 1, 32, 64);
         test_moe(level, format, dtype, 7, 48, 80);
         test_moe(level, format, dtype, 40, 40, 32);
+        if (dtype == MS_BF16) test_moe(level, format, dtype, 75, 40, 544);
       }
   test_refusals();
   return check::finish("test_kernels");

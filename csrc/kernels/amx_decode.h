@@ -1,0 +1,122 @@
+// Codes of one tile to bfloat16 with their block scales in them, which bfloat16 holds exactly: a power of two changes
+// the exponent alone, and an E2M1 code times an E4M3 scale has six significant bits. Block FP8 keeps its scales for
+// later.
+#pragma once
+#include "decode_avx512.h"
+
+namespace microscale {
+namespace {
+
+// E4M3 scales as bits of bfloat16 numbers, and those of 1.5 times as much.
+struct alignas(64) ScaleTables {
+  static constexpr int kTop = (127 + kRaise) << 7;
+  int32_t subnormal[16], subnormal_more[16];  // of scale bytes 0 to 7; zero takes all that there is
+  int32_t more[16];                           // by the three mantissa bits: what 1.5 times adds to the bits
+};
+constexpr int32_t half_as_much_more(uint32_t bits) {  // of a float with at most five significant bits
+  const uint32_t significand = (bits & 0x7fffff) | 0x800000, larger = significand + significand / 2;
+  const uint32_t exponent = bits >> 23;
+  const uint32_t result =
+      larger >> 24 ? (exponent + 1) << 23 | (larger / 2 & 0x7fffff) : exponent << 23 | (larger & 0x7fffff);
+  return static_cast<int32_t>(result >> 16);
+}
+constexpr ScaleTables scale_tables() {
+  ScaleTables t{};
+  for (uint32_t i = 0; i < 16; ++i) {
+    const uint32_t subnormal = float_bits(kE4M3, i % 8), normal = float_bits(kE4M3, 8 + i % 8);
+    t.more[i] = half_as_much_more(normal) - static_cast<int32_t>(normal >> 16);
+    t.subnormal[i] = i % 8 ? static_cast<int32_t>(subnormal >> 16) : ScaleTables::kTop - 0xffff;
+    t.subnormal_more[i] = i % 8 ? half_as_much_more(subnormal) : ScaleTables::kTop + 1 - 0xffff;
+  }
+  return t;
+}
+constexpr ScaleTables kScales = scale_tables();
+
+// 4 bits. Shifts, saturating subtractions and table lookups share two ports, and only lookups and bit fields can take
+// the second: six of twelve shifts are bit fields, so that both have the same to do.
+template <Raise kHow>
+struct BalancedFourBits {
+  const __m512i table = FourBits<kHow>().table;
+  const __m512i by_four = fields(4), by_eight = fields(8);
+
+  // Low bytes of the words of v shifted right; high bytes are not looked at.
+  static __m512i fields(int shift) {
+    const auto at = [shift](int word) { return static_cast<int64_t>(16 * word + shift) << 16 * word; };
+    return _mm512_set1_epi64(at(0) | at(1) | at(2) | at(3));
+  }
+  template <bool kSpecial, class F, class Lower = AsIs>
+  void pairs(const uint8_t *tile, int first, int last, F f, Lower lower = {}) const {
+#pragma GCC unroll 4
+    for (int q = first / 4; q < last / 4; ++q) {
+      const __m512i v = load512(tile + 64 * q);
+      const __m512i third = q % 2 ? _mm512_srli_epi16(v, 8) : _mm512_multishift_epi64_epi8(by_eight, v);
+      f(4 * q, lower(_mm512_permutexvar_epi16(v, table)));
+      f(4 * q + 1, lower(_mm512_permutexvar_epi16(_mm512_multishift_epi64_epi8(by_four, v), table)));
+      f(4 * q + 2, lower(_mm512_permutexvar_epi16(third, table)));
+      f(4 * q + 3, lower(_mm512_permutexvar_epi16(_mm512_srli_epi16(v, 12), table)));
+    }
+  }
+};
+template <int kFormat, Raise kHow>
+struct BalancedCodes : Codes<kFormat, kHow> {};
+template <Raise kHow>
+struct BalancedCodes<MS_MXFP4, kHow> : BalancedFourBits<kHow> {};
+template <Raise kHow>
+struct BalancedCodes<MS_NVFP4, kHow> : BalancedFourBits<kHow> {};
+
+template <int kFormat>
+struct Decoder {
+  static constexpr Raise kHow = kFormat == MS_FP8_BLOCK128 ? kAsIs : kFormat == MS_NVFP4 ? kFlagged : kRaised;
+  const BalancedCodes<kFormat, kHow> codes{};
+
+  void tile(const uint8_t *from, const uint8_t *scales, uint8_t *out) const {
+    const auto put = [out](int pair, __m512i v) { _mm512_store_si512(out + 64 * pair, v); };
+    if constexpr (kFormat == MS_FP8_BLOCK128) {
+      codes.template pairs<false>(from, 0, 16, put);
+    } else if constexpr (kFormat == MS_NVFP4) {
+      for (int block = 0; block < 2; ++block) {
+        const Lowering less = lowering(_mm_loadu_si128(reinterpret_cast<const __m128i *>(scales + 16 * block)));
+        codes.template pairs<false>(from, 8 * block, 8 * block + 8, put, [&](__m512i v) {
+          const auto half_more = _mm512_test_epi16_mask(v, words(1));
+          return _mm512_mask_subs_epu16(_mm512_subs_epu16(v, less.power), half_more, v, less.half_more);
+        });
+      }
+    } else {
+      const __m512i bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i *>(scales)));
+      const __m512i both = _mm512_or_si512(bytes, _mm512_slli_epi32(bytes, 16));
+      if constexpr (kFormat == MS_MXINT8) {
+        const __m512i exponent = _mm512_slli_epi16(_mm512_sub_epi16(both, words(127 - Codes<kFormat>::kShift)), 7);
+        codes.template pairs<false>(from, 0, 16, put, [&](__m512i v) {
+          return _mm512_mask_add_epi16(v, _mm512_test_epi16_mask(v, words(0x7fff)), v, exponent);
+        });
+      } else {
+        const __m512i less = _mm512_slli_epi16(_mm512_sub_epi16(words(127 + kRaise), both), 7);
+        codes.template pairs<false>(from, 0, 16, put, [&](__m512i v) { return _mm512_subs_epu16(v, less); });
+      }
+    }
+  }
+
+  // What must be taken from the bits of a raised power of two, and of one that is flagged to be half as much more, for
+  // its product with a positive E4M3 scale; everything where the scale is zero.
+  struct Lowering {
+    __m512i power, half_more;
+  };
+  const __m512i subnormals = load512(&kScales.subnormal), subnormals_more = load512(&kScales.subnormal_more);
+  const __m512i more = load512(&kScales.more);
+
+  Lowering lowering(__m128i bytes) const {
+    const __m512i s = _mm512_cvtepu8_epi32(bytes);
+    __m512i one = _mm512_add_epi32(_mm512_slli_epi32(s, 4), _mm512_set1_epi32((127 - 7) << 7));
+    __m512i half_more = _mm512_add_epi32(one, _mm512_permutexvar_epi32(s, more));
+    const auto subnormal = _mm512_cmplt_epu32_mask(s, _mm512_set1_epi32(8));
+    one = _mm512_mask_permutexvar_epi32(one, subnormal, s, subnormals);
+    half_more = _mm512_mask_permutexvar_epi32(half_more, subnormal, s, subnormals_more);
+    one = _mm512_sub_epi32(_mm512_set1_epi32(kScales.kTop), one);
+    half_more = _mm512_sub_epi32(_mm512_set1_epi32(kScales.kTop + 1), half_more);  // and the flag
+    return {_mm512_or_si512(one, _mm512_slli_epi32(one, 16)),
+            _mm512_or_si512(half_more, _mm512_slli_epi32(half_more, 16))};
+  }
+};
+
+}  // namespace
+}  // namespace microscale
