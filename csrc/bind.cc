@@ -68,6 +68,17 @@ void linear(int level, Address w, Address outer, int dtype, Address x, int64_t x
   check(status, "linear");
 }
 
+void dense(int level, int weight_dtype, Address w, int64_t w_stride, int64_t n, int64_t k, Address bias, int dtype,
+           Address x, int64_t x_stride, int64_t m, Address y, int threads) {
+  int status;
+  {
+    nb::gil_scoped_release release;
+    status = ms_dense(level, weight_dtype, at<const void>(w), w_stride, n, k, at<const void>(bias), dtype,
+                      at<const void>(x), x_stride, m, at<void>(y), threads);
+  }
+  check(status, "dense");
+}
+
 void moe(int level, Address w13, Address outer13, Address w2, Address outer2, int dtype, Address x, int64_t m,
          Address ids, Address weights, int64_t t, int kind, bool gated, bool interleaved, float alpha, float beta,
          float limit, Address b13, Address b2, bool weight_on_input, Address y, int threads) {
@@ -112,6 +123,7 @@ NB_MODULE(_core, m) {
   m.def("pack", &pack);
   m.def("unpack", &unpack);
   m.def("linear", &linear);
+  m.def("dense", &dense);
   m.def("moe", &moe);
   m.def("level", &ms_level);
   m.def("compiled_level", &ms_compiled_level);

@@ -83,6 +83,13 @@ int ms_unpack(const void *packed, int64_t bytes, uint8_t *codes, void *scales, i
 int ms_linear(int level, const void *w, const float *outer, int dtype, const void *x, int64_t x_stride, int64_t m,
               const float *bias, void *y, int threads);
 
+/* The same with weights as they lie in a checkpoint: w [n, k] of `weight_dtype` (an ms_dtype), rows contiguous and
+ * `w_stride` elements apart; `bias` [n] of the same dtype or NULL; x and y of `dtype`. Summed in float32; a row of y
+ * depends on no other row and not on `threads`. Made for few rows: w is read once for every 8 or fewer. No pointer
+ * needs to be aligned. */
+int ms_dense(int level, int weight_dtype, const void *w, int64_t w_stride, int64_t n, int64_t k, const void *bias,
+             int dtype, const void *x, int64_t x_stride, int64_t m, void *y, int threads);
+
 /* The weighted sum over each token's experts: x [m, h], y [m, n] dense in `dtype`; ids [m, t] local expert or -1;
  * weights [m, t]; outers and biases float32 [E, rows], [E, n] or NULL. */
 int ms_moe(int level, const void *w13, const float *outer13, const void *w2, const float *outer2, int dtype,

@@ -89,6 +89,33 @@ def linear(x: Tensor, packed: Tensor, outer: Tensor | None, n: int, bias: Tensor
     return y
 
 
+def dense(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
+    """[..., K] -> [..., N] with w [N, K] and bias [N] of one dtype, rows of w contiguous; see `ms_dense`."""
+    n, k = w.shape
+    y = torch.empty((*x.shape[:-1], n), dtype=x.dtype)
+    m = y.numel() // n if n else 0
+    if m == 0:
+        return y
+    rows, stride = _rows(x, k) if k else (x, 0)
+    b = bias if bias is None or bias.is_contiguous() else bias.contiguous()
+    _core.dense(
+        level(),
+        DTYPE_IDS[w.dtype],
+        w.data_ptr(),
+        w.stride(0),
+        n,
+        k,
+        _address(b),
+        DTYPE_IDS[x.dtype],
+        rows.data_ptr(),
+        stride,
+        m,
+        y.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return y
+
+
 def moe(
     x: Tensor,
     topk_ids: Tensor,
