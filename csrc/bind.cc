@@ -1,7 +1,9 @@
 // Python's view of the C ABI: addresses and sizes as integers, a status as an exception. Arguments are checked in
 // Python (backends/cpu.py); what arrives here is only held against the packed buffer's own header.
 #include <nanobind/nanobind.h>
+#include <nanobind/stl/array.h>
 
+#include <array>
 #include <cstdint>
 #include <new>
 #include <string>
@@ -93,6 +95,27 @@ void moe(int level, Address w13, Address outer13, Address w2, Address outer2, in
   check(status, "moe");
 }
 
+// Shapes: (batch, heads, key_heads, queries, tokens, width, value_width); strides: of q, k, v, three each, and the
+// mask's.
+void attend(int level, int dtype, float scale, std::array<int64_t, 7> shape, Address q, Address k, Address v,
+            std::array<int64_t, 11> strides, Address mask, Address sinks, Address y, int threads) {
+  ms_attention a{};
+  a.dtype = dtype, a.scale = scale;
+  a.batch = shape[0], a.heads = shape[1], a.key_heads = shape[2], a.queries = shape[3], a.tokens = shape[4];
+  a.width = shape[5], a.value_width = shape[6];
+  a.q = at<const void>(q), a.k = at<const void>(k), a.v = at<const void>(v);
+  for (size_t i = 0; i < 3; ++i)
+    a.q_strides[i] = strides[i], a.k_strides[i] = strides[3 + i], a.v_strides[i] = strides[6 + i];
+  a.mask_strides[0] = strides[9], a.mask_strides[1] = strides[10];
+  a.mask = at<const uint8_t>(mask), a.sinks = at<const void>(sinks), a.y = at<void>(y);
+  int status;
+  {
+    nb::gil_scoped_release release;
+    status = ms_attend(level, &a, threads);
+  }
+  check(status, "attend");
+}
+
 double read_rate(Address from, int64_t bytes, int threads) {
   double rate = 0;
   int status;
@@ -125,6 +148,7 @@ NB_MODULE(_core, m) {
   m.def("linear", &linear);
   m.def("dense", &dense);
   m.def("moe", &moe);
+  m.def("attend", &attend);
   m.def("level", &ms_level);
   m.def("compiled_level", &ms_compiled_level);
   m.def("read_rate", &read_rate);

@@ -97,6 +97,25 @@ int ms_moe(int level, const void *w13, const float *outer13, const void *w2, con
            const struct ms_activation *activation, const float *b13, const float *b2, int weight_on_input, void *y,
            int threads);
 
+/* Attention of a few queries, each head on its own, summed in float32:
+ * y[b, i, h] = sum over t of softmax_t(scale * q[b, h, i] . k[b, g, t]) * v[b, g, t], with g = h / (heads / key_heads).
+ *
+ * Strides are in elements: batch, head, token; a head's numbers are contiguous. `mask` is bytes, 0: token t is not
+ * looked at, strides batch and query, or NULL; `sinks` [heads] are logits that take part in the softmax and have no
+ * value, or NULL. Where nothing is looked at, y is 0. y [batch, queries, heads, value_width] is dense. */
+struct ms_attention {
+  int32_t dtype; /* of q, k, v, sinks and y */
+  float scale;
+  int64_t batch, heads, key_heads, queries, tokens, width, value_width;
+  const void *q, *k, *v;
+  int64_t q_strides[3], k_strides[3], v_strides[3];
+  const uint8_t *mask;
+  int64_t mask_strides[2];
+  const void *sinks;
+  void *y;
+};
+int ms_attend(int level, const struct ms_attention *attention, int threads);
+
 /* The widest level this processor and operating system allow; asks for the permission to use AMX tiles once. */
 int ms_level(void);
 /* The widest level that was compiled in: MS_PLAIN on other architectures. */

@@ -96,6 +96,10 @@ class Placer:
 
         return self._place(problem, (w13, w2), prove)
 
+    def refuses_dense(self, problem: Problem) -> bool:
+        """Whether a linear whose weight is not quantised is its host's by rule or by wish."""
+        return choose_dense(problem, self.force).backend is not CORE
+
     def dense(self, problem: Problem, w: Tensor, bias: Tensor | None) -> Placement:
         """Place one linear layer whose weight [N, K] is not quantised, and stays where it is."""
 
@@ -118,7 +122,11 @@ class Placer:
         failed = self._failed.setdefault(problem, [])
         with torch.no_grad():
             return self._first_that_works(
-                problem, weights, prove, failed, lambda failed: choose(problem, self.backends, self.force, failed)
+                problem,
+                weights,
+                prove,
+                failed,
+                lambda failed: choose(problem, self.backends, self.force, failed),
             )
 
     def _first_that_works(

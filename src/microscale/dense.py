@@ -1,115 +1,107 @@
-"""nn.Linear with its own 16-bit weights, whose products of few rows the C++ core computes."""
+"""Linears with their own 16-bit weights, whose products of few rows the C++ core computes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from microscale.backends.dense_rules import CORE, choose_dense
+from microscale.backends import autograd
+from microscale.backends.dense_rules import CORE
 from microscale.canary import DTYPE_WORDS, Placement, Placer
 from microscale.machine import Machine
 from microscale.nn import device_kind, dtype_word
 from microscale.oracle import Problem
 
-# Rows above which PyTorch's product, which copies weights into an order of its own first, is the faster one; by
+# Rows above which PyTorch's product, which first copies weights into an order of its own, is the faster one; by
 # measurement (bench/dense.py), and never more than the core reads the weights once for.
 ROWS = {"avx2": 3, "avx512": 4, "avx512_bf16": 8, "amx": 8}
+_WIDTHS = (torch.bfloat16, torch.float16)
 
 
-class DenseLinear(nn.Linear):
-    """An nn.Linear in all but its forward: the same parameters under the same names, wherever they lie.
-
-    Whatever the core is not made for goes to `F.linear`, with its errors: many rows, gradients, autocast, other
-    devices and dtypes, subclasses of tensors.
+class DenseModule(nn.Module):
+    """What a module gets that multiplies by `weight` [N, K] and adds `bias` [N] or None.
 
     Attributes:
-        placement: who computes products of few rows, and why; proved when the layer was placed.
-        rows: how many are few.
-        product: `cpu_core.dense`, held here because the core may be absent where this is imported.
+        placement: who computes products of few rows, and why; proved when the module was placed.
+        rows: how many are few; 0: none, the canary failed.
+        core: `cpu_core.dense`, held here because the core may be absent where this is imported.
     """
 
+    weight: Tensor
+    bias: Tensor | None
     placement: Placement
     rows: int
-    product: Callable[[Tensor, Tensor, Tensor | None], Tensor]
+    core: Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
-    def forward(self, input: Tensor) -> Tensor:
-        """[..., K] -> [..., N]."""
+    def product(self, x: Tensor) -> Tensor:
+        """[..., K] -> [..., N].
+
+        Whatever the core is not made for goes to `F.linear`, with its errors: many rows, gradients, autocast, other
+        devices and dtypes, subclasses of tensors.
+        """
         w, bias = self.weight, self.bias
-        if torch.compiler.is_compiling():
-            if self._few(input) and not torch.is_grad_enabled():
+        if _few(x, w, bias, self.rows):
+            if not torch.compiler.is_compiling():
+                if not autograd.watched(x, w, bias):
+                    return self.core(x, w, bias)
+            elif not torch.is_grad_enabled():
                 from microscale import ops
 
-                y: Tensor = ops.dense(input, w, bias)
+                y: Tensor = ops.dense(x, w, bias)
                 return y
-        elif self._few(input) and not _watched(input, w, bias):
-            return self.product(input, w, bias)
-        return F.linear(input, w, bias)
-
-    def _few(self, x: Tensor) -> bool:
-        w, bias = self.weight, self.bias
-        k = x.shape[-1] if x.dim() else 0
-        return (
-            k == self.in_features
-            and x.numel() <= self.rows * k
-            and x.dtype is w.dtype
-            and w.dtype in (torch.bfloat16, torch.float16)
-            and (bias is None or bias.dtype is w.dtype)
-            and x.is_cpu
-            and w.is_cpu
-            and w.stride(1) == 1
-            and not torch.is_autocast_enabled("cpu")
-        )
+        return F.linear(x, w, bias)
 
     def extra_repr(self) -> str:
         """What print(model) shows."""
-        return f"{super().extra_repr()}, {self.placement.choice.backend.name} up to {self.rows} rows"
+        who = self.placement.choice.backend.name
+        return f"{super().extra_repr()}, {who}" + (f" up to {self.rows} rows" if self.rows else "")
 
 
-def _watched(*args: Tensor | None) -> bool:
-    """Whether somebody must see the product as torch's own operator: autograd, a tracer, a mode, a subclass."""
+class DenseLinear(DenseModule, nn.Linear):  # type: ignore[misc]
+    """An nn.Linear in all but its forward: the same parameters under the same names, wherever they lie."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[..., K] -> [..., N]."""
+        return self.product(input)
+
+
+def _few(x: Tensor, w: Tensor, bias: Tensor | None, rows: int) -> bool:
     return (
-        (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in args))
-        or any(t is not None and type(t) not in (Tensor, nn.Parameter) for t in args)
-        or torch.jit.is_tracing()
-        or torch._C._len_torch_dispatch_stack() > 0
+        x.dim() > 0
+        and x.shape[-1] == w.shape[1]
+        and x.numel() <= rows * w.shape[1]
+        and x.dtype is w.dtype
+        and x.dtype in _WIDTHS
+        and (bias is None or bias.dtype is x.dtype)
+        and x.is_cpu
+        and w.is_cpu
+        and w.stride(1) == 1
+        and not torch.is_autocast_enabled("cpu")
     )
 
 
-def problem_of(linear: nn.Linear, dtype: torch.dtype, machine: Machine) -> Problem:
-    """What the oracle is asked, for activations of `dtype`."""
-    n, k = linear.weight.shape
-    weight = DTYPE_WORDS.get(linear.weight.dtype, str(linear.weight.dtype).removeprefix("torch."))
-    problem = Problem("linear", weight, n, k, dtype=dtype_word(dtype), bias=linear.bias is not None)
-    return problem.on(machine, device_kind(linear.weight.device))
+def dense_problem(module: Any, dtype: torch.dtype, machine: Machine) -> Problem:
+    """What the oracle is asked about a module whose weight [N, K] is not quantised, for activations of `dtype`."""
+    w = module.weight
+    n, k = w.shape
+    weight = DTYPE_WORDS.get(w.dtype, str(w.dtype).removeprefix("torch."))
+    problem = Problem("linear", weight, n, k, dtype=dtype_word(dtype), bias=module.bias is not None)
+    return problem.on(machine, device_kind(w.device))
 
 
-def linears(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
-    """(path, module) of the linears that are not quantised. A subclass may compute something else, so is left alone."""
-    for name, module in model.named_modules():
-        if type(module) in (nn.Linear, DenseLinear):
-            yield name, module  # type: ignore[misc]
-
-
-def place_dense(model: nn.Module, dtype: torch.dtype, placer: Placer) -> None:
-    """Let the core run those linears of a model that it takes, each distinct problem proved once.
-
-    Modules keep their parameters, names and hooks; only their class changes.
-    """
-    for _, module in linears(model):
-        problem = problem_of(module, dtype, placer.machine)
-        if CORE.name in dict(choose_dense(problem, placer.force).refused):
-            continue
-        placement = placer.dense(problem, module.weight.detach(), _detached(module.bias))
-        made: Any = module
-        made.__class__ = DenseLinear
-        made.placement, made.rows, made.product = placement, 0, F.linear
-        if placement.choice.backend is CORE:
-            made.rows, made.product = ROWS[problem.arch], placement.backend.dense  # type: ignore[attr-defined]
-
-
-def _detached(t: Tensor | None) -> Tensor | None:
-    return None if t is None else t.detach()
+def place_dense(module: nn.Module, made: type[DenseModule], dtype: torch.dtype, placer: Placer) -> None:
+    """Make a module a `made`, if the core takes its product: it keeps its parameters, names and hooks."""
+    problem = dense_problem(module, dtype, placer.machine)
+    if placer.refuses_dense(problem):
+        return
+    host: Any = module
+    w, bias = host.weight.detach(), None if host.bias is None else host.bias.detach()
+    placement = placer.dense(problem, w, bias)
+    host.__class__ = made
+    host.placement, host.rows, host.core = placement, 0, F.linear
+    if placement.choice.backend is CORE:
+        host.rows, host.core = ROWS[problem.arch], placement.backend.dense  # type: ignore[attr-defined]

@@ -34,6 +34,20 @@ def _(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
     return x.new_empty((*x.shape[:-1], w.shape[0]))
 
 
+@torch.library.custom_op("microscale::attend", mutates_args=())
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sinks: Tensor | None, scale: float
+) -> Tensor:
+    """[B, heads, Q, D], [B, key heads, T, D] twice -> [B, Q, heads, D]."""
+    return cpu_core.attend(q, k, v, mask, sinks, scale)
+
+
+@attend.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sinks: Tensor | None, scale: float) -> Tensor:
+    b, heads, queries, _ = q.shape
+    return q.new_empty((b, queries, heads, v.shape[-1]))
+
+
 @torch.library.custom_op("microscale::moe", mutates_args=())
 def moe(
     x: Tensor,

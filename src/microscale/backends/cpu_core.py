@@ -96,7 +96,7 @@ def dense(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
     m = y.numel() // n if n else 0
     if m == 0:
         return y
-    rows, stride = _rows(x, k) if k else (x, 0)
+    rows, stride = (x, k) if x.is_contiguous() else _rows(x, k)
     b = bias if bias is None or bias.is_contiguous() else bias.contiguous()
     _core.dense(
         level(),
@@ -110,6 +110,40 @@ def dense(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
         rows.data_ptr(),
         stride,
         m,
+        y.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return y
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sinks: Tensor | None, scale: float
+) -> Tensor:
+    """Softmax attention of few queries -> [B, Q, heads, D].
+
+    Args:
+        q: [B, heads, Q, D].
+        k, v: [B, key heads, T, D]; as in q, each head's numbers are contiguous.
+        mask: bool [B or 1, 1, Q, T], True: looked at.
+        sinks: [heads], contiguous; see `ms_attend`.
+    """
+    b, heads, queries, width = q.shape
+    _, key_heads, tokens, value_width = v.shape
+    y = torch.empty((b, queries, heads, value_width), dtype=q.dtype)
+    skip = (0, 0)
+    if mask is not None:
+        skip = (mask.stride(0) if mask.shape[0] > 1 else 0, mask.stride(2))
+    _core.attend(
+        level(),
+        DTYPE_IDS[q.dtype],
+        scale,
+        (b, heads, key_heads, queries, tokens, width, value_width),
+        q.data_ptr(),
+        k.data_ptr(),
+        v.data_ptr(),
+        (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *skip),
+        _address(mask),
+        _address(sinks),
         y.data_ptr(),
         torch.get_num_threads(),
     )

@@ -41,7 +41,9 @@ CORE = Backend(
 DENSE = (CORE, Backend(HOST, "torch.nn.functional", _refuse_nothing, "PyTorch's own product"))
 
 
-def choose_dense(problem: Problem, force: str | None = None, failed: Sequence[tuple[str, str]] = ()) -> Choice:
+def choose_dense(
+    problem: Problem, force: str | None = None, failed: Sequence[tuple[str, str]] = ()
+) -> Choice:
     """The oracle's answer for a linear whose weights are not quantised. Something always runs it.
 
     Args:

@@ -60,7 +60,7 @@ def load(
 
         with using(Options(backend, act, canary, place=False, checkpoint=path)) as options:
             host = dummy_model(path, read_config(path), layers, dtype)
-        return _ready(host, target, options, progress)
+        return _ready(host, target, options, progress, kwargs)
     if layers is not None:
         raise CheckpointError(path, "layers can be cut with load_format='dummy' only")
     if (path / "config.json").exists() and not has_weights(path):
@@ -77,14 +77,19 @@ def load(
         )
     host, info = loaded
     _check_complete(path, info)
-    return _ready(host, target, options, progress)
+    return _ready(host, target, options, progress, kwargs)
 
 
-def _ready(host: Any, target: torch.device, options: Options, progress: Progress | None) -> Any:
+def _ready(
+    host: Any, target: torch.device, options: Options, progress: Progress | None, kwargs: dict[str, Any]
+) -> Any:
+    from microscale.integrations.hf.attention import fuse_sinks
     from microscale.integrations.hf.quantizer import place_all
 
     host = host.to(target).eval()
     place_all(host, options.placer(), progress)
+    if target.type == "cpu" and kwargs.get("attn_implementation") is None:
+        fuse_sinks(host)
     return host
 
 

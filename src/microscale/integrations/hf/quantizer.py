@@ -12,10 +12,10 @@ from transformers.quantizers.base import HfQuantizer
 
 from microscale.canary import Placer
 from microscale.checkpoints import open_checkpoint
-from microscale.dense import place_dense
 from microscale.errors import CheckpointError
 from microscale.formats import FORMATS
 from microscale.integrations.hf.experts import attach, experts_modules, swap_parameters
+from microscale.integrations.hf.linears import place_linears
 from microscale.integrations.hf.options import current_options
 from microscale.nn import runner_of
 
@@ -99,4 +99,4 @@ def place_all(model: Any, placer: Placer, progress: Any = None) -> None:
     dtype = activation_dtype(model)
     for _, runner in progress(runners(model)) if progress else runners(model):
         runner.place(dtype)
-    place_dense(model, dtype, placer)
+    place_linears(model, dtype, placer)
