@@ -20,8 +20,8 @@ from microscale import MicroscaleError
 from microscale.cli.chat import converse
 from microscale.cli.generate import Generation, Settings
 from microscale.cli.run import PROMPT, _waiting_on_stdin
-from microscale.machine import Gpu, detect
 from microscale.cli.session import Session, open_session, tokenizer_of
+from microscale.machine import Gpu, detect
 
 Cli = Callable[..., Result]
 
@@ -79,7 +79,9 @@ def test_timing_says_where_a_tokens_time_goes(cli: Cli, tiny: Path) -> None:
     assert "timing" not in document(cli("run", tiny, "abc", "--max-new-tokens", "2", "--json"))
 
 
-def test_timing_is_refused_where_the_core_does_not_run(cli: Cli, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_timing_is_refused_where_the_core_does_not_run(
+    cli: Cli, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     gpu = replace(detect(), gpus=(Gpu("cuda", "sm_90", "NVIDIA H200", 1 << 37),))
     monkeypatch.setattr("microscale.machine.detect", lambda: gpu)
     result = cli("run", tiny, "abc", "--timing")

@@ -104,7 +104,7 @@ def generate(
     ids = torch.tensor([list(prompt_ids)], device=model.device)
     arguments = settings.arguments(model)
     if tokenizer is None:  # random weights may end at once; their speed is what is asked for
-        arguments["min_new_tokens"] = settings.max_new_tokens
+        arguments["eos_token_id"] = None
     torch.manual_seed(settings.seed)
     started = time.perf_counter()
     try:
