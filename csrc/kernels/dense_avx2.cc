@@ -12,7 +12,7 @@ struct Avx2 {
   using Sum = __m256;
   static constexpr int64_t kLanes = 8;
   static constexpr int kParts = 2, kRows = 3;
-  static constexpr int columns(int rows) { return rows == 1 ? 1 : 2; }
+  static constexpr int columns(int rows) { return rows < 3 ? 1 : 2; }
 
   static Sum zero() { return _mm256_setzero_ps(); }
   template <int kDtype>

@@ -12,7 +12,7 @@ struct Avx512 {
   using Sum = __m512;
   static constexpr int64_t kLanes = 16;
   static constexpr int kParts = 2, kRows = 6;
-  static constexpr int columns(int rows) { return rows == 1 ? 1 : rows < 4 ? 4 : rows == 4 ? 3 : 2; }
+  static constexpr int columns(int rows) { return rows < 3 ? 1 : rows < 4 ? 4 : rows == 4 ? 3 : 2; }
 
   static __mmask16 first(int64_t count) { return static_cast<__mmask16>((1u << count) - 1); }
   static Sum zero() { return _mm512_setzero_ps(); }

@@ -18,7 +18,7 @@ from microscale.oracle import Problem
 
 # Rows above which PyTorch's product, which first copies weights into an order of its own, is the faster one; by
 # measurement (bench/dense.py), and never more than the core reads the weights once for.
-ROWS = {"avx2": 3, "avx512": 4, "avx512_bf16": 8, "amx": 8}
+ROWS = {"avx2": 8, "avx512": 8, "avx512_bf16": 8, "amx": 8}
 _WIDTHS = (torch.bfloat16, torch.float16)
 
 
