@@ -1,7 +1,9 @@
 // Python's view of the C ABI: addresses and sizes as integers, a status as an exception. Arguments are checked in
 // Python (backends/cpu.py); what arrives here is only held against the packed buffer's own header.
 #include <nanobind/nanobind.h>
+#include <nanobind/stl/array.h>
 
+#include <array>
 #include <cstdint>
 #include <new>
 #include <string>
@@ -68,6 +70,17 @@ void linear(int level, Address w, Address outer, int dtype, Address x, int64_t x
   check(status, "linear");
 }
 
+void dense(int level, int weight_dtype, Address w, int64_t w_stride, int64_t n, int64_t k, Address bias, int dtype,
+           Address x, int64_t x_stride, int64_t m, Address y, int threads) {
+  int status;
+  {
+    nb::gil_scoped_release release;
+    status = ms_dense(level, weight_dtype, at<const void>(w), w_stride, n, k, at<const void>(bias), dtype,
+                      at<const void>(x), x_stride, m, at<void>(y), threads);
+  }
+  check(status, "dense");
+}
+
 void moe(int level, Address w13, Address outer13, Address w2, Address outer2, int dtype, Address x, int64_t m,
          Address ids, Address weights, int64_t t, int kind, bool gated, bool interleaved, float alpha, float beta,
          float limit, Address b13, Address b2, bool weight_on_input, Address y, int threads) {
@@ -80,6 +93,27 @@ void moe(int level, Address w13, Address outer13, Address w2, Address outer2, in
                     at<const float>(b13), at<const float>(b2), weight_on_input, at<void>(y), threads);
   }
   check(status, "moe");
+}
+
+// Shapes: (batch, heads, key_heads, queries, tokens, width, value_width); strides: of q, k, v, three each, and the
+// mask's.
+void attend(int level, int dtype, float scale, std::array<int64_t, 7> shape, Address q, Address k, Address v,
+            std::array<int64_t, 11> strides, Address mask, Address sinks, Address y, int threads) {
+  ms_attention a{};
+  a.dtype = dtype, a.scale = scale;
+  a.batch = shape[0], a.heads = shape[1], a.key_heads = shape[2], a.queries = shape[3], a.tokens = shape[4];
+  a.width = shape[5], a.value_width = shape[6];
+  a.q = at<const void>(q), a.k = at<const void>(k), a.v = at<const void>(v);
+  for (size_t i = 0; i < 3; ++i)
+    a.q_strides[i] = strides[i], a.k_strides[i] = strides[3 + i], a.v_strides[i] = strides[6 + i];
+  a.mask_strides[0] = strides[9], a.mask_strides[1] = strides[10];
+  a.mask = at<const uint8_t>(mask), a.sinks = at<const void>(sinks), a.y = at<void>(y);
+  int status;
+  {
+    nb::gil_scoped_release release;
+    status = ms_attend(level, &a, threads);
+  }
+  check(status, "attend");
 }
 
 double read_rate(Address from, int64_t bytes, int threads) {
@@ -112,7 +146,9 @@ NB_MODULE(_core, m) {
   m.def("pack", &pack);
   m.def("unpack", &unpack);
   m.def("linear", &linear);
+  m.def("dense", &dense);
   m.def("moe", &moe);
+  m.def("attend", &attend);
   m.def("level", &ms_level);
   m.def("compiled_level", &ms_compiled_level);
   m.def("read_rate", &read_rate);

@@ -83,12 +83,38 @@ int ms_unpack(const void *packed, int64_t bytes, uint8_t *codes, void *scales, i
 int ms_linear(int level, const void *w, const float *outer, int dtype, const void *x, int64_t x_stride, int64_t m,
               const float *bias, void *y, int threads);
 
+/* The same with weights as they lie in a checkpoint: w [n, k] of `weight_dtype` (an ms_dtype), rows contiguous and
+ * `w_stride` elements apart; `bias` [n] of the same dtype or NULL; x and y of `dtype`. Summed in float32; a row of y
+ * depends on no other row and not on `threads`. Made for few rows: w is read once for every 8 or fewer. No pointer
+ * needs to be aligned. */
+int ms_dense(int level, int weight_dtype, const void *w, int64_t w_stride, int64_t n, int64_t k, const void *bias,
+             int dtype, const void *x, int64_t x_stride, int64_t m, void *y, int threads);
+
 /* The weighted sum over each token's experts: x [m, h], y [m, n] dense in `dtype`; ids [m, t] local expert or -1;
  * weights [m, t]; outers and biases float32 [E, rows], [E, n] or NULL. */
 int ms_moe(int level, const void *w13, const float *outer13, const void *w2, const float *outer2, int dtype,
            const void *x, int64_t m, const int64_t *ids, const float *weights, int64_t t,
            const struct ms_activation *activation, const float *b13, const float *b2, int weight_on_input, void *y,
            int threads);
+
+/* Attention of a few queries, each head on its own, summed in float32:
+ * y[b, i, h] = sum over t of softmax_t(scale * q[b, h, i] . k[b, g, t]) * v[b, g, t], with g = h / (heads / key_heads).
+ *
+ * Strides are in elements: batch, head, token; a head's numbers are contiguous. `mask` is bytes, 0: token t is not
+ * looked at, strides batch and query, or NULL; `sinks` [heads] are logits that take part in the softmax and have no
+ * value, or NULL. Where nothing is looked at, y is 0. y [batch, queries, heads, value_width] is dense. */
+struct ms_attention {
+  int32_t dtype; /* of q, k, v, sinks and y */
+  float scale;
+  int64_t batch, heads, key_heads, queries, tokens, width, value_width;
+  const void *q, *k, *v;
+  int64_t q_strides[3], k_strides[3], v_strides[3];
+  const uint8_t *mask;
+  int64_t mask_strides[2];
+  const void *sinks;
+  void *y;
+};
+int ms_attend(int level, const struct ms_attention *attention, int threads);
 
 /* The widest level this processor and operating system allow; asks for the permission to use AMX tiles once. */
 int ms_level(void);

@@ -10,6 +10,7 @@ import torch
 
 from microscale import CheckpointError, FormatError, MicroscaleError
 from microscale.activations import GPT_OSS, Activation
+from microscale.backends.dense_rules import HOST
 from microscale.formats import FORMATS
 from microscale.invented import INVENTED
 from microscale.machine import CORE, Machine
@@ -149,11 +150,14 @@ def test_a_tied_lm_head_is_stored_once_and_read_whole(tmp_path: Path) -> None:
     assert found["lm_head (tied)"].read == V * H * 2
 
 
-def test_a_dense_model_has_no_problem_and_every_layer_slides_or_none(tmp_path: Path) -> None:
+def test_a_dense_model_is_planned_and_every_layer_slides_or_none(tmp_path: Path) -> None:
     sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "vocab_size": 100}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
     dense = outline(config_of(tmp_path / "llama", model_type="llama", **sizes, **heads))
-    assert all(c.problem is None for c in dense.classes)
+    assert not any(c.quantised for c in dense.classes)
+    chosen = {p.layer.name: p.backend for p in dense.on(INVENTED["zen5"]).placed}
+    linears = ("attention q/k/v/o", "mlp gate/up/down", "lm_head")
+    assert chosen == {"embedding": HOST, "norms etc.": HOST, **dict.fromkeys(linears, "cpu")}
     found = {c.name: c.stored for c in dense.classes}
     assert found["mlp gate/up/down"] == 3 * 3 * 64 * 96 * 2
     assert found["attention q/k/v/o"] == 3 * (2 * 64 * 64 + 2 * 64 * 32) * 2

@@ -18,6 +18,37 @@ def linear(
     threads: int,
     /,
 ) -> None: ...
+def dense(
+    level: int,
+    weight_dtype: int,
+    w: int,
+    w_stride: int,
+    n: int,
+    k: int,
+    bias: int,
+    dtype: int,
+    x: int,
+    x_stride: int,
+    m: int,
+    y: int,
+    threads: int,
+    /,
+) -> None: ...
+def attend(
+    level: int,
+    dtype: int,
+    scale: float,
+    shape: tuple[int, ...],
+    q: int,
+    k: int,
+    v: int,
+    strides: tuple[int, ...],
+    mask: int,
+    sinks: int,
+    y: int,
+    threads: int,
+    /,
+) -> None: ...
 def moe(
     level: int,
     w13: int,

@@ -12,12 +12,13 @@ from torch import Tensor
 from microscale import env
 from microscale.backends import load, table
 from microscale.backends.contract import Contract
+from microscale.backends.dense_rules import CORE, choose_dense
 from microscale.errors import NoBackendError, SettingError
 from microscale.formats import Format, get_format
 from microscale.machine import Machine, detect
 from microscale.oracle import Backend, Choice, Problem, choose
 from microscale.quant import QuantTensor
-from microscale.tolerance import Budget, linear_budget, moe_budget
+from microscale.tolerance import Budget, dense_budget, linear_budget, moe_budget
 
 # One E8M0 or E4M3 NaN in the checked rows makes the expected value NaN too, and the comparison still holds.
 _ROWS = 64  # of a linear's output that are compared, at each end
@@ -95,6 +96,23 @@ class Placer:
 
         return self._place(problem, (w13, w2), prove)
 
+    def refuses_dense(self, problem: Problem) -> bool:
+        """Whether a linear whose weight is not quantised is its host's by rule or by wish."""
+        return choose_dense(problem, self.force).backend is not CORE
+
+    def dense(self, problem: Problem, w: Tensor, bias: Tensor | None) -> Placement:
+        """Place one linear layer whose weight [N, K] is not quantised, and stays where it is."""
+
+        def choose_here(failed: list[tuple[str, str]]) -> Choice:
+            return choose_dense(problem, self.force, failed)
+
+        def prove(backend: Contract, _: tuple[Any, ...]) -> str:
+            return prove_dense(backend, w, bias, problem)
+
+        failed = self._failed.setdefault(problem, [])
+        with torch.no_grad():
+            return self._first_that_works(problem, (), prove, failed, choose_here)
+
     def _place(
         self,
         problem: Problem,
@@ -103,7 +121,13 @@ class Placer:
     ) -> Placement:
         failed = self._failed.setdefault(problem, [])
         with torch.no_grad():
-            return self._first_that_works(problem, weights, prove, failed)
+            return self._first_that_works(
+                problem,
+                weights,
+                prove,
+                failed,
+                lambda failed: choose(problem, self.backends, self.force, failed),
+            )
 
     def _first_that_works(
         self,
@@ -111,9 +135,10 @@ class Placer:
         weights: tuple[QuantTensor, ...],
         prove: Callable[[Contract, tuple[Any, ...]], str],
         failed: list[tuple[str, str]],
+        choose_here: Callable[[list[tuple[str, str]]], Choice],
     ) -> Placement:
         while True:
-            choice = choose(problem, self.backends, self.force, failed)
+            choice = choose_here(failed)
             name = choice.backend.name
             try:
                 backend = load(choice.backend)
@@ -148,6 +173,23 @@ def prove_linear(backend: Contract, packed: Any, w: QuantTensor, problem: Proble
     for start in sorted({0, max(n - count, 0) // height * height}):
         stop = min(start + count, n)
         worst = max(worst, linear_budget(x, w.rows(start, stop), act=act).worst(y[:, start:stop]))
+    return _verdict(worst)
+
+
+def prove_dense(backend: Any, w: Tensor, bias: Tensor | None, problem: Problem) -> str:
+    """Multiply the weight's first and last rows by random tokens and compare with float64; reads no others.
+
+    Raises:
+        CanaryFailure: outside the kernel error budget; says by how much.
+    """
+    if problem.device != "cpu" or not hasattr(backend, "dense"):
+        return "not proved: it is the host's own"
+    x = _tokens(w.shape[-1], problem, w.device)
+    worst = 0.0
+    for start in sorted({0, max(w.shape[0] - _ROWS, 0)}):
+        part = slice(start, start + _ROWS)
+        rows, b = w[part], None if bias is None else bias[part]
+        worst = max(worst, dense_budget(x, rows, b).worst(backend.dense(x, rows, b)))
     return _verdict(worst)
 
 

@@ -16,6 +16,7 @@ VARIABLES = {
     "MICROSCALE_BACKEND": "name of the only backend allowed; unset: the oracle chooses",
     "MICROSCALE_CANARY": "`class` (default): prove each distinct choice once; `all`: every layer; `off`",
     "MICROSCALE_CPU_LEVEL": f"widest instruction set the C++ core may use ({', '.join(CPU_LEVELS)}); unset: all",
+    "MICROSCALE_DENSE": "`off`: linears whose weights are not quantised stay with PyTorch on the CPU, too",
     "MICROSCALE_EMULATION_TILE": "bytes of dequantised weights that emulation may hold at a time; default 64MiB",
     "MICROSCALE_EMULATION_CACHE": "bytes of dequantised weights that emulation may keep for good; default 0",
     "MICROSCALE_TRANSFORMERS": "`off`: `import microscale` leaves transformers' own quantisers in place",
@@ -69,6 +70,11 @@ def using_cpu_level(word: str) -> Iterator[None]:
             del os.environ["MICROSCALE_CPU_LEVEL"]
         else:
             os.environ["MICROSCALE_CPU_LEVEL"] = before
+
+
+def dense() -> bool:
+    """Whether the C++ core may multiply weights that are not quantised."""
+    return os.environ.get("MICROSCALE_DENSE", "").lower() not in ("off", "0", "no")
 
 
 def emulation_tile() -> int:

@@ -1,4 +1,4 @@
-"""The C++ core's two products as operators of torch, so that `torch.compile` sees one node with a known shape.
+"""The C++ core's products as operators of torch, so that `torch.compile` sees one node with a known shape.
 
 Only plain values cross: tensors, integers, strings. Eager code calls `backends.cpu_core` without this detour.
 """
@@ -21,6 +21,31 @@ def linear(x: Tensor, packed: Tensor, outer: Tensor | None, n: int, bias: Tensor
 @linear.register_fake
 def _(x: Tensor, packed: Tensor, outer: Tensor | None, n: int, bias: Tensor | None) -> Tensor:
     return x.new_empty((*x.shape[:-1], n))
+
+
+@torch.library.custom_op("microscale::dense", mutates_args=())
+def dense(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
+    """[..., K] -> [..., N]; w [N, K] is not packed."""
+    return cpu_core.dense(x, w, bias)
+
+
+@dense.register_fake
+def _(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty((*x.shape[:-1], w.shape[0]))
+
+
+@torch.library.custom_op("microscale::attend", mutates_args=())
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sinks: Tensor | None, scale: float
+) -> Tensor:
+    """[B, heads, Q, D], [B, key heads, T, D] twice -> [B, Q, heads, D]."""
+    return cpu_core.attend(q, k, v, mask, sinks, scale)
+
+
+@attend.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sinks: Tensor | None, scale: float) -> Tensor:
+    b, heads, queries, _ = q.shape
+    return q.new_empty((b, queries, heads, v.shape[-1]))
 
 
 @torch.library.custom_op("microscale::moe", mutates_args=())

@@ -15,14 +15,14 @@ from torch import nn
 
 from microscale.activations import Activation
 from microscale.backends import table
+from microscale.backends.dense_rules import HOST, WEIGHTS, choose_dense
 from microscale.canary import DTYPE_WORDS
+from microscale.dense import dense_problem
 from microscale.errors import CheckpointError, FormatError, MicroscaleError, NoBackendError
 from microscale.formats import activation_format, activation_word, get_format
 from microscale.machine import Machine
 from microscale.nn import ROUTER_NAMES, dtype_word, runner_of
 from microscale.oracle import Backend, Choice, Problem, choose
-
-HOST = "transformers"  # runs whatever is not quantised
 
 _MAX_SIZE = 2**31  # of a dimension of a bare shape
 _BF16 = 2  # bytes
@@ -40,7 +40,8 @@ class LayerClass:
         format: of the weights: a block-scaled format, or a dtype word ("bf16").
         stored: bytes that all of them take in memory, biases included.
         read: bytes of them that one decoded token reads: of experts those it is routed to, of an embedding one row.
-        problem: what the oracle is asked, on no machine yet; None: not quantised, so transformers runs it.
+        problem: what the oracle is asked, on no machine yet; of several shapes, the first one's. None: nothing is to
+            be chosen, transformers runs it.
         declared: how the checkpoint says activations are stored; None: not quantised, or no checkpoint.
     """
 
@@ -51,6 +52,11 @@ class LayerClass:
     read: int
     problem: Problem | None = None
     declared: str | None = None
+
+    @property
+    def quantised(self) -> bool:
+        """The weights are in a block-scaled format."""
+        return self.problem is not None and self.problem.weight not in WEIGHTS
 
 
 @dataclass(frozen=True)
@@ -73,8 +79,8 @@ class Placed:
     """A layer class on a machine.
 
     Attributes:
-        problem: with the machine's facts; None: not quantised.
-        choice: None: not quantised, or every backend refused.
+        problem: with the machine's facts; None: nothing to choose.
+        choice: None: nothing to choose, or every backend refused.
         refused: (backend, sentence), in the order tried.
     """
 
@@ -283,7 +289,7 @@ def _place(
         return Placed(layer)
     problem = layer.problem.on(machine, device)
     try:
-        choice = choose(problem, backends, backend)
+        choice = choose(problem, backends, backend) if layer.quantised else choose_dense(problem, backend)
     except NoBackendError as error:
         return Placed(layer, problem, None, error.refused)
     return Placed(layer, problem, choice, choice.refused)
@@ -304,7 +310,10 @@ def _classes(host: Any, packed: _Packed, act: str) -> tuple[LayerClass, ...]:
         total = weight + sum(t.nbytes for name, t in own if not (weight and name == "weight"))
         tied = all(id(t) in seen for _, t in own)
         seen.update(id(t) for _, t in own)
-        group = groups.setdefault((kind, fmt, problem), [{}, 0, 0, 0])
+        key = problem
+        if problem is not None and problem.weight in WEIGHTS:
+            key = replace(problem, n=0, k=0, bias=False)  # no choice depends on these
+        group = groups.setdefault((kind, fmt, key), [{}, 0, 0, 0, problem])
         group[0][leaf] = None
         group[1] += 1
         group[2] += 0 if tied else total
@@ -312,10 +321,10 @@ def _classes(host: Any, packed: _Packed, act: str) -> tuple[LayerClass, ...]:
         if tied:
             group[0] = {"(tied)": None}
     classes = []
-    for (kind, fmt, problem), (leaves, count, stored, read) in groups.items():
+    for (kind, fmt, _), (leaves, count, stored, read, problem) in groups.items():
         name = " ".join(filter(None, (kind, "/".join(filter(None, leaves)))))
         # The only dialect that has formats, gpt_oss, quantises weights alone.
-        declared = None if problem is None else "a16"
+        declared = None if problem is None or problem.weight in WEIGHTS else "a16"
         classes.append(LayerClass(name, count, fmt, stored, read, problem, declared))
     # Stable: experts, then the order of the forward pass, then what is in no product.
     return tuple(sorted(classes, key=lambda c: (not c.name.startswith("experts"), c.name.startswith("norm"))))
@@ -360,6 +369,11 @@ def _format_of(
         run = activation_word(activation_format(fmt, act))
         bias = getattr(module, "bias", None) is not None
         return fmt, Problem("linear", fmt, n, k, run, dtype_word(host.dtype), bias=bias), nbytes
+    from microscale.integrations.hf.linears import dense_class
+
+    if dense_class(module) is not None:
+        asked = dense_problem(module, host.dtype, _NOWHERE).on(_NOWHERE)
+        return asked.weight, asked, 0
     dtype = next(p.dtype for p in (*module.parameters(recurse=False), *module.buffers(recurse=False)))
     return DTYPE_WORDS.get(dtype, str(dtype).removeprefix("torch.")), None, 0
 

@@ -73,6 +73,15 @@ def linear_budget(
     return Budget(y, (w.shape[-1] + 2) * _EPS32 * magnitude + _output_rounding(y, dtype or x.dtype))
 
 
+def dense_budget(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Budget:
+    """For a product with weights [N, K] that are not quantised: as `linear_budget`."""
+    a, b = x.double(), w.double().T
+    y, magnitude = a @ b, a.abs() @ b.abs()
+    if bias is not None:
+        y, magnitude = y + bias.double(), magnitude + bias.double().abs()
+    return Budget(y, (w.shape[-1] + 2) * _EPS32 * magnitude + _output_rounding(y, x.dtype))
+
+
 def moe_budget(
     x: Tensor,
     topk_ids: Tensor,

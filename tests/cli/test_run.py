@@ -6,6 +6,7 @@ import io
 import os
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,6 +21,7 @@ from microscale.cli.chat import converse
 from microscale.cli.generate import Generation, Settings
 from microscale.cli.run import PROMPT, _waiting_on_stdin
 from microscale.cli.session import Session, open_session, tokenizer_of
+from microscale.machine import Gpu, detect
 
 Cli = Callable[..., Result]
 
@@ -30,7 +32,11 @@ def test_a_prompt_is_completed_and_reported(cli: Cli, tiny: Path) -> None:
     assert len(found["prompt_ids"]) == 3
     assert len(found["ids"]) == 5
     assert (found["stopped"], found["samples"], found["device"]) == ("length", False, "cpu")
-    (experts,) = found["layers"]
+    experts, *linears = found["layers"]
+    if detect().core:
+        (linears,) = linears  # q, k, v, o and the router of each layer, and lm_head
+        assert (linears["name"], linears["count"], linears["backend"]) == ("linears", 5 * LAYERS + 1, "cpu")
+        assert (linears["format"], linears["refused"]) == ("bf16", [])
     assert (experts["name"], experts["count"], experts["format"]) == ("experts", LAYERS, "mxfp4")
     assert sum(experts["canary"].values()) == LAYERS
     assert all(verdict.startswith("canary passed at 0.") for verdict in experts["canary"])
@@ -48,6 +54,39 @@ def test_text_goes_to_stdout_and_timings_to_stderr(cli: Cli, tiny: Path) -> None
     assert "5 new at" in line
     assert "loaded in" in line
     assert "seed" not in line
+
+
+def test_timing_says_where_a_tokens_time_goes(cli: Cli, tiny: Path) -> None:
+    options = ("--max-new-tokens", "8", "--device", "cpu", "--timing")
+    if not detect().core:
+        assert detect().core_missing in cli("run", tiny, "abc", *options).stderr
+        pytest.skip(f"the C++ core is not in this installation: {detect().core_missing}")
+    found = document(cli("run", tiny, "abc", *options, "--json"))
+    timing, (plan,) = found["timing"], document(cli("explain", tiny, "--json"))["machines"]
+    assert set(timing["kernel_seconds"]) == {"experts", "linears", "attention"}
+    assert min(timing["kernel_seconds"].values()) > 0
+    assert timing["token_seconds"] == pytest.approx(found["seconds"]["decode"] / 7, rel=0.05)
+    whole = sum(timing["kernel_seconds"].values()) + timing["outside_seconds"]
+    assert whole == pytest.approx(timing["token_seconds"])
+    assert timing["outside_seconds"] > 0
+    assert timing["weight_bytes_per_token"] == sum(c["read_bytes_per_token"] for c in plan["layers"])
+    floor = timing["weight_bytes_per_token"] / timing["ceiling_read_rate"]
+    assert timing["of_floor"] == pytest.approx(floor / timing["token_seconds"])
+    first, second = cli("run", tiny, "abc", *options).stderr.splitlines()
+    assert "8 new at" in first
+    assert second.startswith("  a token takes ")
+    assert "all else" in second
+    assert "timing" not in document(cli("run", tiny, "abc", "--max-new-tokens", "2", "--json"))
+
+
+def test_timing_is_refused_where_the_core_does_not_run(
+    cli: Cli, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu = replace(detect(), gpus=(Gpu("cuda", "sm_90", "NVIDIA H200", 1 << 37),))
+    monkeypatch.setattr("microscale.machine.detect", lambda: gpu)
+    result = cli("run", tiny, "abc", "--timing")
+    assert result.exit_code == 2
+    assert "--timing looks into the C++ core, and the model would run on cuda" in result.stderr
 
 
 def test_a_prompt_comes_through_a_pipe(cli: Cli, tiny: Path) -> None:

@@ -14,6 +14,16 @@ def wanted(*args: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in args)
 
 
+def watched(*args: Tensor | None) -> bool:
+    """Whether somebody must see torch's own operators: autograd, a tracer, a mode, or a subclass of Tensor."""
+    return (
+        wanted(*args)
+        or any(t is not None and type(t) not in (Tensor, torch.nn.Parameter) for t in args)
+        or torch._C._get_tracing_state() is not None
+        or torch._C._len_torch_dispatch_stack() > 0
+    )
+
+
 def run(fast: Callable[..., Tensor], slow: Callable[..., Tensor], *args: Tensor | None) -> Tensor:
     """`fast(*args)`; its gradient, where one is asked for, is that of `slow(*args)`."""
     if wanted(*args):

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +22,8 @@ FORMAT_IDS = {name: i for i, name in enumerate(FORMATS)}  # enum ms_format
 DTYPE_IDS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}  # enum ms_dtype
 _KIND_IDS = {kind: i for i, kind in enumerate(KINDS)}  # enum ms_kind
 ALIGNMENT = 64  # bytes, of a packed buffer
+PRODUCTS = ("linear", "moe", "dense", "attend")
+_run: Any = _core  # through which products are called; see `timed`
 
 
 @cache
@@ -41,6 +47,38 @@ def level() -> int:
             f"MICROSCALE_CPU_LEVEL={word}, and the widest level here is {found}; the core was compiled up to {compiled}"
         )
     return index
+
+
+class _Stopwatch:
+    """The core, its products timed."""
+
+    def __init__(self, seconds: dict[str, float]) -> None:
+        self._seconds = seconds
+
+    def __getattr__(self, name: str) -> Any:
+        call = getattr(_core, name)
+        if name not in PRODUCTS:
+            return call
+
+        def timed_call(*args: Any) -> None:
+            started = time.perf_counter()
+            call(*args)
+            self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - started
+
+        self.__dict__[name] = timed_call
+        return timed_call
+
+
+@contextmanager
+def timed(seconds: dict[str, float]) -> Iterator[None]:
+    """For a while, add the seconds that each of `PRODUCTS` takes inside the core to `seconds`, by its name."""
+    global _run
+    before = _run
+    _run = _Stopwatch(seconds)
+    try:
+        yield
+    finally:
+        _run = before
 
 
 def pack(format: str, shape: tuple[int, int, int], codes: Tensor, scales: Tensor) -> Tensor:
@@ -74,7 +112,7 @@ def linear(x: Tensor, packed: Tensor, outer: Tensor | None, n: int, bias: Tensor
         return y.zero_() if bias is None else y.copy_(bias.expand(y.shape))
     rows, stride = _rows(x, k)
     b = _float32(bias)
-    _core.linear(
+    _run.linear(
         level(),
         packed.data_ptr(),
         _address(outer),
@@ -83,6 +121,67 @@ def linear(x: Tensor, packed: Tensor, outer: Tensor | None, n: int, bias: Tensor
         stride,
         m,
         _address(b),
+        y.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return y
+
+
+def dense(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
+    """[..., K] -> [..., N] with w [N, K] and bias [N] of one dtype, rows of w contiguous; see `ms_dense`."""
+    n, k = w.shape
+    y = torch.empty((*x.shape[:-1], n), dtype=x.dtype)
+    m = y.numel() // n if n else 0
+    if m == 0:
+        return y
+    rows, stride = (x, k) if x.is_contiguous() else _rows(x, k)
+    b = bias if bias is None or bias.is_contiguous() else bias.contiguous()
+    _run.dense(
+        level(),
+        DTYPE_IDS[w.dtype],
+        w.data_ptr(),
+        w.stride(0),
+        n,
+        k,
+        _address(b),
+        DTYPE_IDS[x.dtype],
+        rows.data_ptr(),
+        stride,
+        m,
+        y.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return y
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sinks: Tensor | None, scale: float
+) -> Tensor:
+    """Softmax attention of few queries -> [B, Q, heads, D].
+
+    Args:
+        q: [B, heads, Q, D].
+        k, v: [B, key heads, T, D]; as in q, each head's numbers are contiguous.
+        mask: bool [B or 1, 1, Q, T], True: looked at.
+        sinks: [heads], contiguous; see `ms_attend`.
+    """
+    b, heads, queries, width = q.shape
+    _, key_heads, tokens, value_width = v.shape
+    y = torch.empty((b, queries, heads, value_width), dtype=q.dtype)
+    skip = (0, 0)
+    if mask is not None:
+        skip = (mask.stride(0) if mask.shape[0] > 1 else 0, mask.stride(2))
+    _run.attend(
+        level(),
+        DTYPE_IDS[q.dtype],
+        scale,
+        (b, heads, key_heads, queries, tokens, width, value_width),
+        q.data_ptr(),
+        k.data_ptr(),
+        v.data_ptr(),
+        (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *skip),
+        _address(mask),
+        _address(sinks),
         y.data_ptr(),
         torch.get_num_threads(),
     )
@@ -116,7 +215,7 @@ def moe(
     # Names for what is converted: an address does not keep a temporary alive.
     rows, weights = x.contiguous(), topk_weights.float().contiguous()
     first, second = _float32(b13), _float32(b2)
-    _core.moe(
+    _run.moe(
         level(),
         packed13.data_ptr(),
         _address(outer13),

@@ -7,12 +7,19 @@ from microscale.machine import CORE
 from microscale.oracle import Problem
 
 
-def refuse(problem: Problem) -> str | None:
-    """None, or why not."""
+def device_refusal(problem: Problem) -> str | None:
+    """Why the core cannot run anything there, or None."""
     if problem.device != "cpu":
         return f"the C++ core runs on the CPU, not on {problem.device}"
     if CORE not in problem.packages:
         return "the C++ core is not in this installation (`microscale doctor` says why)"
+    return None
+
+
+def refuse(problem: Problem) -> str | None:
+    """None, or why not."""
+    if (why := device_refusal(problem)) is not None:
+        return why
     if problem.act != "a16":
         return f"activations quantised to {problem.act} are not implemented in the C++ core yet"
     if problem.weight not in FORMATS:

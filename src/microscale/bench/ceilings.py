@@ -70,12 +70,17 @@ class Probe:
         other.level, other.reads, other.multiplies = level, [], []
         return other
 
-    def once(self) -> Ceilings:
-        """Probe both now; takes some 30 ms."""
+    def read(self) -> float:
+        """Probe reading alone; takes a few ms."""
         if self._at + self._window > self._memory.numel():
             self._at = 0
         self.reads.append(_core.read_rate(self._memory.data_ptr() + self._at, self._window, self.threads))
         self._at += self._window
+        return self.reads[-1]
+
+    def once(self) -> Ceilings:
+        """Probe both now; takes some 30 ms."""
+        self.read()
         self.multiplies.append(_core.multiply_rate(CPU_LEVELS.index(self.level), self.threads))
         return Ceilings(self.reads[-1], self.multiplies[-1])
 

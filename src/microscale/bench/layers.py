@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from microscale.backends import cpu
+from microscale.backends import cpu, cpu_core
 from microscale.backends.cpu_core import ALIGNMENT
 from microscale.bench.shapes import Shape
+from microscale.canary import DTYPE_WORDS
 from microscale.errors import BackendError
 from microscale.formats import Format
 from microscale.quant import QuantTensor
@@ -93,6 +94,36 @@ class Layers:
             return cpu.moe(x, ids, weights, layer[0], layer[1], activation, b13=b13, b2=b2)
 
         return Call(run, each * len(ids.unique()), flops, index, x, (ids, weights))
+
+
+class DenseLayers:
+    """As `Layers`, of one linear shape with weights that are not quantised.
+
+    Raises:
+        BackendError: not even one layer fits.
+    """
+
+    def __init__(
+        self, shape: Shape, dtype: torch.dtype, cache: int, memory: int, generator: torch.Generator
+    ) -> None:
+        self.shape, self._generator, self._next = shape, generator, 0
+        each = shape.n * shape.k * dtype.itemsize
+        if 2 * each > memory:  # drawn in a wider dtype, a part at a time
+            raise BackendError(
+                f"{shape.name} in {DTYPE_WORDS[dtype]} takes {2 * each / 1e9:.1f} GB to make, "
+                f"and {memory / 1e9:.1f} GB may be used"
+            )
+        first = torch.empty((shape.n, shape.k), dtype=dtype).normal_(generator=generator)
+        count = max(1, min(-(-COLD * cache // each), memory // each))
+        self.weights = [first, *(first.clone() for _ in range(count - 1))]
+
+    def call(self, m: int, product: Callable[[Tensor, Tensor], Tensor] | None = None) -> Call:
+        """A call on the next layer, with new activations: of the core, or of another `product` (x, w)."""
+        index, w = self._next, self.weights[self._next]
+        self._next = (index + 1) % len(self.weights)
+        x = torch.randn(m, self.shape.k, generator=self._generator).to(w.dtype)
+        run = product or (lambda x, w: cpu_core.dense(x, w, None))
+        return Call(lambda: run(x, w), w.nbytes, self.shape.flops(m), index, x)
 
 
 def routes(m: int, experts: int, top_k: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from microscale.bench.ceilings import Probe
     from microscale.bench.shapes import Shape
     from microscale.bench.timing import Times
-    from microscale.formats import Format
 
 bench = typer.Typer(
     no_args_is_help=True,
@@ -26,6 +25,7 @@ bench = typer.Typer(
 )
 ROWS = (1, 4, 16, 64, 256, 1024)
 QUICK_ROWS, QUICK_REPEAT = (1, 32, 512), 5
+DENSE = ("bf16", "fp16")  # weights of linears that are not packed
 
 
 @bench.callback()
@@ -42,7 +42,12 @@ def kernels(
             "NxK (linear: outputs x inputs), ExTxHxI (MoE: experts x top-k x hidden x intermediate); all: the names."
         ),
     ] = "all",
-    format: Annotated[str, typer.Option(help="Formats, with commas between; all.")] = "all",
+    format: Annotated[
+        str,
+        typer.Option(
+            help="Formats, with commas between; all. Also bf16 and fp16: linears whose weights are not packed."
+        ),
+    ] = "all",
     op: Annotated[str, typer.Option(help="Of the shapes, only linear, or only moe; all.")] = "all",
     m: Annotated[
         str | None,
@@ -86,12 +91,17 @@ def kernels(
     known(op, ("linear", "moe", "all"), "op")
     names = ["mxfp4" if quick else "all"] if format == "all" else _words(format)
     formats = (
-        list(FORMATS) if names == ["all"] else [known(name, (*FORMATS, "all"), "format") for name in names]
+        list(FORMATS)
+        if names == ["all"]
+        else [known(name, (*FORMATS, *DENSE, "all"), "format") for name in names]
     )
     shapes = [parse_shape(word) for word in (SHAPES if shape == "all" else _words(shape))]
     shapes = [s for s in shapes if op in ("all", s.op)]
     if not shapes:
         raise MicroscaleError(f"--op {op}: no shape given is of that kind")
+    work = [(s, f) for s in shapes for f in formats if s.op == "linear" or f not in DENSE]
+    if not work:
+        raise MicroscaleError(f"--format {format}: experts are packed, and no shape given is a linear")
     rows = _numbers(m) if m is not None else QUICK_ROWS if quick else ROWS
     levels = _levels(level)
     if plot is not None:
@@ -101,7 +111,7 @@ def kernels(
 
     repeat = repeat or (QUICK_REPEAT if quick else 15)
     with _threads(threads) as count:
-        results, probes = _run(levels, shapes, [FORMATS[f] for f in formats], rows, count, repeat, seed)
+        results, probes = _run(levels, work, rows, count, repeat, seed)
     document = _document(results, probes, count, repeat, seed)
     if save is not None:
         _write(save, document)
@@ -113,13 +123,12 @@ def kernels(
         _show(document)
 
 
-Result = tuple[str, "Shape", "Format", int, "Times"]
+Result = tuple[str, "Shape", str, int, "Times"]
 
 
 def _run(
     levels: list[str],
-    shapes: list[Shape],
-    formats: list[Format],
+    work: list[tuple[Shape, str]],
     rows: tuple[int, ...],
     threads: int,
     repeat: int,
@@ -129,9 +138,11 @@ def _run(
 
     from microscale import env
     from microscale.bench.ceilings import Probe
-    from microscale.bench.layers import Layers
+    from microscale.bench.layers import DenseLayers, Layers
     from microscale.bench.timing import measure
+    from microscale.canary import DTYPES
     from microscale.cli.output import progress
+    from microscale.formats import FORMATS
     from microscale.machine import cache_bytes, detect
 
     cache, memory = cache_bytes() or 256 << 20, detect().memory
@@ -139,10 +150,14 @@ def _run(
     probes = {level: Probe(level, threads, cache, memory) for level in levels[:1]}
     for level in levels[1:]:
         probes[level] = probes[levels[0]].at(level)
-    work = [(s, f) for s in shapes for f in formats]
     results: list[Result] = []
+    room = memory // 2 if memory else 8 << 30
     for shape, fmt in progress(work, "kernels"):
-        layers = Layers(shape, fmt, cache, memory // 2 if memory else 8 << 30, generator)
+        layers: DenseLayers | Layers
+        if fmt in DENSE:
+            layers = DenseLayers(shape, DTYPES[fmt], cache, room, generator)
+        else:
+            layers = Layers(shape, FORMATS[fmt], cache, room, generator)
         for m in rows:
             for level in levels:
                 with env.using_cpu_level(level), torch.inference_mode():
@@ -245,7 +260,7 @@ def _document(
                 "level": level,
                 "shape": shape.name,
                 "op": shape.op,
-                "format": fmt.name,
+                "format": fmt,
                 "m": m,
                 **times.document(),
             }

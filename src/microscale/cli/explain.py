@@ -206,6 +206,8 @@ def _plan_document(plan: Plan) -> dict[str, Any]:
 
 
 def _placed_document(p: Placed, plan: Plan) -> dict[str, Any]:
+    from microscale.backends.dense_rules import HOST
+
     layer = p.layer
     document: dict[str, Any] = {
         "name": layer.name,
@@ -215,19 +217,21 @@ def _placed_document(p: Placed, plan: Plan) -> dict[str, Any]:
         "read_bytes_per_token": layer.read,
         "backend": p.backend,
     }
-    if p.problem is not None:
+    if p.problem is not None and layer.quantised:
         document |= {
             "problem": str(p.problem),
             "act": {"declared": layer.declared, "run": p.problem.act},
-            "refused": [{"backend": name, "reason": why} for name, why in p.refused],
         }
+    if p.problem is not None:
+        document["refused"] = [{"backend": name, "reason": why} for name, why in p.refused]
     if p.choice is not None:
         backend = p.choice.backend
-        document |= {
-            "how": backend.how,
-            "proven": {"on": backend.proven, "here": proven(backend, plan.machine, plan.device)},
-            "not_asked": list(p.choice.skipped),
-        }
+        document |= {"how": backend.how, "not_asked": list(p.choice.skipped)}
+        if backend.name != HOST:
+            document["proven"] = {
+                "on": backend.proven,
+                "here": proven(backend, plan.machine, plan.device),
+            }
     return document
 
 
@@ -242,7 +246,7 @@ def _show(plan: Plan, first: bool) -> None:
     rows = grid(*columns, right=("count", "stored", "per token"), wrap=("layers", "numerics"))
     for p in plan.placed:
         layer = p.layer
-        numerics = "" if p.problem is None else f"run {p.problem.act}"
+        numerics = f"run {p.problem.act}" if p.problem is not None and layer.quantised else ""
         if layer.declared is not None:
             numerics = f"declared {layer.declared}, {numerics}"
         name, backend = clean(layer.name), p.backend or "none"
@@ -257,6 +261,7 @@ def _show(plan: Plan, first: bool) -> None:
 
 def _show_reasons(plan: Plan) -> None:
     """Once for all classes that got the same answer."""
+    from microscale.backends.dense_rules import HOST
     from microscale.cli.output import say
 
     answers: dict[tuple[Any, ...], list[str]] = {}
@@ -274,7 +279,8 @@ def _show_reasons(plan: Plan) -> None:
             say("no backend: every one refused", indent=2)
         else:
             say(f"+ {backend.name}: {backend.how}", indent=2)
-            say(_proven_line(backend, plan), indent=4, hang=0)
+            if backend.name != HOST:
+                say(_proven_line(backend, plan), indent=4, hang=0)
         for name, why in refused:
             say(f"- {name}: {why}", indent=2)
         if skipped:

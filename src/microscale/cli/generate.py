@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers.generation.streamers import BaseStreamer, TextStreamer
 
 from microscale.errors import MicroscaleError
+
+if TYPE_CHECKING:
+    from microscale.cli.timing import Timing, Watch
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,7 @@ class Generation:
         text: empty without a tokenizer.
         prefill, decode: seconds until the first token, and from there to the last.
         stopped: "length", "end" (the model ended it) or "interrupted".
+        timing: where a decoded token's time went, if it was asked for and there are two.
     """
 
     prompt_ids: list[int]
@@ -63,6 +68,7 @@ class Generation:
     prefill: float = 0.0
     decode: float = 0.0
     stopped: str = "length"
+    timing: Timing | None = None
 
     @property
     def prefill_rate(self) -> float:
@@ -82,25 +88,27 @@ def generate(
     settings: Settings,
     write: Callable[[str], None],
     interruptible: bool = False,
+    watch: Watch | None = None,
 ) -> Generation:
     """Run a prompt and hand over text as it comes, or ids in words where there is no tokenizer.
 
     Args:
         interruptible: Ctrl-C ends this generation only.
+        watch: times it.
     Raises:
         MicroscaleError: the prompt is empty or as long as the model's context.
     """
     settings = _fitted(model, len(prompt_ids), settings)
     result = Generation(list(prompt_ids))
-    streamer = _Stream(tokenizer, result, write)
+    streamer = _Stream(tokenizer, result, write, watch)
     ids = torch.tensor([list(prompt_ids)], device=model.device)
     arguments = settings.arguments(model)
     if tokenizer is None:  # random weights may end at once; their speed is what is asked for
-        arguments["min_new_tokens"] = settings.max_new_tokens
+        arguments["eos_token_id"] = None
     torch.manual_seed(settings.seed)
     started = time.perf_counter()
     try:
-        with torch.inference_mode():
+        with torch.inference_mode(), watch.running() if watch else nullcontext():
             model.generate(
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
@@ -116,6 +124,8 @@ def generate(
     if streamer.times:
         result.prefill = streamer.times[0] - started
         result.decode = streamer.times[-1] - streamer.times[0]
+    if watch is not None:
+        result.timing = watch.result()
     if result.stopped == "length" and len(result.ids) < settings.max_new_tokens:
         result.stopped = "end"
     return result
@@ -137,8 +147,10 @@ def _fitted(model: Any, length: int, settings: Settings) -> Settings:
 class _Stream(BaseStreamer):
     """Notes when each token came, and passes text on in whole words."""
 
-    def __init__(self, tokenizer: Any, result: Generation, write: Callable[[str], None]) -> None:
-        self.result, self.write = result, write
+    def __init__(
+        self, tokenizer: Any, result: Generation, write: Callable[[str], None], watch: Watch | None
+    ) -> None:
+        self.result, self.write, self.watch = result, write, watch
         self.times: list[float] = []
         self.text: Any = None if tokenizer is None else _Words(tokenizer, self._add)
         self.prompt_seen = False
@@ -148,7 +160,9 @@ class _Stream(BaseStreamer):
         if not self.prompt_seen:
             self.prompt_seen = True
             return
-        self.times.append(time.perf_counter())
+        if self.watch is not None:
+            self.watch.token()
+        self.times.append(time.perf_counter() - (self.watch.lost if self.watch else 0.0))
         self.result.ids += value.flatten().tolist()
         if self.text is None:
             self._add(f"{self.result.ids[-1]} ")

@@ -70,6 +70,12 @@ def run(
     chat: Annotated[
         bool | None, typer.Option("--chat/--no-chat", help="Use the chat template; default: if there is one.")
     ] = None,
+    timing: Annotated[
+        bool,
+        typer.Option(
+            "--timing", help="On a CPU: where a token's time goes, and what reading alone would take."
+        ),
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document, at the end.")] = False,
 ) -> None:
     """Complete a prompt and stream the text; without one on a terminal, chat. Timings go to stderr.
@@ -81,6 +87,8 @@ def run(
     from microscale.models import BUNDLED
 
     _check(backend, act, device, canary, load_format)
+    if timing:
+        _check_timing(device)
     from microscale.cli.generate import Settings
     from microscale.cli.session import note, open_session, tokenizer_of, write
 
@@ -102,6 +110,7 @@ def run(
         Settings(max_new_tokens, temperature, top_p, seed),
         chat,
         tokenizer,
+        timing=timing,
         device=None if device is None else device.replace("rocm", "cuda"),
         backend=backend,
         act=act,
@@ -151,6 +160,18 @@ def _check(backend: str | None, act: str, device: str | None, canary: str | None
             )
 
 
+def _check_timing(device: str | None) -> None:
+    """Refuse what `--timing` cannot see, before anything is loaded."""
+    from microscale.machine import detect
+
+    machine = detect()
+    kind = (device or machine.device).partition(":")[0]
+    if kind != "cpu":
+        raise MicroscaleError(f"--timing looks into the C++ core, and the model would run on {kind}")
+    if not machine.core:
+        raise MicroscaleError(f"--timing looks into the C++ core: {machine.core_missing}")
+
+
 def _waiting_on_stdin() -> str | None:
     """What was piped in by now, if anything. Never waits: `microscale run` in a script must not hang."""
     if sys.stdin.isatty() or os.name != "posix":
@@ -175,5 +196,6 @@ def _document(session: Session, prompt: str, result: Generation) -> dict[str, An
         "samples": session.settings.samples(session.model),
         "seconds": {"load": session.loading, "prefill": result.prefill, "decode": result.decode},
         "tokens_per_second": {"prefill": result.prefill_rate, "decode": result.decode_rate},
+        **({"timing": result.timing.document()} if result.timing is not None else {}),
         "layers": session.layers(),
     }

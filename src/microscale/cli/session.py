@@ -15,10 +15,12 @@ from transformers import AutoTokenizer
 from microscale import load
 from microscale.cli.generate import Generation, Settings, generate
 from microscale.cli.output import clean, progress, quiet_libraries, say
+from microscale.dense import DenseModule
 from microscale.errors import CheckpointError, MicroscaleError
+from microscale.integrations.hf.linears import dense_modules
 from microscale.integrations.hf.quantizer import runners
 from microscale.models import resolve
-from microscale.plan import kind_of
+from microscale.plan import kind_of, outline
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
 _RANDOM_PROMPT = 16  # token ids
@@ -32,6 +34,7 @@ class Session:
         tokenizer: None: prompts and results are token ids.
         chat: prompts go through the chat template.
         loading: seconds that it took.
+        bytes: of weights that a decoded token reads; 0: nobody asked, and generations are not timed in detail.
     """
 
     name: str
@@ -40,6 +43,7 @@ class Session:
     settings: Settings
     chat: bool
     loading: float
+    bytes: int = 0
 
     def encode(self, prompt: str | None) -> tuple[str, list[int]]:
         """A prompt as text and ids. Without a tokenizer, `prompt` is ids in words, or None for random ones.
@@ -81,24 +85,33 @@ class Session:
         self, ids: list[int], write: Callable[[str], None], interruptible: bool = False
     ) -> Generation:
         """See `generate.generate`."""
-        return generate(self.model, self.tokenizer, ids, self.settings, write, interruptible)
+        watch = None
+        if self.bytes:
+            from microscale.cli.timing import Watch
+
+            watch = Watch(self.bytes)
+        return generate(self.model, self.tokenizer, ids, self.settings, write, interruptible, watch)
 
     def layers(self) -> list[dict[str, Any]]:
-        """What runs each class of quantised layers, and what its canary said."""
+        """What runs each class of layers that were placed, and what its canary said."""
+        placed = [
+            (" ".join(filter(None, kind_of(path, matrix=True))), runner.format.name, runner.placement)
+            for path, runner in runners(self.model)
+        ]
+        dense = [m for _, m in dense_modules(self.model) if isinstance(m, DenseModule)]
+        placed += [("linears", m.placement.choice.problem.weight, m.placement) for m in dense]
         classes: dict[tuple[Any, ...], dict[str, Any]] = {}
-        for path, runner in runners(self.model):
-            placement = runner.placement
+        for name, weights, placement in placed:
             if placement is None:
                 continue
             choice = placement.choice
-            name = " ".join(filter(None, kind_of(path, matrix=True)))
-            key = (name, runner.format.name, choice.backend.name, choice.refused)
+            key = (name, weights, choice.backend.name, choice.refused)
             entry = classes.setdefault(
                 key,
                 {
                     "name": name,
                     "count": 0,
-                    "format": runner.format.name,
+                    "format": weights,
                     "backend": choice.backend.name,
                     "how": choice.backend.how,
                     "refused": [{"backend": b, "reason": why} for b, why in choice.refused],
@@ -111,18 +124,35 @@ class Session:
 
     def report(self, result: Generation | None) -> str:
         """One line: what ran the layers, how fast, and how long loading took."""
-        made = [f"{c['name']} by {c['backend']} ({', '.join(c['canary'])})" for c in self.layers()]
+        made = [f"{c['name']} by {c['backend']} ({_proofs(c)})" for c in self.layers()]
         parts = [f"{self.name} on {self.model.device}: " + (", ".join(made) or "nothing is quantised")]
         if result is not None:
             parts.append(rates(result))
             if self.settings.samples(self.model):
                 parts.append(f"seed {self.settings.seed}")
         parts.append(f"loaded in {self.loading:.1f} s")
-        return "; ".join(parts)
+        lines = ["; ".join(parts)]
+        if result is not None and result.timing is not None:
+            lines.append(f"  {result.timing}")
+        return "\n".join(lines)
 
 
-def open_session(name: str, settings: Settings, chat: bool | None, tokenizer: Any, **options: Any) -> Session:
+def _proofs(layer: dict[str, Any]) -> str:
+    """What the canaries said; of many, how many they are and the last in order, which says the largest error."""
+    said: list[str] = sorted(layer["canary"])
+    failed = [str(r["reason"]) for r in layer["refused"] if layer["name"] == "linears"]
+    if failed:  # by rule refused ones were never placed
+        return failed[0]
+    return said[-1] if len(said) == 1 else f"{len(said)} canaries, the worst: {said[-1]}"
+
+
+def open_session(
+    name: str, settings: Settings, chat: bool | None, tokenizer: Any, *, timing: bool = False, **options: Any
+) -> Session:
     """Load a model. `options` go to `load`.
+
+    Args:
+        timing: generations note where a token's time goes.
 
     Raises:
         MicroscaleError: it cannot be loaded, or `chat` is asked for and there is no chat template.
@@ -133,9 +163,9 @@ def open_session(name: str, settings: Settings, chat: bool | None, tokenizer: An
         raise MicroscaleError(f"{name} has no chat template; without --chat it completes text")
     started = time.perf_counter()
     model = load(name, progress=lambda items: progress(items, "placing layers"), **options)
-    return Session(
-        name, model, tokenizer, settings, template if chat is None else chat, time.perf_counter() - started
-    )
+    loading = time.perf_counter() - started
+    read = outline(name, layers=options.get("layers")).read if timing else 0
+    return Session(name, model, tokenizer, settings, template if chat is None else chat, loading, read)
 
 
 def tokenizer_of(name: str) -> Any:

@@ -1,6 +1,7 @@
-"""Attention with sinks (gpt-oss) through PyTorch's fused kernels, which know none: for long prompts without a cache.
+"""Attention with sinks (gpt-oss): prompts through PyTorch's fused kernels, which know none, and tokens through ours.
 
-transformers computes it eagerly, [heads, T, T] scores and all; on a CPU that is most of the time of a long window.
+transformers computes it eagerly: [heads, T, T] scores and all for a prompt, which on a CPU is most of the time of a
+long window, and for a token a copy of the whole cache for every head.
 """
 
 from __future__ import annotations
@@ -13,6 +14,10 @@ from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
+from microscale.backends import autograd
+from microscale.canary import DTYPES
+from microscale.machine import detect
+
 NAME = "microscale_sinks"  # the word for transformers' `attn_implementation`
 _ARCHITECTURES = ("gpt_oss",)  # those whose modules hand their sinks over as `s_aux`
 
@@ -20,6 +25,7 @@ _ARCHITECTURES = ("gpt_oss",)  # those whose modules hand their sinks over as `s
 # mask 16-byte aligned, which CUDA's kernels want, and so do eight more components of each head.
 _SLOTS = 8
 _VOID = -1e4
+_QUERIES = 8  # that the core takes at once; each reads all keys again
 
 
 def fuse_sinks(model: Any) -> bool:
@@ -58,6 +64,15 @@ def sink_attention(
         [B, Q, heads, D], and no weights.
     """
     assert s_aux is not None
+    if not dropout and _few(query, key, value, attention_mask, s_aux):
+        if torch.compiler.is_compiling():
+            from microscale import ops
+
+            return ops.attend(query, key, value, attention_mask, s_aux, scaling), None
+        if not autograd.watched(query, key, value, s_aux):
+            from microscale.backends import cpu_core
+
+            return cpu_core.attend(query, key, value, attention_mask, s_aux, scaling), None
     heads, length, width = query.shape[1:]
     repeat = heads // key.shape[1]
     causal = attention_mask is None and length > 1
@@ -71,3 +86,17 @@ def sink_attention(
     mask = None if attention_mask is None else F.pad(attention_mask, (_SLOTS, 0), value=True)
     out = F.scaled_dot_product_attention(query, key, value, mask, dropout, causal, scale=scaling)
     return out[:, :, _SLOTS if causal else 0 :, :width].transpose(1, 2).contiguous(), None
+
+
+def _few(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, sinks: Tensor) -> bool:
+    """Whether the C++ core takes it: a few queries on the CPU, each of whose keys are given or all there are."""
+    if query.shape[2] > _QUERIES or (mask is None and query.shape[2] > 1) or not detect().core:
+        return False
+    tensors = (query, key, value)
+    return (
+        all(t.is_cpu and t.dtype is sinks.dtype and t.stride(-1) == 1 for t in tensors)
+        and sinks.dtype in DTYPES.values()
+        and sinks.is_contiguous()
+        and (mask is None or (mask.dtype is torch.bool and mask.shape[1] == 1 and mask.stride(-1) == 1))
+        and not (torch.compiler.is_compiling() and torch.is_grad_enabled())
+    )

@@ -45,7 +45,8 @@ def load(
         progress: wraps the iterable of layers to place, as tqdm does.
         kwargs: go to transformers' `from_pretrained`.
     Returns:
-        The model, in eval mode, every quantised layer placed on a backend and proved.
+        The model, in eval mode, every quantised layer placed on a backend and proved; linears that are not quantised
+        are placed too, where the C++ core takes them.
     Raises:
         CheckpointError: the files are not what they say, or tensors are missing.
         NoBackendError: every backend refused a layer, or the forced one did; carries all reasons.
@@ -57,9 +58,9 @@ def load(
     if load_format == "dummy":
         from microscale.integrations.hf.dummy import dummy_model
 
-        with using(Options(backend, act, canary, place=False, checkpoint=path)):
+        with using(Options(backend, act, canary, place=False, checkpoint=path)) as options:
             host = dummy_model(path, read_config(path), layers, dtype)
-        return _ready(host, target, progress)
+        return _ready(host, target, options, progress, kwargs)
     if layers is not None:
         raise CheckpointError(path, "layers can be cut with load_format='dummy' only")
     if (path / "config.json").exists() and not has_weights(path):
@@ -70,20 +71,25 @@ def load(
 
     from transformers import AutoModelForCausalLM
 
-    with using(Options(backend, act, canary, place=False, checkpoint=checkpoint)):
+    with using(Options(backend, act, canary, place=False, checkpoint=checkpoint)) as options:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             path, dtype=dtype, output_loading_info=True, trust_remote_code=False, **kwargs
         )
     host, info = loaded
     _check_complete(path, info)
-    return _ready(host, target, progress)
+    return _ready(host, target, options, progress, kwargs)
 
 
-def _ready(host: Any, target: torch.device, progress: Progress | None) -> Any:
+def _ready(
+    host: Any, target: torch.device, options: Options, progress: Progress | None, kwargs: dict[str, Any]
+) -> Any:
+    from microscale.integrations.hf.attention import fuse_sinks
     from microscale.integrations.hf.quantizer import place_all
 
     host = host.to(target).eval()
-    place_all(host, progress)
+    place_all(host, options.placer(), progress)
+    if target.type == "cpu" and kwargs.get("attn_implementation") is None:
+        fuse_sinks(host)
     return host
 
 

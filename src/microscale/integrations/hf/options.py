@@ -44,10 +44,10 @@ def current_options() -> Options:
 
 
 @contextmanager
-def using(options: Options) -> Iterator[None]:
+def using(options: Options) -> Iterator[Options]:
     """Make these the options of loads in this context."""
     token = _CURRENT.set(options)
     try:
-        yield
+        yield options
     finally:
         _CURRENT.reset(token)

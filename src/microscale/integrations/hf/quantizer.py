@@ -10,10 +10,12 @@ import torch
 from torch import nn
 from transformers.quantizers.base import HfQuantizer
 
+from microscale.canary import Placer
 from microscale.checkpoints import open_checkpoint
 from microscale.errors import CheckpointError
 from microscale.formats import FORMATS
 from microscale.integrations.hf.experts import attach, experts_modules, swap_parameters
+from microscale.integrations.hf.linears import place_linears
 from microscale.integrations.hf.options import current_options
 from microscale.nn import runner_of
 
@@ -52,7 +54,7 @@ class MicroscaleQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         attach_all(model)
         if current_options().place:
-            place_all(model)
+            place_all(model, current_options().placer())
         return model
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
@@ -92,8 +94,9 @@ def activation_dtype(model: Any) -> torch.dtype:
     return dtype if dtype.is_floating_point else torch.bfloat16
 
 
-def place_all(model: Any, progress: Any = None) -> None:
-    """Choose, pack and prove for every quantised layer, in order."""
+def place_all(model: Any, placer: Placer, progress: Any = None) -> None:
+    """Choose, pack and prove for every quantised layer, in order; then for the linears that are not, with `placer`."""
     dtype = activation_dtype(model)
     for _, runner in progress(runners(model)) if progress else runners(model):
         runner.place(dtype)
+    place_linears(model, dtype, placer)

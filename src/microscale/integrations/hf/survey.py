@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from microscale.dense import DenseLinear
 from microscale.errors import CheckpointError
 from microscale.integrations.hf.experts import dense_weights, experts_modules, read
 from microscale.nn import QuantExperts, QuantLinear, runner_of
@@ -139,7 +140,7 @@ def packable(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
     for name, module in model.named_modules():
         if name in experts:
             yield name, module, "experts"
-        elif type(module) in (nn.Linear, QuantLinear):  # a subclass may compute something else
+        elif type(module) in (nn.Linear, DenseLinear, QuantLinear):  # a subclass may compute something else
             yield name, module, "linear"
 
 

@@ -1,0 +1,111 @@
+// One product with weights that are not packed: y = x w^T + bias.
+#include <algorithm>
+
+#include "buffer.h"
+#include "kernels/dense_table.h"
+#include "operands.h"
+#include "parallel.h"
+
+namespace microscale {
+namespace {
+
+constexpr int64_t kMaxRows = 64;  // whose sums one thread holds at a time
+
+// The kernels for these weights and activations at `level`, or null where the level is not to be had.
+const Dense *dense_for(int level, int weight_dtype, int dtype) {
+  if (level < 0 || level > ms_level()) return nullptr;
+#ifdef MICROSCALE_HAVE_AVX512_BF16
+  if (level >= MS_AVX512_BF16 && weight_dtype == MS_BF16 && dtype == MS_BF16) return &avx512_bf16_dense;
+#endif
+#ifdef MICROSCALE_HAVE_AVX512
+  if (level >= MS_AVX512) return &avx512_dense;
+#endif
+#ifdef MICROSCALE_HAVE_AVX2
+  if (level >= MS_AVX2) return &avx2_dense;
+#endif
+  (void)weight_dtype, (void)dtype;
+  return &plain_dense;
+}
+
+struct Columns {
+  DenseProduct whole;  // of all columns
+  void (*product)(const DenseProduct *);
+  int64_t each;                 // columns of a unit
+  int64_t weight_bytes, bytes;  // of an element of w, and of y
+  float *sums;
+  int64_t sums_each;
+
+  static void run(void *context, int64_t unit, int thread) {
+    const Columns &c = *static_cast<const Columns *>(context);
+    const int64_t first = unit * c.each;
+    DenseProduct p = c.whole;
+    p.n = std::min(c.each, p.n - first);
+    p.weights += first * p.weight_step;
+    if (p.bias) p.bias += first * c.weight_bytes;
+    p.y += first * c.bytes;
+    p.sums = c.sums + thread * c.sums_each;
+    c.product(&p);
+  }
+};
+
+// Long enough that a thread mostly reads ahead in one stretch, and enough units that nobody waits long for the last.
+int64_t columns_each(int64_t n, int64_t column_bytes, int threads) {
+  constexpr int64_t kUnit = 1 << 20, kUnits = 8;
+  const int64_t fit = std::max<int64_t>(kUnit / std::max<int64_t>(column_bytes, 1), 1);
+  const int64_t fair = (n + kUnits * threads - 1) / (kUnits * threads);
+  return std::min<int64_t>(std::min(fit, std::max<int64_t>((fair + 15) / 16 * 16, 16)), 4096);
+}
+
+}  // namespace
+}  // namespace microscale
+
+extern "C" int ms_dense(int level, int weight_dtype, const void *w, int64_t w_stride, int64_t n, int64_t k,
+                        const void *bias, int dtype, const void *x, int64_t x_stride, int64_t m, void *y, int threads) {
+  using namespace microscale;
+  if (weight_dtype < 0 || weight_dtype >= MS_DTYPES || dtype < 0 || dtype >= MS_DTYPES || n < 0 || k < 0 || m < 0 ||
+      threads < 1)
+    return MS_BAD_ARGUMENT;
+  const Dense *dense = dense_for(level, weight_dtype, dtype);
+  if (!dense) return MS_BAD_LEVEL;
+  if (m == 0 || n == 0) return MS_OK;
+
+  Columns c{};
+  c.weight_bytes = element_bytes(weight_dtype);
+  c.bytes = element_bytes(dtype);
+  // Waking a thread costs microseconds, in which one core reads some 100 KB.
+  if (n * k * c.weight_bytes * std::min<int64_t>(m, 16) < (1 << 17)) threads = 1;
+  c.product = dense->product[weight_dtype];
+  c.each = columns_each(n, k * c.weight_bytes, threads);
+  const int64_t most = std::min(m, kMaxRows);
+  c.sums_each = most * c.each;
+  Buffer<float> sums(c.sums_each * threads);
+  Buffer<const void *> rows(most);
+  const bool convert = dense->operand != dtype;
+  Buffer<float> converted(convert ? most * k : 0);
+  if (!sums || !rows || !converted) return MS_NO_MEMORY;
+  c.sums = sums.get();
+  c.whole = {static_cast<const uint8_t *>(w),
+             w_stride * c.weight_bytes,
+             n,
+             k,
+             rows.get(),
+             0,
+             static_cast<const uint8_t *>(bias),
+             nullptr,
+             dtype,
+             nullptr,
+             n * c.bytes};
+  for (int64_t row = 0; row < m; row += kMaxRows) {
+    c.whole.m = std::min(m - row, kMaxRows);
+    c.whole.y = static_cast<uint8_t *>(y) + row * c.whole.y_step;
+    for (int64_t i = 0; i < c.whole.m; ++i) {
+      const uint8_t *from = static_cast<const uint8_t *>(x) + (row + i) * x_stride * c.bytes;
+      rows[i] = from;
+      if (!convert) continue;
+      dense->load(dtype, from, k, converted.get() + i * k);
+      rows[i] = converted.get() + i * k;
+    }
+    parallel(threads, (n + c.each - 1) / c.each, Columns::run, &c);
+  }
+  return MS_OK;
+}

@@ -1,0 +1,216 @@
+// ms_dense and ms_attend at every level of this machine against double precision on the same numbers, at addresses that
+// nothing aligns, under sanitizers that see every byte read or written outside of what was given.
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <random>
+#include <vector>
+
+#include "check.h"
+#include "microscale.h"
+
+namespace {
+
+std::mt19937 generator(7);
+
+// Numbers with at most eight significant bits: the same in every dtype.
+float number() { return (static_cast<float>(generator() % 255) - 127.0f) / 64; }
+
+uint16_t half_of(float v, int dtype) {
+  uint32_t bits;
+  std::memcpy(&bits, &v, 4);
+  if (dtype == MS_BF16) return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+  const int exponent = static_cast<int>(bits >> 23 & 255) - 127;
+  if ((bits & 0x7fffffff) == 0) return static_cast<uint16_t>(bits >> 16);
+  return static_cast<uint16_t>((bits >> 16 & 0x8000) | static_cast<uint32_t>(exponent + 15) << 10 |
+                               (bits >> 13 & 0x3ff));
+}
+
+float float_of(uint16_t half, int dtype) {
+  if (dtype == MS_FP16) {
+    const int exponent = half >> 10 & 31, mantissa = half & 1023;
+    const float value = exponent ? std::ldexp(1024.0f + static_cast<float>(mantissa), exponent - 25)
+                                 : std::ldexp(static_cast<float>(mantissa), -24);
+    if (exponent == 31) return mantissa ? std::nanf("") : std::numeric_limits<float>::infinity();
+    return half & 0x8000 ? -value : value;
+  }
+  const uint32_t bits = static_cast<uint32_t>(half) << 16;
+  float v;
+  std::memcpy(&v, &bits, 4);
+  return v;
+}
+
+// `count` numbers of a dtype in exactly as many bytes, `offset` bytes into an allocation of their own.
+struct Numbers {
+  Numbers(int64_t count, int dtype_, int64_t offset = 1)
+      : dtype(dtype_), size(dtype_ == MS_FP32 ? 4 : 2), bytes(static_cast<size_t>(offset + count * size)) {
+    data = bytes.data() + offset;
+    for (int64_t i = 0; i < count; ++i) set(i, number());
+  }
+  void set(int64_t i, float v) {
+    const uint16_t half = half_of(v, dtype);
+    std::memcpy(data + i * size, size == 4 ? static_cast<const void *>(&v) : &half, static_cast<size_t>(size));
+  }
+  double at(int64_t i) const {
+    float v;
+    uint16_t half;
+    std::memcpy(size == 4 ? static_cast<void *>(&v) : &half, data + i * size, static_cast<size_t>(size));
+    return double(size == 4 ? v : float_of(half, dtype));
+  }
+  void poison() { std::memset(bytes.data(), 0xff, bytes.size()); }  // NaN in every dtype
+
+  int dtype;
+  int64_t size;
+  std::vector<uint8_t> bytes;
+  uint8_t *data;
+};
+
+double rounding(int dtype) { return std::ldexp(1.01, dtype == MS_BF16 ? -8 : dtype == MS_FP16 ? -11 : -24); }
+
+struct Case {
+  int64_t m, n, k;
+  int64_t more;  // numbers between the end of a row and the next
+};
+
+void test_dense(int level, int weights, int dtype, const Case &c) {
+  const int64_t w_stride = c.k + c.more, x_stride = c.k + 2 * c.more;
+  Numbers w(c.n * w_stride - (c.n ? c.more : 0), weights), x(c.m * x_stride - (c.m ? 2 * c.more : 0), dtype);
+  const Numbers bias(c.n, weights, 3);
+  for (int64_t row = 0; row + 1 < c.n; ++row)
+    for (int64_t i = c.k; i < w_stride; ++i) w.set(row * w_stride + i, weights == MS_FP16 ? 0 : std::nanf(""));
+  Numbers y(c.m * c.n, dtype);
+  y.poison();
+  CHECK(ms_dense(level, weights, w.data, w_stride, c.n, c.k, bias.data, dtype, x.data, x_stride, c.m, y.data, 2) ==
+        MS_OK);
+  int wrong = 0;
+  for (int64_t i = 0; i < c.m; ++i)
+    for (int64_t j = 0; j < c.n; ++j) {
+      double sum = bias.at(j), magnitude = std::abs(sum);
+      for (int64_t k = 0; k < c.k; ++k) {
+        const double product = x.at(i * x_stride + k) * w.at(j * w_stride + k);
+        sum += product, magnitude += std::abs(product);
+      }
+      const double bound = double(c.k + 2) * std::ldexp(1.0, -24) * magnitude + rounding(dtype) * std::abs(sum);
+      wrong += !(std::abs(y.at(i * c.n + j) - sum) <= bound);
+    }
+  CHECK_IN(wrong == 0, "level %d weights %d dtype %d [%ld, %ld, %ld]: %d wrong", level, weights, dtype, long(c.m),
+           long(c.n), long(c.k), wrong);
+  for (int64_t i = 0; i < c.m; i += c.m > 3 ? c.m / 3 : 1) {  // a row alone, on one thread, without the bias' help
+    Numbers one(c.n, dtype);
+    one.poison();
+    CHECK(ms_dense(level, weights, w.data, w_stride, c.n, c.k, bias.data, dtype, x.data + i * x_stride * x.size,
+                   x_stride, 1, one.data, 1) == MS_OK);
+    CHECK_IN(std::memcmp(one.data, y.data + i * c.n * y.size, static_cast<size_t>(c.n * y.size)) == 0,
+             "level %d weights %d dtype %d row %ld of %ld differs alone", level, weights, dtype, long(i), long(c.m));
+  }
+}
+
+void test_attend(int level, int dtype, int64_t batch, int64_t heads, int64_t key_heads, int64_t queries, int64_t tokens,
+                 int64_t width, int64_t value_width, bool masked, bool sunk) {
+  // q as a transposed view, k and v with room behind each token.
+  const Numbers q(batch * queries * heads * width, dtype), k(batch * key_heads * tokens * (width + 3), dtype),
+      v(batch * key_heads * tokens * (value_width + 1), dtype), sinks(heads, dtype);
+  std::vector<uint8_t> mask(static_cast<size_t>(batch * queries * tokens));
+  for (uint8_t &byte : mask) byte = generator() % 3 != 0;
+  if (masked && !mask.empty())
+    std::memset(mask.data(), 0, static_cast<size_t>(tokens));  // the first query sees nothing
+  Numbers y(batch * queries * heads * value_width, dtype);
+  y.poison();
+  ms_attention a{};
+  a.dtype = dtype, a.scale = 0.5f;
+  a.batch = batch, a.heads = heads, a.key_heads = key_heads, a.queries = queries, a.tokens = tokens;
+  a.width = width, a.value_width = value_width;
+  a.q = q.data, a.k = k.data, a.v = v.data, a.y = y.data;
+  a.q_strides[0] = queries * heads * width, a.q_strides[1] = width, a.q_strides[2] = heads * width;
+  a.k_strides[0] = key_heads * tokens * (width + 3), a.k_strides[1] = tokens * (width + 3), a.k_strides[2] = width + 3;
+  a.v_strides[0] = key_heads * tokens * (value_width + 1), a.v_strides[1] = tokens * (value_width + 1);
+  a.v_strides[2] = value_width + 1;
+  if (masked) a.mask = mask.data(), a.mask_strides[0] = queries * tokens, a.mask_strides[1] = tokens;
+  if (sunk) a.sinks = sinks.data;
+  CHECK(ms_attend(level, &a, 2) == MS_OK);
+  int wrong = 0;
+  for (int64_t b = 0; b < batch; ++b)
+    for (int64_t i = 0; i < queries; ++i)
+      for (int64_t h = 0; h < heads; ++h) {
+        const int64_t g = h / (heads / key_heads);
+        std::vector<double> weight(static_cast<size_t>(tokens));
+        double whole = sunk ? std::exp(sinks.at(h)) : 0, logit_error = 0;
+        for (int64_t t = 0; t < tokens; ++t) {
+          double logit = 0, size = 0;
+          for (int64_t d = 0; d < width; ++d) {
+            const double product = q.at(((b * queries + i) * heads + h) * width + d) *
+                                   k.at(((b * key_heads + g) * tokens + t) * (width + 3) + d) * double(a.scale);
+            logit += product, size += std::abs(product);
+          }
+          if (!masked || mask[static_cast<size_t>((b * queries + i) * tokens + t)])
+            weight[static_cast<size_t>(t)] = std::exp(logit);
+          whole += weight[static_cast<size_t>(t)];
+          logit_error = std::max(logit_error, size * double(width + 2) * std::ldexp(1.0, -24));
+        }
+        for (int64_t d = 0; d < value_width; ++d) {
+          double sum = 0, magnitude = 0;
+          for (int64_t t = 0; t < tokens && whole > 0; ++t) {
+            const double share = weight[static_cast<size_t>(t)] / whole *
+                                 v.at(((b * key_heads + g) * tokens + t) * (value_width + 1) + d);
+            sum += share, magnitude += std::abs(share);
+          }
+          // A logit's error moves its weight and the sum of all; exponentials are good to a few units in the last
+          // place.
+          const double relative = 2 * logit_error + double(2 * tokens + 16) * std::ldexp(1.0, -24);
+          const double bound = relative * magnitude + rounding(dtype) * std::abs(sum);
+          const double found = y.at(((b * queries + i) * heads + h) * value_width + d);
+          wrong += !(std::abs(found - sum) <= bound);
+        }
+      }
+  CHECK_IN(wrong == 0, "level %d dtype %d: %ld heads on %ld, %ld queries, %ld tokens, %ld and %ld wide: %d wrong",
+           level, dtype, long(heads), long(key_heads), long(queries), long(tokens), long(width), long(value_width),
+           wrong);
+}
+
+void test_refusals() {
+  const Numbers w(8, MS_FP32), x(4, MS_FP32);
+  Numbers y(2, MS_FP32);
+  const auto dense = [&](int level, int weights, int64_t n, int64_t m, int threads) {
+    return ms_dense(level, weights, w.data, 4, n, 4, nullptr, MS_FP32, x.data, 4, m, y.data, threads);
+  };
+  CHECK(dense(0, MS_FP32, 2, 1, 1) == MS_OK);
+  CHECK(dense(MS_LEVELS, MS_FP32, 2, 1, 1) == MS_BAD_LEVEL);
+  CHECK(dense(-1, MS_FP32, 2, 1, 1) == MS_BAD_LEVEL);
+  CHECK(dense(0, MS_DTYPES, 2, 1, 1) == MS_BAD_ARGUMENT);
+  CHECK(dense(0, MS_FP32, -1, 1, 1) == MS_BAD_ARGUMENT);
+  CHECK(dense(0, MS_FP32, 2, -1, 1) == MS_BAD_ARGUMENT);
+  CHECK(dense(0, MS_FP32, 2, 1, 0) == MS_BAD_ARGUMENT);
+  CHECK(ms_attend(0, nullptr, 1) == MS_BAD_ARGUMENT);
+  ms_attention a{};
+  a.heads = 3, a.key_heads = 2, a.width = 1;
+  CHECK(ms_attend(0, &a, 1) == MS_BAD_ARGUMENT);
+}
+
+}  // namespace
+
+int main() {
+  for (int level = 0; level <= ms_level(); ++level) {
+    for (int weights : {MS_BF16, MS_FP16, MS_FP32})
+      for (int dtype : {MS_BF16, MS_FP16, MS_FP32}) {
+        for (int64_t m = 1; m <= 9; ++m) test_dense(level, weights, dtype, {m, 13, 70, 0});
+        for (int64_t k : {0, 1, 15, 16, 17, 31, 32, 33, 64, 95}) test_dense(level, weights, dtype, {3, 5, k, 1});
+        test_dense(level, weights, dtype, {70, 3, 33, 2});
+        test_dense(level, weights, dtype, {17, 129, 48, 0});
+        test_dense(level, weights, dtype, {1, 300, 512, 0});  // more than one unit
+        test_dense(level, weights, dtype, {0, 4, 8, 0});
+        test_dense(level, weights, dtype, {2, 0, 8, 0});
+      }
+    for (int dtype : {MS_BF16, MS_FP16, MS_FP32})
+      for (int how = 0; how < 4; ++how) {
+        const bool masked = how & 1, sunk = how & 2;
+        test_attend(level, dtype, 1, 8, 1, 1, 37, 64, 64, masked, sunk);
+        test_attend(level, dtype, 2, 6, 2, 3, 5, 20, 33, masked, sunk);
+        test_attend(level, dtype, 1, 5, 1, 2, 130, 17, 130, masked, sunk);
+        test_attend(level, dtype, 1, 2, 2, 1, 1, 1, 1, masked, sunk);
+        test_attend(level, dtype, 1, 2, 2, 1, 0, 8, 8, masked, sunk);
+        test_attend(level, dtype, 3, 4, 4, 0, 4, 8, 8, masked, sunk);
+      }
+  }
+  test_refusals();
+  return check::finish("test_dense");
+}

@@ -1,0 +1,58 @@
+"""Linears whose weights are not quantised: when the C++ core multiplies them, and who does otherwise."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from microscale import env
+from microscale.backends.cpu_rules import device_refusal
+from microscale.oracle import Backend, Choice, Problem, choose
+
+# What a `Problem` calls the weights of such a linear.
+WEIGHTS = ("bf16", "fp16", "fp32")
+HOST = "transformers"  # what runs whatever we do not
+
+
+def refuse(problem: Problem) -> str | None:
+    """Why the C++ core does not run this linear, or None."""
+    if (why := device_refusal(problem)) is not None:
+        return why
+    if problem.weight == "fp32":
+        return "PyTorch multiplies float32 weights as fast"
+    if problem.dtype != problem.weight:
+        return f"activations are {problem.dtype} and weights {problem.weight}"
+    if problem.arch not in ("avx2", "avx512", "avx512_bf16", "amx"):
+        return f"its wide kernels are for x86 with AVX2 or more, not for {problem.arch or 'this processor'}"
+    return None
+
+
+def _refuse_nothing(problem: Problem) -> str | None:
+    return None
+
+
+CORE = Backend(
+    "cpu",
+    "microscale.backends.cpu_core",
+    refuse,
+    "the C++ core: few rows (a decoded token is one) times weights where they lie, summed in float32; "
+    "many rows, and training, stay with PyTorch",
+    proven="x86 CPUs",
+)
+DENSE = (CORE, Backend(HOST, "torch.nn.functional", _refuse_nothing, "PyTorch's own product"))
+
+
+def choose_dense(
+    problem: Problem, force: str | None = None, failed: Sequence[tuple[str, str]] = ()
+) -> Choice:
+    """The oracle's answer for a linear whose weights are not quantised. Something always runs it.
+
+    Args:
+        force: the only backend allowed; any other than the C++ core leaves the layer to its host.
+        failed: as in `oracle.choose`.
+    """
+    against = dict(failed)
+    if force not in (None, CORE.name):
+        against.setdefault(CORE.name, f"not the forced one ({force})")
+    if not env.dense():
+        against.setdefault(CORE.name, "MICROSCALE_DENSE=off")
+    return choose(problem, DENSE, failed=tuple(against.items()))
