@@ -34,6 +34,7 @@ TARGETS: list[tuple[str, str, tuple[str, ...], dict[str, Any]]] = [
     ("torch_scaled", "arc-b580", (), {"device": "xpu"}),
     ("humming", "h200", ("humming-kernels",), {}),
     ("humming", "b200", ("humming-kernels",), {"native": True}),
+    ("xpu_kernels", "arc-b580", ("vllm-xpu-kernels",), {}),
 ]
 NAMES = tuple(dict.fromkeys(name for name, *_ in TARGETS))
 Stub = Callable[[str, dict[str, Any]], Any]

@@ -11,6 +11,7 @@ from typing import cast
 from microscale.backends.adapters.humming_rules import refuse as refuse_humming
 from microscale.backends.adapters.torch_scaled_rules import accumulation as accumulation_torch_scaled
 from microscale.backends.adapters.torch_scaled_rules import refuse as refuse_torch_scaled
+from microscale.backends.adapters.xpu_kernels_rules import refuse as refuse_xpu_kernels
 from microscale.backends.contract import Contract
 from microscale.backends.cpu_rules import refuse as refuse_cpu
 from microscale.backends.triton_rules import refuse as refuse_triton
@@ -54,6 +55,12 @@ BACKENDS: tuple[Backend, ...] = (
         "microscale.backends.adapters.humming",
         refuse_humming,
         "humming-kernels: weights decoded in registers, bf16 activations, summed in float32; batch-invariant kernels",
+    ),
+    Backend(
+        "xpu_kernels",
+        "microscale.backends.adapters.xpu_kernels",
+        refuse_xpu_kernels,
+        "vllm-xpu-kernels: oneDNN's products of quantised activations; experts' weights decoded to bf16 in registers",
     ),
     Backend(
         "emulation",

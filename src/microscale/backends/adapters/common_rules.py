@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 
+from microscale.formats import FORMATS
 from microscale.machine import READ
 from microscale.oracle import Problem
 
@@ -18,6 +19,13 @@ def missing(problem: Problem, package: str) -> str | None:
     if found and not (_numbers(found) >= _numbers(least) and _numbers(found)[:2] == series):
         wanted = f"at least {least} and below {series[0]}.{series[1] + 1}"
         return f"{package} {found} is installed, and the interface that was read is that of {wanted}"
+    return None
+
+
+def not_as_bf16(problem: Problem) -> str | None:
+    """None, or why quantised activations are no bf16 numbers, which would be multiplied exactly: `operands.as_bf16`."""
+    if problem.act != "a16" and (problem.act not in FORMATS or FORMATS[problem.act].scale != "e8m0"):
+        return f"activations are multiplied as bf16 numbers, which do not hold those of {problem.act}"
     return None
 
 

@@ -1,5 +1,7 @@
 """The package humming-kernels (NVIDIA, sm_80 and newer): weights decoded in registers, activations in bf16.
 
+Activations of an MX format are quantised and multiplied as the bf16 numbers that they stand for, which is exact.
+
 Its kernels are asked to be batch-invariant: the others may add up partial sums of K that were rounded to bf16, which
 is coarser than one rounding.
 """
@@ -15,7 +17,7 @@ from torch import Tensor
 
 from microscale.activations import Activation
 from microscale.backends.adapters import calls, humming_layout
-from microscale.backends.adapters.operands import check_readable, one_tensor_scale
+from microscale.backends.adapters.operands import as_bf16, check_readable, one_tensor_scale
 from microscale.backends.adapters.tiles import as_dtype
 from microscale.elements import pack_codes
 from microscale.errors import BackendError
@@ -124,7 +126,7 @@ def unpack(packed: Packed) -> QuantTensor:
 
 def linear(x: Tensor, w: Packed, bias: Tensor | None = None, *, act: Format | None = None) -> Tensor:
     """See `contract.Contract.linear`. Numerics: float32 accumulation; a row's result depends on no other row."""
-    _check(x, act)
+    _check(x)
     return calls.linear(x, w, bias, act, _product, unpack)
 
 
@@ -143,7 +145,7 @@ def moe(
     act: Format | None = None,
 ) -> Tensor:
     """See `contract.Contract.moe` and, for the numerics, `calls.moe`."""
-    _check(x, act)
+    _check(x)
     return calls.moe(
         x,
         topk_ids,
@@ -162,11 +164,11 @@ def moe(
 
 
 def _product(x: Tensor, w: Packed, bias: Tensor | None, act: Format | None) -> Tensor:
-    return _forward(x, w, bias, compute_config=_DENSE)
+    return _forward(as_bf16(x, act), w, bias, compute_config=_DENSE)
 
 
 def _grouped(rows: Tensor, w: Packed, offsets: Tensor, bias: Tensor | None, act: Format | None) -> Tensor:
-    return _forward(rows, w, bias, compute_config=_GROUPED, expert_layout=offsets)
+    return _forward(as_bf16(rows, act), w, bias, compute_config=_GROUPED, expert_layout=offsets)
 
 
 def _forward(x: Tensor, w: Packed, bias: Tensor | None, **options: Any) -> Tensor:
@@ -197,8 +199,6 @@ def _words(codes: Tensor) -> Tensor:
     return (codes.clone() if codes.data_ptr() % 4 else codes).view(torch.int32)
 
 
-def _check(x: Tensor, act: Format | None) -> None:
-    if act is not None:
-        raise BackendError(f"this adapter leaves activations in bf16, and {act.name} is asked for")
+def _check(x: Tensor) -> None:
     if x.dtype != torch.bfloat16:
         raise BackendError(f"humming's weights are packed for bf16 activations, not {x.dtype}")

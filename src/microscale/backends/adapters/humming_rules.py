@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from microscale.backends.adapters.common_rules import capability, missing, sizes
+from microscale.backends.adapters.common_rules import capability, missing, not_as_bf16, sizes
 from microscale.oracle import Problem
 
 PACKAGE = "humming-kernels"
@@ -17,8 +17,9 @@ def refuse(problem: Problem) -> str | None:
     why = missing(problem, PACKAGE)
     if why is not None:
         return why
-    if problem.act != "a16":
-        return f"activations stay 16-bit in this adapter, and {problem.act} is asked for"
+    why = not_as_bf16(problem)
+    if why is not None:
+        return why
     if problem.dtype != "bf16":
         return f"its weights are packed for bf16 activations, and these are {problem.dtype}"
     if capability(problem.arch) < 80:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from microscale.errors import BackendError
 from microscale.formats import Format
+from microscale.operands import stored
 from microscale.quant import QuantTensor, quantize
 
 
@@ -18,6 +19,20 @@ def quantized_rows(x: Tensor, act: Format) -> QuantTensor:
     outer = None if q.tensor_scale is None else q.tensor_scale[:, 0]
     shape = (x.shape[0], x.shape[1])
     return replace(q, shape=shape, codes=q.codes[:, 0], scales=q.scales[:, 0], tensor_scale=outer)
+
+
+def as_bf16(x: Tensor, act: Format | None) -> Tensor:
+    """x [R, K] as it goes into a bf16 product: itself, or the numbers that it reads back as from `act`.
+
+    A number in an MX format has 8 significant bits or fewer, so the product is that of the quantised activations,
+    exactly (below 2^-126 what bf16 cannot hold is rounded).
+
+    Raises:
+        BackendError: scales of `act` are not powers of two.
+    """
+    if act is not None and act.scale != "e8m0":
+        raise BackendError(f"numbers in {act.name} have more bits than bf16 holds")
+    return stored(x, act, torch.bfloat16)
 
 
 def padded(t: Tensor, rows: int, columns: int = 1) -> Tensor:
