@@ -171,8 +171,16 @@ def _through(
     if act is None:
         return middle, moved
     rounded = stored(middle, act, torch.float64)
-    low, high = ((stored(middle + s * moved, act, torch.float64) - rounded).abs() for s in (-1.0, 1.0))
-    return rounded, torch.maximum(low, high)
+    together = torch.ones_like(middle)
+    trials = [together, -together]
+    if act.tensor_scale and middle.shape[-1]:
+        # The row's largest number makes its tensor scale. Where it moves against the others, the scales of their
+        # blocks may take the neighbouring code, which moving all of them together never shows.
+        peak = middle.abs() == middle.abs().amax(dim=-1, keepdim=True)
+        against = torch.where(peak, -together, together) * torch.where(middle < 0, -together, together)
+        trials += [against, -against]
+    moves = [(stored(middle + sign * moved, act, torch.float64) - rounded).abs() for sign in trials]
+    return rounded, torch.stack(moves).amax(dim=0)
 
 
 def _output_rounding(y: Tensor, dtype: torch.dtype) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from importlib import import_module
 from typing import Any
@@ -17,7 +17,7 @@ from microscale.backends.adapters.common_rules import capability, missing
 from microscale.backends.adapters.operands import check_readable, one_tensor_scale, quantized_rows
 from microscale.backends.adapters.tiles import tiled, untiled
 from microscale.canary import Placer
-from microscale.conformance import Case, cases, run
+from microscale.conformance import SILU, Case, cases, run
 from microscale.errors import BackendError
 from microscale.formats import FORMATS, FP8_GROUP128, activation_format
 from microscale.invented import INVENTED
@@ -35,6 +35,7 @@ TARGETS: list[tuple[str, str, tuple[str, ...], dict[str, Any]]] = [
     ("humming", "h200", ("humming-kernels",), {}),
     ("humming", "b200", ("humming-kernels",), {"native": True}),
     ("xpu_kernels", "arc-b580", ("vllm-xpu-kernels",), {}),
+    ("flashinfer", "b200", ("flashinfer-python",), {}),
 ]
 NAMES = tuple(dict.fromkeys(name for name, *_ in TARGETS))
 Stub = Callable[[str, dict[str, Any]], Any]
@@ -49,9 +50,20 @@ def target_problem(case: Case, machine: str, packages: tuple[str, ...]) -> Probl
     return case.problem(m, m.device)
 
 
+def edge_cases() -> Iterator[Case]:
+    """Beyond the conformance suite: sizes around the packages' tiles, with quantised activations and without."""
+    for weight in ("mxfp4", "mxfp8_e4m3", "nvfp4", "fp8_block128"):
+        for act in ("a16", "a8", "a4"):
+            for bias in (False, True):
+                for m, n, k in ((1, 256, 128), (33, 136, 288), (130, 160, 1056), (129, 272, 2944)):
+                    yield Case("linear", weight, m, n, k, act, bias=bias)
+                yield Case("moe", weight, 40, 160, 288, act, bias=bias, experts=5, top_k=3, activation=SILU)
+                yield Case("moe", weight, 3, 128, 384, act, bias=bias, experts=9, top_k=2, activation=SILU)
+
+
 def runnable(name: str, machine: str, packages: tuple[str, ...]) -> list[Case]:
     refuse = backend_of(name).refuse
-    return [c for c in cases() if refuse(target_problem(c, machine, packages)) is None]
+    return [c for c in (*cases(), *edge_cases()) if refuse(target_problem(c, machine, packages)) is None]
 
 
 CASES = [

@@ -8,6 +8,7 @@ from functools import cache
 from importlib.metadata import entry_points
 from typing import cast
 
+from microscale.backends.adapters.flashinfer_rules import refuse as refuse_flashinfer
 from microscale.backends.adapters.humming_rules import refuse as refuse_humming
 from microscale.backends.adapters.torch_scaled_rules import accumulation as accumulation_torch_scaled
 from microscale.backends.adapters.torch_scaled_rules import refuse as refuse_torch_scaled
@@ -61,6 +62,12 @@ BACKENDS: tuple[Backend, ...] = (
         "microscale.backends.adapters.xpu_kernels",
         refuse_xpu_kernels,
         "vllm-xpu-kernels: oneDNN's products of quantised activations; experts' weights decoded to bf16 in registers",
+    ),
+    Backend(
+        "flashinfer",
+        "microscale.backends.adapters.flashinfer",
+        refuse_flashinfer,
+        "flashinfer-python: products of quantised activations on Blackwell; MXFP4 experts with MXFP8 rows in one call",
     ),
     Backend(
         "emulation",
