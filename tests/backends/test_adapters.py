@@ -36,6 +36,7 @@ TARGETS: list[tuple[str, str, tuple[str, ...], dict[str, Any]]] = [
     ("humming", "b200", ("humming-kernels",), {"native": True}),
     ("xpu_kernels", "arc-b580", ("vllm-xpu-kernels",), {}),
     ("flashinfer", "b200", ("flashinfer-python",), {}),
+    ("aiter", "mi355x", ("amd-aiter",), {}),
 ]
 NAMES = tuple(dict.fromkeys(name for name, *_ in TARGETS))
 Stub = Callable[[str, dict[str, Any]], Any]

@@ -8,6 +8,7 @@ from functools import cache
 from importlib.metadata import entry_points
 from typing import cast
 
+from microscale.backends.adapters.aiter_rules import refuse as refuse_aiter
 from microscale.backends.adapters.flashinfer_rules import refuse as refuse_flashinfer
 from microscale.backends.adapters.humming_rules import refuse as refuse_humming
 from microscale.backends.adapters.torch_scaled_rules import accumulation as accumulation_torch_scaled
@@ -68,6 +69,12 @@ BACKENDS: tuple[Backend, ...] = (
         "microscale.backends.adapters.flashinfer",
         refuse_flashinfer,
         "flashinfer-python: products of quantised activations on Blackwell; MXFP4 experts with MXFP8 rows in one call",
+    ),
+    Backend(
+        "aiter",
+        "microscale.backends.adapters.aiter",
+        refuse_aiter,
+        "amd-aiter: its Triton products of MXFP4 or block FP8 with each other, in float32; experts one by one",
     ),
     Backend(
         "emulation",
