@@ -33,6 +33,14 @@ class Accumulation:
         return self.fraction_bits > 0
 
     @property
+    def sentence(self) -> str:
+        """For people."""
+        if not self.coarse:
+            return "products are summed in float32"
+        kept = f"{self.fraction_bits} bits below the largest addend are kept"
+        return f"products are summed by {self.name}: {kept}, and float32 takes over every {self.promoted}"
+
+    @property
     def deviation(self) -> float:
         """Standard deviation of one output's error, as a fraction of the root of the sum of its squared products.
 

@@ -29,6 +29,15 @@ PACKAGES = {
     "amd-aiter": ("amd-aiter",),
 }
 
+# What the command line calls some of them: the backends that need them.
+SHORT = {
+    "triton": "triton",
+    "humming": "humming-kernels",
+    "xpu_kernels": "vllm-xpu-kernels",
+    "flashinfer": "flashinfer-python",
+    "aiter": "amd-aiter",
+}
+
 # The version of each that was read: what "as if it were installed" means where it is not. Adapters to other packages
 # refuse versions below it, and from the next minor one on (microscale.backends.adapters.common_rules).
 READ = {
@@ -75,6 +84,7 @@ class Machine:
         compiler: path of a C++ compiler, or empty.
         core: the widest level that the C++ core was compiled for, or empty: it is not in this installation.
         core_missing: why it is not.
+        assumed: names of `packages` that are not really there; see `with_packages`.
     """
 
     name: str
@@ -89,6 +99,7 @@ class Machine:
     compiler: str = ""
     core: str = ""
     core_missing: str = ""
+    assumed: frozenset[str] = frozenset()
 
     @property
     def device(self) -> str:
@@ -97,8 +108,9 @@ class Machine:
 
     def with_packages(self, names: Iterable[str]) -> Machine:
         """The same machine as if these packages of `PACKAGES` were installed, in the versions that were read."""
-        added = {name: READ[name] for name in names} | dict(self.packages)
-        return replace(self, packages=tuple(added.items()))
+        there = dict(self.packages)
+        added = {name: READ[name] for name in names if name not in there}
+        return replace(self, packages=tuple((there | added).items()), assumed=self.assumed | added.keys())
 
     @property
     def level(self) -> str:

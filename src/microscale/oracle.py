@@ -116,6 +116,13 @@ class Choice:
     refused: tuple[tuple[str, str], ...]
     skipped: tuple[str, ...] = ()
 
+    @property
+    def numerics(self) -> str:
+        """A sentence on what is done to the activations, and how products are added up."""
+        p = self.problem
+        acts = f"stay {p.dtype}" if p.act == "a16" else f"are quantised to {p.act}"
+        return f"activations {acts}; {self.backend.accumulation(p).sentence}"
+
     def explain(self) -> str:
         """One line for the chosen backend and one for each refused one."""
         lines = [f"+ {self.backend.name}: {self.backend.how}"]

@@ -29,7 +29,8 @@ def _refuse_nothing(problem: Problem) -> str | None:
 # Native first, emulation last: the order is the only priority. Adapters to other packages stand behind our own
 # kernels: where both were measured (docs/benchmarks-gpu.md, NVIDIA H200) ours lead but for a linear of 8192 x 8192 at
 # 128 tokens, and how many tokens will come is not known when a layer is placed. Elsewhere nothing was measured. Among
-# adapters, the one that needs no further package comes first.
+# adapters, the one that needs no further package comes first, then those whose products take quantised activations as
+# they are, then the one that widens them to bf16.
 BACKENDS: tuple[Backend, ...] = (
     Backend(
         "cpu",
@@ -49,14 +50,8 @@ BACKENDS: tuple[Backend, ...] = (
         "torch_scaled",
         "microscale.backends.adapters.torch_scaled",
         refuse_torch_scaled,
-        "torch's scaled_mm: both operands quantised, products on tensor cores that scale blocks; experts one by one",
+        "torch's scaled_mm: both operands quantised, multiplied by hardware that scales blocks; experts one by one",
         accumulation=accumulation_torch_scaled,
-    ),
-    Backend(
-        "humming",
-        "microscale.backends.adapters.humming",
-        refuse_humming,
-        "humming-kernels: weights decoded in registers, bf16 activations, summed in float32; batch-invariant kernels",
     ),
     Backend(
         "xpu_kernels",
@@ -74,7 +69,13 @@ BACKENDS: tuple[Backend, ...] = (
         "aiter",
         "microscale.backends.adapters.aiter",
         refuse_aiter,
-        "amd-aiter: its Triton products of MXFP4 or block FP8 with each other, in float32; experts one by one",
+        "amd-aiter: its Triton products of MXFP4 or block FP8 with each other; experts one by one",
+    ),
+    Backend(
+        "humming",
+        "microscale.backends.adapters.humming",
+        refuse_humming,
+        "humming-kernels: weights decoded in registers, activations multiplied in bf16, in batch-invariant kernels",
     ),
     Backend(
         "emulation",
