@@ -79,6 +79,7 @@ def test_each_backend_says_what_it_lacks_and_what_to_install(cli: Cli) -> None:
         "the package triton is not installed": half,
     }
     package = next(p for p in found["packages"] if p["name"] == "triton")
+    assert package["refused"] is None
     assert package["would_add"][f"humming on {humming['device']}"] == half
     assert "pip install triton: humming on" in cli("doctor").stdout
 

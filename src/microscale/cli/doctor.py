@@ -166,7 +166,8 @@ def _package(name: str, machine: Machine) -> dict[str, Any]:
     from microscale.backends import table
     from microscale.backends.adapters.common_rules import missing
 
-    installed, gains, refused = _version(name), {}, None
+    installed, gains = _version(name), {}
+    why: str | None = None
     if installed is None:
         for device in _devices(machine):
             problems = [p.on(machine, device) for p in _matrix()]
@@ -176,8 +177,8 @@ def _package(name: str, machine: Machine) -> dict[str, Any]:
                 if gain:
                     gains[f"{b.name} on {device}"] = gain
     elif name != "triton":
-        refused = missing(_matrix()[0].on(machine), name)
-    return {"name": name, "installed": installed, "refused": refused, "would_add": gains}
+        why = missing(_matrix()[0].on(machine), name)
+    return {"name": name, "installed": installed, "refused": why, "would_add": gains}
 
 
 def as_if(problem: Problem, package: str) -> Problem:
