@@ -123,6 +123,8 @@ def cases(large: bool = False) -> Iterator[Case]:
             yield Case("linear", name, m, n, k)
         for m, i, h, e, t in moe_shapes:
             yield Case("moe", name, m, i, h, experts=e, top_k=t, activation=SILU)
+        yield Case("linear", name, 5, 256, 384, bias=False)
+        yield Case("moe", name, 9, 128, 256, experts=8, top_k=3, activation=SILU, bias=False)
         for act in ("a8", "a6", "a4"):
             yield Case("linear", name, 5, 128, 256, act=act)
             yield Case("moe", name, 5, 128, 256, act=act, experts=4, top_k=2, activation=GPT_OSS)

@@ -1,9 +1,13 @@
 """humming-kernels 0.1.19 (PyPI wheel, cp310-abi3-manylinux_2_28_x86_64), the part for 16-bit activations.
 
-Signatures: transform.py (prepare_and_transform_humming_tensors, transform_humming_bias), forward.py (humming_forward),
-schema/humming.py. Checks: csrc/launcher/tensor.h (check_tensor_*), schema/base.py (validate_tensors). Layout:
-include/humming/kernel/process.cuh (weight_repack_nk, humming_pack_weight) step by step, transform_humming_weight_scale.
-The kernels read what the package packed, so the stub remembers what it packed and refuses anything else.
+Signatures: transform.py (prepare_and_transform_humming_tensors), forward.py (humming_forward), schema/humming.py.
+Checks: csrc/launcher/tensor.h (check_tensor_*), schema/base.py (validate_tensors). Layout: process.cuh in
+include/humming/kernel (weight_repack_nk, humming_pack_weight) step by step, transform_humming_weight_scale. The kernels
+read what the package packed, so the stub remembers what it packed and refuses anything else.
+
+It also refuses three things that the kernels do and the adapter must not let happen: they add biases after rounding
+(arith/epilogue_arith.cuh), partial sums of stream-K in bf16 (epilogue/gmem_writer.cuh), and round float32 block scales
+to bf16 (arith/mainloop_arith.cuh).
 """
 
 from __future__ import annotations
@@ -32,7 +36,7 @@ ELEMENTS: dict[str, Element] = {
     "float8e4m3": E4M3,
     "float8e5m2": E5M2,
 }
-SCALES = {"float8e8m0": torch.float8_e8m0fnu, "float8e4m3": torch.float8_e4m3fn, "float32": torch.float32}
+SCALES = {"float8e8m0": torch.float8_e8m0fnu, "float8e4m3": torch.float8_e4m3fn}
 PADDED_BITS = {4: 4, 6: 8, 8: 8}
 
 
@@ -86,13 +90,15 @@ class Package:
         check(torch_dtype == torch.bfloat16, f"torch_dtype {torch_dtype}")
         check(device is not None, "no device: the current one is not always the weights'")
         lead = (num_experts,) if num_experts else ()
-        width, height = schema.weight_scale_group_size, schema.weight_scale_group_size_n or 1
+        width = schema.weight_scale_group_size
+        check(schema.weight_scale_group_size_n == 0, "float32 block scales are rounded to bf16")
+        check(not has_bias, "biases are added after rounding")
         weight, scale = tensors["weight"], tensors["weight_scale"]
         check(weight.dtype == torch.int32, f"weight.dtype {weight.dtype}")
         _shape("weight", weight, (*lead, shape_n, shape_k * element.bits // 32))
-        dtype = torch.float32 if height > 1 else SCALES[str(schema.bs_dtype)]
+        dtype = SCALES[str(schema.bs_dtype)]
         check(scale.dtype == dtype, f"weight_scale.dtype {scale.dtype}, not {dtype}")
-        _shape("weight_scale", scale, (*lead, shape_n // height, shape_k // width))
+        _shape("weight_scale", scale, (*lead, shape_n, shape_k // width))
         check(("weight_scale_2" in tensors) == (schema.weight_scale_2_type == "tensor"), "weight_scale_2")
         n, k = (math.ceil(s / m) * m for s, m in ((shape_n, pad_n_to_multiple), (shape_k, pad_k_to_multiple)))
         check(n % 64 == 0 and k % 32 == 0, f"padded shape {n} x {k}")
@@ -113,13 +119,11 @@ class Package:
         values = decode(raw, element, shape_k, torch.float64)
         s = scale.reshape(-1, *scale.shape[-2:])
         numbers = (e8m0_value(s.view(torch.uint8)) if dtype == torch.float8_e8m0fnu else s.float()).double()
-        whole = numbers.repeat_interleave(height, 1)[:, :shape_n].repeat_interleave(width, 2)[..., :shape_k]
+        whole = numbers.repeat_interleave(width, 2)
         out = {"weight": packed if lead else packed[0]}
-        rows = s.view(torch.uint8) if dtype != torch.float32 else s
         fill = 127 if dtype == torch.float8_e8m0fnu else 0
-        pad = (0, k // width - s.shape[2], 0, n // height - s.shape[1])
-        rows = torch.nn.functional.pad(rows, pad, value=fill)
-        turned = rows.transpose(-1, -2).contiguous() if height > 1 else transform_scale(rows, False)
+        pad = (0, k // width - s.shape[2], 0, n - s.shape[1])
+        turned = transform_scale(torch.nn.functional.pad(s.view(torch.uint8), pad, value=fill))
         out["weight_scale"] = turned.view(scale.dtype).reshape(*lead, *turned.shape[1:])
         if schema.weight_scale_2_type == "tensor":
             two = tensors["weight_scale_2"]
@@ -167,20 +171,12 @@ class Package:
         check(weight_scale is not None, "weight_scale is required")
         assert weight_scale is not None
         values = self.made[_key(weight, weight_scale)]
-        check((bias is not None) == config.has_bias, "bias must be there exactly if has_bias")
+        check(bias is None, "biases are added after rounding")
         if config.schema.weight_scale_2_type == "tensor":
             assert weight_scale_2 is not None
             values = values * weight_scale_2.double()[:, None, None]
         else:
             check(weight_scale_2 is None, "bs2 is not used")
-        if bias is not None:
-            lead = (config.num_experts,) if config.num_experts else ()
-            check(bias.dtype == torch.bfloat16, f"bias.dtype {bias.dtype}")
-            _shape("bias", bias, (*lead, config.shape_n))
-            order = transform_bias(torch.arange(config.shape_n))
-            plain = torch.empty_like(bias)
-            plain[..., order] = bias
-            bias = plain[..., :n].double().reshape(-1, n)
         if config.num_experts == 0:
             check(
                 compute["gemm_type"] == "dense" and expert_layout is None, "a single matrix is a dense GEMM"
@@ -197,7 +193,7 @@ class Package:
             edges = expert_layout.tolist()
         y = torch.full((inputs.shape[0], n), float("nan"), dtype=torch.float64)
         for e, (a, b) in enumerate(itertools.pairwise(edges)):
-            y[a:b] = inputs[a:b].double() @ values[e].T + (0 if bias is None else bias[e])
+            y[a:b] = inputs[a:b].double() @ values[e].T
         return y.to(torch.bfloat16)
 
 
@@ -252,19 +248,11 @@ def pack_words(values: np.ndarray, bits: int, native: bool) -> np.ndarray:
     return six
 
 
-def transform_scale(t: Tensor, to_apply_on_c: bool) -> Tensor:
-    """transform_humming_weight_scale: neither blockwise nor for block-scaled instructions."""
-    perm = [0, 1, 8, 9, 16, 17, 24, 25] if to_apply_on_c else [0, 8, 16, 24, 32, 40, 48, 56]
-    count = sum(x < 8 for x in perm)
-    new: list[int] = []
-    for i in range(8 // count):
-        new += [x + count * i for x in perm]
+def transform_scale(t: Tensor) -> Tensor:
+    """transform_humming_weight_scale of group scales, neither blockwise nor for block-scaled instructions."""
+    perm = [x + i for i in range(8) for x in (0, 8, 16, 24, 32, 40, 48, 56)]
     t = t.transpose(-1, -2).contiguous()
-    return t.view(-1, len(new))[:, new].contiguous().view(t.shape)
-
-
-def transform_bias(bias: Tensor) -> Tensor:
-    return transform_scale(bias.unsqueeze(-1), True).squeeze(-2)
+    return t.view(-1, len(perm))[:, perm].contiguous().view(t.shape)
 
 
 def _shape(what: str, t: Tensor, shape: tuple[int, ...]) -> None:
@@ -282,7 +270,6 @@ def stub(monkeypatch: pytest.MonkeyPatch, native: bool = False) -> Package:
     install(monkeypatch, "humming.schema", HummingWeightSchema=HummingWeightSchema)
     made = {
         "prepare_and_transform_humming_tensors": package.prepare_and_transform_humming_tensors,
-        "transform_humming_bias": transform_bias,
     }
     install(monkeypatch, "humming.transform", **made)
     install(monkeypatch, "humming.forward", humming_forward=package.humming_forward)

@@ -96,21 +96,18 @@ def grouped(
     s = ptr_B_scale
     if fp4:
         check(s.shape[:2] == (num_experts, N) and K // s.shape[2] == 32, f"scales {tuple(s.shape)}")
-    elif s.dtype != torch.float32:
+    else:
+        check(s.dtype == torch.uint8, "weights times float32 scales are rounded to bf16")
         if s.shape[1:] == (K // 32, N):  # also where [N, K / 32] was meant and has this shape
             s = s.transpose(1, 2)
         check(s.shape == (num_experts, N, K // 32), f"scales {tuple(s.shape)}")
-    else:
-        check(s.shape == (num_experts, K // 128, N // 128), f"scales {tuple(s.shape)}")
-        s = s.transpose(1, 2).repeat_interleave(128, 1).repeat_interleave(4, 2)
     ends = rows_per_expert.cumsum(0).tolist()
     check(ends[-1] == ptr_A.shape[0], "rows of all experts")
     for e, end in enumerate(ends):
         part = slice(end - int(rows_per_expert[e]), end)
         codes = numbers(ptr_B[e] if fp4 else ptr_B[e].t(), K)
-        w = (codes * values(s[e]).repeat_interleave(32, 1)).bfloat16() if s.dtype == torch.uint8 else None
-        wide = w.double() if w is not None else codes * s[e].double().repeat_interleave(32, 1)
-        y = ptr_A[part].double() @ wide.T
+        w = (codes * values(s[e]).repeat_interleave(32, 1)).bfloat16()  # decoded to bf16 in registers
+        y = ptr_A[part].double() @ w.double().T
         ptr_D[part] = (y if ptr_bias is None else y + ptr_bias[e].double()).to(ptr_D.dtype)
     return ptr_D
 

@@ -2,14 +2,13 @@
 
 Activations of an MX format are quantised and multiplied as the bf16 numbers that they stand for, which is exact.
 
-Its kernels are asked to be batch-invariant: the others may add up partial sums of K that were rounded to bf16, which
-is coarser than one rounding.
+Its kernels are asked to be batch-invariant: the others add up partial sums of K in bf16, which is coarser than one
+rounding. Biases are not given to it: it adds them to what is already rounded.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import weakref
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -35,13 +34,15 @@ _ELEMENTS = {
     "e4m3": "float8e4m3",
     "e5m2": "float8e5m2",
 }
-_SCALES = {"e8m0": "float8e8m0", "e4m3": "float8e4m3", "f32": "float32"}
+_SCALES = {"e8m0": "float8e8m0", "e4m3": "float8e4m3"}
 _SCALE_VIEWS = {"e8m0": "float8_e8m0fnu", "e4m3": "float8_e4m3fn"}
+# Its kernels hold weights up to this many powers of two below their values, and scale the result back.
+_SHIFT = 4
 # Padding inside the packed form: rows and columns that every kernel of the package divides into its tiles.
 _PAD_N, _PAD_K = 256, 128
 
 
-@dataclasses.dataclass(eq=False)
+@dataclass(eq=False)
 class Packed:
     """Weights in humming's layout.
 
@@ -49,7 +50,6 @@ class Packed:
         config: the package's `LayerConfig`, without a bias.
         tensors: what its kernels read: "weight", "weight_scale" and, of NVFP4, "weight_scale_2".
         format, shape, tensor_scale, rule: of the canonical tensor.
-        bias: the bias that was prepared last, and what from.
     """
 
     config: Any
@@ -58,7 +58,6 @@ class Packed:
     shape: tuple[int, ...]
     tensor_scale: Tensor | None
     rule: str | None
-    bias: tuple[weakref.ref[Tensor], int, Tensor] | None = None
 
 
 def pack(w: QuantTensor) -> Packed:
@@ -70,21 +69,20 @@ def pack(w: QuantTensor) -> Packed:
     from humming.schema import HummingWeightSchema
     from humming.transform import prepare_and_transform_humming_tensors
 
-    check_readable(w, "humming")
+    check_readable(w, "humming", _SHIFT)
     fmt = w.format
     *lead, n, k = w.shape
-    height, width = fmt.block
+    if fmt.scale not in _SCALES:
+        raise BackendError(f"humming rounds the float32 scales of {fmt.name} to bf16")
     schema = HummingWeightSchema(
         b_dtype=_ELEMENTS[fmt.element.name],
         bs_dtype=_SCALES[fmt.scale],
-        weight_scale_group_size=width,
-        weight_scale_group_size_n=height if height > 1 else 0,
+        weight_scale_group_size=fmt.block[1],
         weight_scale_2_type="tensor" if fmt.tensor_scale else None,
     )
-    scales = w.scales.contiguous()
     tensors = {
         "weight": _words(w.codes),
-        "weight_scale": as_dtype(scales, _SCALE_VIEWS[fmt.scale]) if fmt.scale in _SCALE_VIEWS else scales,
+        "weight_scale": as_dtype(w.scales.contiguous(), _SCALE_VIEWS[fmt.scale]),
     }
     if fmt.tensor_scale:
         tensors["weight_scale_2"] = one_tensor_scale(w, "humming")
@@ -111,22 +109,20 @@ def unpack(packed: Packed) -> QuantTensor:
     fmt, shape = packed.format, packed.shape
     *lead, n, k = shape
     groups = fmt.scale_shape(n, k)
-    weight, scale = packed.tensors["weight"], packed.tensors["weight_scale"]
-    if fmt.scale != "f32":
-        scale = scale.view(torch.uint8)
+    weight, scale = packed.tensors["weight"], packed.tensors["weight_scale"].view(torch.uint8)
     native, bits = packed.config.use_native_dequant, fmt.element.bits
     codes, scales = [], []
     for e in range(lead[0]) if lead else [None]:
         one, its = (weight, scale) if e is None else (weight[e], scale[e])
         codes.append(pack_codes(humming_layout.codes(one, bits, n, k, native), bits))
-        scales.append(humming_layout.scales(its, *groups, blocks=fmt.block[0] > 1))
+        scales.append(humming_layout.scales(its, *groups))
     c, s = (torch.stack(parts) if lead else parts[0] for parts in (codes, scales))
     return QuantTensor(fmt, shape, c, s, packed.tensor_scale, packed.rule)
 
 
 def linear(x: Tensor, w: Packed, bias: Tensor | None = None, *, act: Format | None = None) -> Tensor:
     """See `contract.Contract.linear`. Numerics: float32 accumulation; a row's result depends on no other row."""
-    _check(x)
+    _check(x, bias)
     return calls.linear(x, w, bias, act, _product, unpack)
 
 
@@ -145,7 +141,7 @@ def moe(
     act: Format | None = None,
 ) -> Tensor:
     """See `contract.Contract.moe` and, for the numerics, `calls.moe`."""
-    _check(x)
+    _check(x, b13, b2)
     return calls.moe(
         x,
         topk_ids,
@@ -164,33 +160,18 @@ def moe(
 
 
 def _product(x: Tensor, w: Packed, bias: Tensor | None, act: Format | None) -> Tensor:
-    return _forward(as_bf16(x, act), w, bias, compute_config=_DENSE)
+    return _forward(as_bf16(x, act), w, compute_config=_DENSE)
 
 
 def _grouped(rows: Tensor, w: Packed, offsets: Tensor, bias: Tensor | None, act: Format | None) -> Tensor:
-    return _forward(as_bf16(rows, act), w, bias, compute_config=_GROUPED, expert_layout=offsets)
+    return _forward(as_bf16(rows, act), w, compute_config=_GROUPED, expert_layout=offsets)
 
 
-def _forward(x: Tensor, w: Packed, bias: Tensor | None, **options: Any) -> Tensor:
+def _forward(x: Tensor, w: Packed, **options: Any) -> Tensor:
     from humming.forward import humming_forward
 
-    config = w.config if bias is None else dataclasses.replace(w.config, has_bias=True)
-    prepared = None if bias is None else _prepared(w, bias)
-    y: Tensor = humming_forward(config, inputs=x, bias=prepared, **w.tensors, **options)
+    y: Tensor = humming_forward(w.config, inputs=x, **w.tensors, **options)
     return y
-
-
-def _prepared(w: Packed, bias: Tensor) -> Tensor:
-    """The bias in humming's order, padded; kept until another one comes."""
-    from humming.transform import transform_humming_bias
-
-    version = -1 if bias.is_inference() else bias._version  # changes of inference tensors leave no trace
-    if w.bias is not None and w.bias[0]() is bias and w.bias[1] == version >= 0:
-        return w.bias[2]
-    narrow = calls.exactly(bias.detach(), torch.bfloat16, "humming")
-    prepared: Tensor = transform_humming_bias(torch.nn.functional.pad(narrow, (0, -w.shape[-2] % _PAD_N)))
-    w.bias = (weakref.ref(bias), version, prepared)
-    return prepared
 
 
 def _words(codes: Tensor) -> Tensor:
@@ -199,6 +180,8 @@ def _words(codes: Tensor) -> Tensor:
     return (codes.clone() if codes.data_ptr() % 4 else codes).view(torch.int32)
 
 
-def _check(x: Tensor) -> None:
+def _check(x: Tensor, *biases: Tensor | None) -> None:
     if x.dtype != torch.bfloat16:
         raise BackendError(f"humming's weights are packed for bf16 activations, not {x.dtype}")
+    if any(b is not None for b in biases):
+        raise BackendError("humming adds biases to results that are already rounded to bf16")

@@ -33,14 +33,9 @@ def codes(weight: Tensor, bits: int, n: int, k: int, native: bool) -> Tensor:
     return whole[:n, :k]
 
 
-def scales(t: Tensor, n: int, groups: int, blocks: bool) -> Tensor:
-    """[G', N'] -> [n, groups].
-
-    Args:
-        blocks: of 128 x 128: only transposed. Otherwise every 64 rows are an 8 x 8 square, transposed too.
-    """
-    if not blocks:
-        t = t.reshape(t.shape[0], -1, 8, 8).transpose(-1, -2).reshape(t.shape)
+def scales(t: Tensor, n: int, groups: int) -> Tensor:
+    """[G', N'] -> [n, groups]: every 64 rows are an 8 x 8 square, transposed."""
+    t = t.reshape(t.shape[0], -1, 8, 8).transpose(-1, -2).reshape(t.shape)
     return t.T[:n, :groups].contiguous()
 
 

@@ -55,9 +55,11 @@ def one_tensor_scale(w: QuantTensor, who: str) -> Tensor:
     return first.reshape(-1).contiguous()
 
 
-def check_readable(w: QuantTensor, who: str) -> None:
+def check_readable(w: QuantTensor, who: str, shift: int = 0) -> None:
     """Weights that a kernel of 16-bit numbers decodes: all finite, and each a normal bfloat16 or zero.
 
+    Args:
+        shift: powers of two below their values that the kernel holds them at.
     Raises:
         BackendError: a NaN or infinite scale or element, or one whose product with its scale leaves bfloat16's range,
             which kernels that shift exponents get wrong without a word. Waits for the device.
@@ -76,7 +78,7 @@ def check_readable(w: QuantTensor, who: str) -> None:
         if specials is not None and bool(((w.codes & specials) == specials).any()):
             raise BackendError(f"a weight is NaN or infinite, and {who} does not carry that into the result")
     if w.format.scale == "e8m0":
-        low, high = 1 + element.mantissa_bits - element.emin, 254 - element.emax
+        low, high = 1 + element.mantissa_bits - element.emin + shift, 254 - element.emax
         outside = (scales < low) | (scales > high)
         if bool(outside.any()) and bool((_used_blocks(w) & outside).any()):
             raise BackendError(

@@ -30,7 +30,7 @@ class Packed:
 
     Attributes:
         codes: the canonical ones; FP8 experts' transposed, [E, K, N].
-        scales: transposed, [K / 32, N], [E, K / 32, N] or [E, K / 128, N / 128]; of MXFP4 experts the canonical ones.
+        scales: transposed, [K / 32, N], [K / 128, N / 128] or [E, K / 32, N]; of MXFP4 experts the canonical ones.
         format, shape, rule: of the canonical tensor.
     """
 

@@ -14,7 +14,7 @@ LINEAR = {
     ("mxfp8_e5m2", "mxfp8_e5m2"): 64,
     ("fp8_block128", "fp8_group128"): 256,
 }
-MOE = ("mxfp4", "mxfp8_e4m3", "mxfp8_e5m2", "fp8_block128")
+MOE = ("mxfp4", "mxfp8_e4m3", "mxfp8_e5m2")
 
 
 def refuse(problem: Problem) -> str | None:
@@ -41,12 +41,12 @@ def _linear(problem: Problem) -> str | None:
 
 
 def _moe(problem: Problem) -> str | None:
+    if problem.weight == "fp8_block128":
+        return "its grouped product rounds block FP8 weights times their scales to bf16"
     if problem.weight not in MOE:
         return f"its grouped product has no weights in {problem.weight}"
     if problem.dtype != "bf16":
         return (
             f"its grouped product holds scales in the activations' range: bf16, and these are {problem.dtype}"
         )
-    return not_as_bf16(problem) or sizes(
-        problem, *((128, 128) if problem.weight == "fp8_block128" else (8, 32))
-    )
+    return not_as_bf16(problem) or sizes(problem, 8, 32)
