@@ -27,10 +27,10 @@ def _refuse_nothing(problem: Problem) -> str | None:
 
 
 # Native first, emulation last: the order is the only priority. Adapters to other packages stand behind our own
-# kernels: where both were measured (docs/benchmarks-gpu.md, NVIDIA H200) ours lead but for a linear of 8192 x 8192 at
-# 128 tokens, and how many tokens will come is not known when a layer is placed. Elsewhere nothing was measured. Among
-# adapters, the one that needs no further package comes first, then those whose products take quantised activations as
-# they are, then the one that widens them to bf16.
+# kernels: where both were measured (docs/benchmarks-gpu.md, NVIDIA H200) ours lead or tie but for a linear of
+# 8192 x 8192 at 128 tokens, and how many tokens will come is not known when a layer is placed. Elsewhere nothing was
+# measured. Among adapters, the one that needs no further package comes first, then those whose products take quantised
+# activations as they are, then the one that widens them to bf16.
 BACKENDS: tuple[Backend, ...] = (
     Backend(
         "cpu",
