@@ -16,8 +16,10 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 @pytest.mark.parametrize("case", list(cases()), ids=lambda c: c.name)
 @pytest.mark.parametrize("backend", BACKENDS, ids=lambda b: b.name)
 def test_backend_is_within_the_kernel_error_budget(backend: Backend, case: Case, seed: int) -> None:
-    why = backend.refuse(case.problem(detect(), DEVICE))
+    problem = case.problem(detect(), DEVICE)
+    why = backend.refuse(problem)
     if why is not None:
         pytest.skip(why)
-    worst = run(case, load(backend), DEVICE, torch.Generator().manual_seed(seed))
+    how = backend.accumulation(problem)
+    worst = run(case, load(backend), DEVICE, torch.Generator().manual_seed(seed), how)
     assert worst <= 1.0, f"error is {worst:.3g} times the permitted one"

@@ -7,11 +7,12 @@ from importlib.metadata import EntryPoint
 
 import pytest
 
-from microscale.activations import GPT_OSS
+from microscale.activations import GPT_OSS, Activation
 from microscale.backends import BACKENDS, _load, merge, table
 from microscale.errors import NoBackendError
+from microscale.formats import FORMATS
 from microscale.invented import INVENTED
-from microscale.machine import CORE, Machine
+from microscale.machine import CORE, PACKAGES, READ, SHORT, Machine
 from microscale.oracle import Backend, Choice, Problem, choose
 
 MOE = Problem(
@@ -45,13 +46,83 @@ def test_a16_mxfp4_experts_run_everywhere(machine: Machine) -> None:
 @pytest.mark.parametrize("machine", INVENTED.values(), ids=lambda m: m.name)
 def test_quantised_activations_run_everywhere(machine: Machine) -> None:
     choice = choose(LINEAR_A8.on(machine), BACKENDS)
-    assert choice.backend.name == "emulation"
+    assert choice.backend.name == ("torch_scaled" if machine.name in ("h200", "arc-b580") else "emulation")
     if machine.device == "cpu":
         why = "activations quantised to fp8_group128 are not implemented in the C++ core yet"
         assert dict(choice.refused)["cpu"] == why
     if machine.name in GPUS:
         why = "activations quantised to fp8_group128 are not implemented in Triton yet"
         assert dict(choice.refused)["triton"] == why
+
+
+PLAIN_MOE = replace(MOE, bias=False, activation=Activation("silu"))
+MXFP4 = Problem("linear", "mxfp4", 4096, 4096)
+NVFP4 = Problem("linear", "nvfp4", 4096, 4096, act="nvfp4")
+BLOCK = Problem("linear", "fp8_block128", 7168, 2048, act="fp8_group128")
+
+
+@pytest.mark.parametrize(
+    "name, packages, problem, expected",
+    [
+        ("a100", (), replace(MXFP4, act="mxfp8_e4m3"), "emulation"),
+        ("a100", ("humming",), replace(MXFP4, act="mxfp8_e4m3"), "humming"),
+        ("h200", (), BLOCK, "torch_scaled"),
+        ("h200", ("flashinfer",), NVFP4, "emulation"),
+        ("h200", ("humming",), replace(PLAIN_MOE, act="mxfp8_e4m3"), "humming"),
+        ("h200", ("humming",), replace(MOE, act="mxfp8_e4m3"), "emulation"),
+        ("b200", (), NVFP4, "torch_scaled"),
+        ("b200", (), BLOCK, "emulation"),
+        ("b200", ("flashinfer", "humming"), replace(PLAIN_MOE, act="mxfp8_e4m3"), "flashinfer"),
+        ("b200", ("flashinfer",), replace(MOE, act="mxfp8_e4m3"), "emulation"),
+        ("mi300x", ("aiter",), BLOCK, "emulation"),
+        ("mi355x", (), replace(MXFP4, act="mxfp4"), "emulation"),
+        ("mi355x", ("aiter",), replace(MXFP4, act="mxfp4"), "aiter"),
+        ("mi355x", ("aiter",), BLOCK, "aiter"),
+        ("arc-b580", (), replace(MXFP4, act="mxfp4"), "emulation"),
+        ("arc-b580", ("xpu_kernels",), replace(MXFP4, act="mxfp4"), "xpu_kernels"),
+        ("arc-b580", ("xpu_kernels",), replace(MOE, act="mxfp8_e4m3"), "xpu_kernels"),
+        ("arc-b580", ("xpu_kernels",), BLOCK, "torch_scaled"),
+    ],
+)
+def test_what_installed_packages_are_good_for(
+    name: str, packages: tuple[str, ...], problem: Problem, expected: str
+) -> None:
+    machine = INVENTED[name].with_packages(SHORT[p] for p in packages)
+    choice = choose(problem.on(machine), BACKENDS)
+    assert choice.backend.name == expected, choice.explain()
+
+
+def test_gfx942_is_refused_because_of_its_fp8() -> None:
+    machine = INVENTED["mi300x"].with_packages(PACKAGES)
+    assert "E4M3FNUZ" in dict(choose(BLOCK.on(machine), BACKENDS).refused)["aiter"]
+
+
+@pytest.mark.parametrize("machine", INVENTED.values(), ids=lambda m: m.name)
+def test_an_installed_package_changes_nothing_for_16_bit_activations(machine: Machine) -> None:
+    everything = machine.with_packages(name for name in PACKAGES if name != "triton")
+    for weight in FORMATS:
+        for problem in (replace(MOE, weight=weight), replace(MXFP4, weight=weight)):
+            for device in {machine.device, "cpu"}:
+                alone, among = (choose(problem.on(m, device), BACKENDS) for m in (machine, everything))
+                assert alone.backend == among.backend
+                assert alone.numerics == among.numerics
+
+
+def test_a_choice_says_how_it_computes() -> None:
+    h200 = INVENTED["h200"]
+    assert choose(MOE.on(h200), BACKENDS).numerics == "activations stay bf16; products are summed in float32"
+    numerics = choose(BLOCK.on(h200), BACKENDS).numerics
+    assert numerics.startswith(
+        "activations are quantised to fp8_group128; products are summed by FP8 tensor cores"
+    )
+    assert "13 bits below the largest addend" in numerics
+
+
+def test_assumed_packages_do_not_replace_installed_ones() -> None:
+    old = replace(INVENTED["h200"], packages=(("humming-kernels", "0.1.2"),))
+    machine = old.with_packages(["humming-kernels", "amd-aiter"])
+    assert dict(machine.packages) == {"humming-kernels": "0.1.2", "amd-aiter": READ["amd-aiter"]}
+    assert machine.assumed == {"amd-aiter"}
 
 
 @pytest.mark.parametrize("machine", INVENTED.values(), ids=lambda m: m.name)

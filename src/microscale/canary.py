@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from microscale import env
+from microscale.accumulation import FLOAT32, Accumulation
 from microscale.backends import load, table
 from microscale.backends.contract import Contract
 from microscale.backends.dense_rules import CORE, choose_dense
@@ -78,7 +79,7 @@ class Placer:
     def linear(self, problem: Problem, w: QuantTensor) -> Placement:
         """Place one linear layer whose weight is [N, K]."""
         return self._place(
-            problem, (w,), lambda backend, packed: prove_linear(backend, packed[0], w, problem)
+            problem, (w,), lambda backend, packed, how: prove_linear(backend, packed[0], w, problem, how)
         )
 
     def moe(
@@ -91,8 +92,8 @@ class Placer:
     ) -> Placement:
         """Place the experts of one layer: w13 [E, rows, H], w2 [E, H, I], biases [E, rows] and [E, H]."""
 
-        def prove(backend: Contract, packed: tuple[Any, ...]) -> str:
-            return prove_moe(backend, packed, (w13, w2), (b13, b2), problem)
+        def prove(backend: Contract, packed: tuple[Any, ...], how: Accumulation) -> str:
+            return prove_moe(backend, packed, (w13, w2), (b13, b2), problem, how)
 
         return self._place(problem, (w13, w2), prove)
 
@@ -106,7 +107,7 @@ class Placer:
         def choose_here(failed: list[tuple[str, str]]) -> Choice:
             return choose_dense(problem, self.force, failed)
 
-        def prove(backend: Contract, _: tuple[Any, ...]) -> str:
+        def prove(backend: Contract, _packed: tuple[Any, ...], _how: Accumulation) -> str:
             return prove_dense(backend, w, bias, problem)
 
         failed = self._failed.setdefault(problem, [])
@@ -117,7 +118,7 @@ class Placer:
         self,
         problem: Problem,
         weights: tuple[QuantTensor, ...],
-        prove: Callable[[Contract, tuple[Any, ...]], str],
+        prove: Callable[[Contract, tuple[Any, ...], Accumulation], str],
     ) -> Placement:
         failed = self._failed.setdefault(problem, [])
         with torch.no_grad():
@@ -133,7 +134,7 @@ class Placer:
         self,
         problem: Problem,
         weights: tuple[QuantTensor, ...],
-        prove: Callable[[Contract, tuple[Any, ...]], str],
+        prove: Callable[[Contract, tuple[Any, ...], Accumulation], str],
         failed: list[tuple[str, str]],
         choose_here: Callable[[list[tuple[str, str]]], Choice],
     ) -> Placement:
@@ -147,7 +148,8 @@ class Placer:
                 if self.canary == "off":
                     proof = "not proved: the canary is off"
                 elif proof is None or self.canary == "all":
-                    proof = self._proven[problem, name] = prove(backend, packed)
+                    how = choice.backend.accumulation(problem)
+                    proof = self._proven[problem, name] = prove(backend, packed, how)
             except Exception as error:  # noqa: BLE001 (whatever a backend raises, the next one still gets its turn)
                 failed.append((name, _sentence(error)))
                 continue
@@ -158,7 +160,13 @@ class CanaryFailure(Exception):
     """The chosen backend computed something else than the reference."""
 
 
-def prove_linear(backend: Contract, packed: Any, w: QuantTensor, problem: Problem) -> str:
+def prove_linear(
+    backend: Contract,
+    packed: Any,
+    w: QuantTensor,
+    problem: Problem,
+    accumulation: Accumulation = FLOAT32,
+) -> str:
     """Run the packed layer on random tokens and compare its first and last rows with float64.
 
     Raises:
@@ -172,7 +180,8 @@ def prove_linear(backend: Contract, packed: Any, w: QuantTensor, problem: Proble
     worst = 0.0
     for start in sorted({0, max(n - count, 0) // height * height}):
         stop = min(start + count, n)
-        worst = max(worst, linear_budget(x, w.rows(start, stop), act=act).worst(y[:, start:stop]))
+        budget = linear_budget(x, w.rows(start, stop), act=act, accumulation=accumulation)
+        worst = max(worst, budget.worst(y[:, start:stop]))
     return _verdict(worst)
 
 
@@ -199,6 +208,7 @@ def prove_moe(
     weights: tuple[QuantTensor, QuantTensor],
     biases: tuple[Tensor | None, Tensor | None],
     problem: Problem,
+    accumulation: Accumulation = FLOAT32,
 ) -> str:
     """Send one random token to the first expert and one to the last, and compare with float64.
 
@@ -214,6 +224,7 @@ def prove_moe(
     options: dict[str, Any] = {"b13": biases[0], "b2": biases[1], "act": act}
     w13, w2 = packed
     y = backend.moe(x, ids, routing, w13, w2, problem.activation, **options)
+    options["accumulation"] = accumulation
     budget: Budget = moe_budget(x, ids, routing, *weights, problem.activation, **options)
     return _verdict(budget.worst(y))
 

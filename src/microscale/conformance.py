@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from microscale.accumulation import FLOAT32, Accumulation
 from microscale.activations import GPT_OSS, Activation
 from microscale.backends.contract import Contract
 from microscale.canary import DTYPE_WORDS
@@ -122,9 +123,26 @@ def cases(large: bool = False) -> Iterator[Case]:
             yield Case("linear", name, m, n, k)
         for m, i, h, e, t in moe_shapes:
             yield Case("moe", name, m, i, h, experts=e, top_k=t, activation=SILU)
+        yield Case("linear", name, 5, 256, 384, bias=False)
+        yield Case("moe", name, 9, 128, 256, experts=8, top_k=3, activation=SILU, bias=False)
         for act in ("a8", "a6", "a4"):
             yield Case("linear", name, 5, 128, 256, act=act)
             yield Case("moe", name, 5, 128, 256, act=act, experts=4, top_k=2, activation=GPT_OSS)
+            plain: dict[str, Any] = {"act": act, "bias": False}
+            yield Case("linear", name, 1, 384, 512, **plain)
+            yield Case(
+                "moe",
+                name,
+                7,
+                128,
+                256,
+                experts=4,
+                top_k=3,
+                activation=SILU,
+                padded=True,
+                mapped=True,
+                **plain,
+            )
     for dtype in (torch.float16, torch.float32):
         yield Case("linear", "mxfp4", 3, 64, 96, dtype=dtype)
         yield Case("moe", "nvfp4", 3, 64, 96, dtype=dtype, experts=4, top_k=2, activation=GPT_OSS)
@@ -138,9 +156,17 @@ def cases(large: bool = False) -> Iterator[Case]:
     yield Case("moe", "mxfp4", 9, 64, 96, experts=8, top_k=1, activation=SILU, weight_on_input=True)
 
 
-def run(case: Case, backend: Contract, device: str, generator: torch.Generator) -> float:
+def run(
+    case: Case,
+    backend: Contract,
+    device: str,
+    generator: torch.Generator,
+    accumulation: Accumulation = FLOAT32,
+) -> float:
     """Pack random weights, run the backend, compare with float64.
 
+    Args:
+        accumulation: how the backend's hardware adds up products: `Backend.accumulation` of the case's problem.
     Returns:
         The largest error as a fraction of the permitted one; infinity for an unexpected NaN or a value never written.
     Raises:
@@ -153,7 +179,7 @@ def run(case: Case, backend: Contract, device: str, generator: torch.Generator) 
         bias = _random((case.n,), generator, device, case.dtype) if case.bias else None
         packed = _packed(backend, w)
         y = backend.linear(x, packed, bias, act=act)
-        return _compare(y, linear_budget(x, w, bias, act), case)
+        return _compare(y, linear_budget(x, w, bias, act, accumulation=accumulation), case)
     rows = case.activation.rows(case.n)
     w13 = _weight(case, (case.experts, rows, case.k), generator, device)
     w2 = _weight(case, (case.experts, case.k, case.n), generator, device)
@@ -170,6 +196,7 @@ def run(case: Case, backend: Contract, device: str, generator: torch.Generator) 
     ids, weights = ids.to(device), weights.to(device)
     packed13, packed2 = _packed(backend, w13), _packed(backend, w2)
     y = backend.moe(x, ids, weights, packed13, packed2, case.activation, **options)
+    options["accumulation"] = accumulation
     return _compare(y, moe_budget(x, ids, weights, w13, w2, case.activation, **options), case)
 
 

@@ -8,7 +8,8 @@ import os
 import platform
 import shutil
 import sys
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
@@ -20,7 +21,32 @@ CORE = "microscale-core"
 
 # Optional packages that a backend may build on, and the names they are installed under: PyTorch's builds of Triton
 # for AMD and Intel have their own.
-PACKAGES = {"triton": ("triton", "triton-rocm", "pytorch-triton-rocm", "triton-xpu", "pytorch-triton-xpu")}
+PACKAGES = {
+    "triton": ("triton", "triton-rocm", "pytorch-triton-rocm", "triton-xpu", "pytorch-triton-xpu"),
+    "humming-kernels": ("humming-kernels",),
+    "vllm-xpu-kernels": ("vllm-xpu-kernels",),
+    "flashinfer-python": ("flashinfer-python",),
+    "amd-aiter": ("amd-aiter",),
+}
+
+# What the command line calls some of them: the backends that need them.
+SHORT = {
+    "triton": "triton",
+    "humming": "humming-kernels",
+    "xpu_kernels": "vllm-xpu-kernels",
+    "flashinfer": "flashinfer-python",
+    "aiter": "amd-aiter",
+}
+
+# The version of each that was read: what "as if it were installed" means where it is not. Adapters to other packages
+# refuse versions below it, and from the next minor one on (microscale.backends.adapters.common_rules).
+READ = {
+    "triton": "3.6.0",
+    "humming-kernels": "0.1.19",
+    "vllm-xpu-kernels": "0.1.16.2",
+    "flashinfer-python": "0.7.2.post1",
+    "amd-aiter": "0.1.7.post2.dev18",
+}
 
 _ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _XFEATURE_XTILEDATA = 158, 0x1023, 18
 
@@ -58,6 +84,7 @@ class Machine:
         compiler: path of a C++ compiler, or empty.
         core: the widest level that the C++ core was compiled for, or empty: it is not in this installation.
         core_missing: why it is not.
+        assumed: names of `packages` that are not really there; see `with_packages`.
     """
 
     name: str
@@ -72,11 +99,18 @@ class Machine:
     compiler: str = ""
     core: str = ""
     core_missing: str = ""
+    assumed: frozenset[str] = frozenset()
 
     @property
     def device(self) -> str:
         """Kind of device that models run on by default: the first GPU's, else "cpu"."""
         return self.gpus[0].kind if self.gpus else "cpu"
+
+    def with_packages(self, names: Iterable[str]) -> Machine:
+        """The same machine as if these packages of `PACKAGES` were installed, in the versions that were read."""
+        there = dict(self.packages)
+        added = {name: READ[name] for name in names if name not in there}
+        return replace(self, packages=tuple((there | added).items()), assumed=self.assumed | added.keys())
 
     @property
     def level(self) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+from microscale.accumulation import FLOAT32, Accumulation
 from microscale.activations import Activation
 from microscale.errors import NoBackendError
 from microscale.machine import CORE, Machine
@@ -23,6 +24,7 @@ class Problem:
         arch: of that device: "sm_90", "gfx942", ""; a CPU's level, see `Machine.level`.
         isa: the CPU's instruction sets.
         packages: names of the optional packages that are installed, `machine.CORE` for our own C++ core among them.
+        versions: (name, version) of those that have one, and of torch.
         n, k: output and input features. MoE: the hidden size H both, with `intermediate` between.
         intermediate, experts, top_k, activation: MoE only.
         bias: there is one (MoE: on either product).
@@ -38,6 +40,7 @@ class Problem:
     arch: str = ""
     isa: frozenset[str] = frozenset()
     packages: frozenset[str] = frozenset()
+    versions: frozenset[tuple[str, str]] = frozenset()
     intermediate: int = 0
     experts: int = 0
     top_k: int = 0
@@ -55,7 +58,12 @@ class Problem:
             isa=machine.isa,
             packages=frozenset(name for name, _ in machine.packages)
             | ({CORE} if machine.core else frozenset()),
+            versions=frozenset({*machine.packages, ("torch", machine.torch)}),
         )
+
+    def version(self, package: str) -> str:
+        """The installed version of a package; empty where it is not known."""
+        return next((version for name, version in self.versions if name == package), "")
 
     def __str__(self) -> str:
         shape = f"N={self.n} K={self.k}"
@@ -63,6 +71,10 @@ class Problem:
             shape = f"E={self.experts} T={self.top_k} H={self.k} I={self.intermediate}"
         where = f"{self.device} {self.arch}".strip()
         return f"{self.op} {self.weight} {self.act} {self.dtype} {shape} on {where}"
+
+
+def _float32(problem: Problem) -> Accumulation:
+    return FLOAT32
 
 
 @dataclass(frozen=True)
@@ -76,6 +88,7 @@ class Backend:
         how: one line on what it does.
         proven: where it ran for us, in words; shown by `explain` so that untried hardware is not mistaken for tried.
         before: an added backend's place in the table: in front of the one of this name.
+        accumulation: how the hardware that would run a problem adds up products; for the error budgets.
     """
 
     name: str
@@ -84,6 +97,7 @@ class Backend:
     how: str
     proven: str = ""
     before: str = "emulation"
+    accumulation: Callable[[Problem], Accumulation] = _float32
 
 
 @dataclass(frozen=True)
@@ -101,6 +115,13 @@ class Choice:
     backend: Backend
     refused: tuple[tuple[str, str], ...]
     skipped: tuple[str, ...] = ()
+
+    @property
+    def numerics(self) -> str:
+        """A sentence on what is done to the activations, and how products are added up."""
+        p = self.problem
+        acts = f"stay {p.dtype}" if p.act == "a16" else f"are quantised to {p.act}"
+        return f"activations {acts}; {self.backend.accumulation(p).sentence}"
 
     def explain(self) -> str:
         """One line for the chosen backend and one for each refused one."""

@@ -1,8 +1,9 @@
 """What a backend should give, in float64 on the same quantised operands, and how far from it a correct one may be.
 
 Derived, not guessed. A backend that decodes exactly, accumulates in float32 and rounds once to its output dtype
-stays within `linear_budget`. `moe_budget` also lets it round the intermediate once to the activations' dtype. What
-is lost against the unquantised weights is another budget and never enters here.
+stays within `linear_budget`. `moe_budget` also lets it round the intermediate once to the activations' dtype. Hardware
+that adds more coarsely than float32 says so with an `Accumulation`. What is lost against the unquantised weights is
+another budget and never enters here.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from microscale.accumulation import FLOAT32, Accumulation
 from microscale.activations import Activation
 from microscale.formats import Format
 from microscale.operands import local_ids, stored
@@ -59,18 +61,21 @@ def linear_budget(
     bias: Tensor | None = None,
     act: Format | None = None,
     dtype: torch.dtype | None = None,
+    accumulation: Accumulation = FLOAT32,
 ) -> Budget:
     """For `linear`: K float32 additions lose at most K * 2^-24 of the sum of magnitudes, the output rounding half
     an ulp of the result, or half a subnormal step.
 
     Args:
         dtype: of the output; x's by default.
+        accumulation: how products are added up.
     """
     a = stored(x, act, torch.float64)
-    y, magnitude, _ = _products(a, torch.zeros_like(a), w)
+    y, magnitude, spread = _products(a, _cuts(a, accumulation), w)
     if bias is not None:
         y, magnitude = y + bias.double(), magnitude + bias.double().abs()
-    return Budget(y, (w.shape[-1] + 2) * _EPS32 * magnitude + _output_rounding(y, dtype or x.dtype))
+    sums = (w.shape[-1] + 2) * _EPS32 * magnitude + _SIGMAS * spread.sqrt()
+    return Budget(y, sums + _output_rounding(y, dtype or x.dtype))
 
 
 def dense_budget(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Budget:
@@ -96,6 +101,7 @@ def moe_budget(
     weight_on_input: bool = False,
     act: Format | None = None,
     dtype: torch.dtype | None = None,
+    accumulation: Accumulation = FLOAT32,
 ) -> Budget:
     """For `moe`: the first product's error carried through the activation (by trying both ends of its interval),
     one rounding of the intermediate, the second product's own error, one rounding of each expert's share, and the
@@ -115,12 +121,12 @@ def moe_budget(
         # A weight on the input may be rounded into the input's dtype before the product.
         input_error = (u if weight_on_input else 0.0) * rows.abs()
         rows = stored(rows, act, torch.float64)
-        h, magnitude, spread = _products(rows, input_error, w13[e])
+        h, magnitude, spread = _products(rows, _either(input_error, _cuts(rows, accumulation)), w13[e])
         if b13 is not None:
             h, magnitude = h + b13[e].double(), magnitude + b13[e].double().abs()
         error = (w13.shape[-1] + 2) * _EPS32 * magnitude + _SIGMAS * spread.sqrt() + u * h.abs()
         middle, error = _through(h, error, activation, act, u)
-        part, magnitude, spread = _products(middle, error, w2[e])
+        part, magnitude, spread = _products(middle, _either(error, _cuts(middle, accumulation)), w2[e])
         if b2 is not None:
             part, magnitude = part + b2[e].double(), magnitude + b2[e].double().abs()
         systematic.index_add_(0, token, (w2.shape[-1] + 4) * _EPS32 * magnitude * after.abs())
@@ -128,6 +134,16 @@ def moe_budget(
         variance.index_add_(0, token, (u * part * after).square())
         y.index_add_(0, token, part * after)
     return Budget(y, systematic + _SIGMAS * variance.sqrt() + _output_rounding(y, dtype))
+
+
+def _cuts(x: Tensor, accumulation: Accumulation) -> Tensor:
+    """What a coarse adder loses, written as an error of x: `_products` then makes the right variance of it."""
+    return accumulation.deviation * x if accumulation.coarse else torch.zeros_like(x)
+
+
+def _either(a: Tensor, b: Tensor) -> Tensor:
+    """Independent errors of the same numbers, together."""
+    return (a.square() + b.square()).sqrt()
 
 
 def _products(x: Tensor, error: Tensor, w: QuantTensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -164,8 +180,16 @@ def _through(
     if act is None:
         return middle, moved
     rounded = stored(middle, act, torch.float64)
-    low, high = ((stored(middle + s * moved, act, torch.float64) - rounded).abs() for s in (-1.0, 1.0))
-    return rounded, torch.maximum(low, high)
+    together = torch.ones_like(middle)
+    trials = [together, -together]
+    if act.tensor_scale and middle.shape[-1]:
+        # The row's largest number makes its tensor scale. Where it moves against the others, the scales of their
+        # blocks may take the neighbouring code, which moving all of them together never shows.
+        peak = middle.abs() == middle.abs().amax(dim=-1, keepdim=True)
+        against = torch.where(peak, -together, together) * torch.where(middle < 0, -together, together)
+        trials += [against, -against]
+    moves = [(stored(middle + sign * moved, act, torch.float64) - rounded).abs() for sign in trials]
+    return rounded, torch.stack(moves).amax(dim=0)
 
 
 def _output_rounding(y: Tensor, dtype: torch.dtype) -> Tensor:

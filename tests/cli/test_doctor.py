@@ -79,6 +79,7 @@ def test_each_backend_says_what_it_lacks_and_what_to_install(cli: Cli) -> None:
         "the package triton is not installed": half,
     }
     package = next(p for p in found["packages"] if p["name"] == "triton")
+    assert package["refused"] is None
     assert package["would_add"][f"humming on {humming['device']}"] == half
     assert "pip install triton: humming on" in cli("doctor").stdout
 
@@ -117,6 +118,35 @@ def test_more_threads_than_cores() -> None:
 def test_the_unrelated_triton_kernels(monkeypatch: pytest.MonkeyPatch, file: str, unrelated: bool) -> None:
     monkeypatch.setattr(importlib.metadata, "files", lambda name: [PurePosixPath(file)])
     assert ("pip uninstall triton_kernels" in warnings(here())) is unrelated
+
+
+@pytest.mark.parametrize(
+    "file, unrelated", [("aiter/__init__.py", True), ("aiter/ops/gemm_op_a4w4.py", False)]
+)
+def test_the_unrelated_aiter(monkeypatch: pytest.MonkeyPatch, file: str, unrelated: bool) -> None:
+    monkeypatch.setattr(importlib.metadata, "files", lambda name: [PurePosixPath(file)])
+    assert ("AMD's is amd-aiter" in warnings(here())) is unrelated
+
+
+def test_a_package_of_another_version_is_said_to_be_unused(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    old = replace(detect(), packages=(("humming-kernels", "0.1.2"),))
+    monkeypatch.setattr("microscale.machine.detect", lambda: old)
+    monkeypatch.setattr(doctor, "_version", lambda name: "0.1.2" if name == "humming-kernels" else None)
+    found = document(cli("doctor", "--json"))
+    package = next(p for p in found["packages"] if p["name"] == "humming-kernels")
+    assert package["refused"].startswith(
+        "humming-kernels 0.1.2 is installed, and the interface that was read is that of"
+    )
+    assert "0.1.2; not used: humming-kernels 0.1.2 is installed" in cli("doctor").stdout
+
+
+def test_what_a_package_would_add_is_asked_with_the_version_that_was_read() -> None:
+    from microscale.backends import BACKENDS
+
+    humming = next(b for b in BACKENDS if b.name == "humming")
+    problem = Problem("linear", "mxfp4", 64, 64).on(INVENTED["h200"])
+    assert humming.refuse(problem) == "the package humming-kernels is not installed"
+    assert humming.refuse(doctor.as_if(problem, "humming-kernels")) is None
 
 
 def test_a_gpu_that_torch_does_not_see(monkeypatch: pytest.MonkeyPatch) -> None:

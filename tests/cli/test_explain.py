@@ -12,6 +12,7 @@ from typer.testing import Result
 
 import microscale.backends
 import microscale.plan
+from microscale.accumulation import HOPPER_FP8
 from microscale.cli.explain import proven
 from microscale.invented import INVENTED
 from microscale.oracle import Backend, Problem
@@ -46,10 +47,11 @@ def test_a_model_without_weights(cli: Cli) -> None:
     assert " ".join(experts.split()) == "experts 24 mxfp4 declared a16, run a16 fast 10.2 GB 1.27 GB"
     assert "total" in h200
     assert "13.8 GB    3.71 GB" in h200
-    assert "  + fast: fast products\n    proven on this kind of hardware (NVIDIA H200)\n" in h200
+    plain = "    activations stay bf16; products are summed in float32\n"
+    assert f"  + fast: fast products\n{plain}    proven on this kind of hardware (NVIDIA H200)\n" in h200
     assert "  not asked, being behind it in the table: emulation\n" in h200
     assert "cache takes 49.2 kB for each token, and 24.6 kB once beyond the window of 128." in h200
-    assert "  + emulation: slow products\n    proven on this kind of hardware (x86 CPUs)\n" in zen5
+    assert f"  + emulation: slow products\n{plain}    proven on this kind of hardware (x86 CPUs)\n" in zen5
     assert "  - fast: it is for CUDA, not for cpu\n" in zen5
 
 
@@ -157,6 +159,7 @@ def test_a_device_of_the_machine(cli: Cli) -> None:
     "arguments, message",
     [
         (("--machine", "h20"), "unknown machine 'h20'; did you mean h200? known: this, avx2-laptop"),
+        (("--with", "humm"), "unknown package 'humm'; did you mean humming? known: all, triton, humming"),
         (("--backend", "fats"), "unknown backend 'fats'; did you mean fast? known: picky, fast, emulation"),
         (("--act", "a5"), "unknown activation format 'a5'; known: a16, a8, a6, a4, mxfp4"),
         (("--act", "fp8_block128"), "unknown activation format 'fp8_block128'"),
@@ -201,6 +204,44 @@ def test_what_is_wrong_is_said(cli: Cli, arguments: tuple[str, ...], message: st
 def test_proven(text: str, machine: str, device: str, expected: bool) -> None:
     backend = Backend("b", "", lambda p: None, "", proven=text)
     assert proven(backend, INVENTED[machine], device) is expected
+
+
+def needs_flashinfer(problem: Problem) -> str | None:
+    return (
+        None if "flashinfer-python" in problem.packages else "the package flashinfer-python is not installed"
+    )
+
+
+def test_as_if_a_package_were_installed(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = (
+        Backend("flashinfer", "", needs_flashinfer, "quick", accumulation=lambda p: HOPPER_FP8),
+        Backend("emulation", "", lambda p: None, "slow"),
+    )
+    monkeypatch.setattr(microscale.plan, "table", lambda: made)
+    monkeypatch.setattr(microscale.backends, "table", lambda: made)
+    without = cli("explain", *SHAPE, "--machine", "b200").stdout
+    assert "- flashinfer: the package flashinfer-python is not installed" in without
+    assert "as if installed" not in without
+    for word in ("flashinfer", "flashinfer-python", "all"):
+        found = cli("explain", *SHAPE, "--machine", "b200", "--with", word).stdout
+        assert "flashinfer-python 0.7.2.post1" in found.split("as if installed:")[1].splitlines()[0]
+        assert "triton" not in found.split("as if installed:")[1].splitlines()[0]  # it is there anyway
+        assert (
+            "  + flashinfer: quick\n    activations stay bf16; products are summed by FP8 tensor cores"
+            in found
+        )
+        assert "never run by us on any hardware; its canary decides at load" in found
+
+
+def test_the_json_has_numerics_and_what_was_assumed(cli: Cli) -> None:
+    found = document(
+        cli("explain", *SHAPE, "--act", "a8", "--machine", "h200", "--with", "humming", "--json")
+    )
+    (machine,) = found["machines"]
+    assert machine["machine"]["assumed"] == ["humming-kernels"]
+    assert machine["machine"]["packages"]["humming-kernels"] == "0.1.19"
+    numerics = "activations are quantised to mxfp8_e4m3; products are summed in float32"
+    assert machine["layers"][0]["numerics"] == numerics
 
 
 def test_names_of_machines_are_data(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:

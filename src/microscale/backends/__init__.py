@@ -8,6 +8,12 @@ from functools import cache
 from importlib.metadata import entry_points
 from typing import cast
 
+from microscale.backends.adapters.aiter_rules import refuse as refuse_aiter
+from microscale.backends.adapters.flashinfer_rules import refuse as refuse_flashinfer
+from microscale.backends.adapters.humming_rules import refuse as refuse_humming
+from microscale.backends.adapters.torch_scaled_rules import accumulation as accumulation_torch_scaled
+from microscale.backends.adapters.torch_scaled_rules import refuse as refuse_torch_scaled
+from microscale.backends.adapters.xpu_kernels_rules import refuse as refuse_xpu_kernels
 from microscale.backends.contract import Contract
 from microscale.backends.cpu_rules import refuse as refuse_cpu
 from microscale.backends.triton_rules import refuse as refuse_triton
@@ -20,7 +26,11 @@ def _refuse_nothing(problem: Problem) -> str | None:
     return None
 
 
-# Native first, emulation last: the order is the only priority.
+# Native first, emulation last: the order is the only priority. Adapters to other packages stand behind our own
+# kernels: where both were measured (docs/benchmarks-gpu.md, NVIDIA H200) ours lead or tie but for a linear of
+# 8192 x 8192 at 128 tokens, and how many tokens will come is not known when a layer is placed. Elsewhere nothing was
+# measured. Among adapters, the one that needs no further package comes first, then those whose products take quantised
+# activations as they are, then the one that widens them to bf16.
 BACKENDS: tuple[Backend, ...] = (
     Backend(
         "cpu",
@@ -35,6 +45,37 @@ BACKENDS: tuple[Backend, ...] = (
         refuse_triton,
         "weights decoded in registers, multiplied in the activations' dtype, summed in float32; routing on the device",
         proven="NVIDIA H200",
+    ),
+    Backend(
+        "torch_scaled",
+        "microscale.backends.adapters.torch_scaled",
+        refuse_torch_scaled,
+        "torch's scaled_mm: both operands quantised, multiplied by hardware that scales blocks; experts one by one",
+        accumulation=accumulation_torch_scaled,
+    ),
+    Backend(
+        "xpu_kernels",
+        "microscale.backends.adapters.xpu_kernels",
+        refuse_xpu_kernels,
+        "vllm-xpu-kernels: oneDNN's products of quantised activations; experts' weights decoded to bf16 in registers",
+    ),
+    Backend(
+        "flashinfer",
+        "microscale.backends.adapters.flashinfer",
+        refuse_flashinfer,
+        "flashinfer-python: products of quantised activations on Blackwell; MXFP4 experts with MXFP8 rows in one call",
+    ),
+    Backend(
+        "aiter",
+        "microscale.backends.adapters.aiter",
+        refuse_aiter,
+        "amd-aiter: its Triton products of MXFP4 or block FP8 with each other; experts one by one",
+    ),
+    Backend(
+        "humming",
+        "microscale.backends.adapters.humming",
+        refuse_humming,
+        "humming-kernels: weights decoded in registers, activations multiplied in bf16, in batch-invariant kernels",
     ),
     Backend(
         "emulation",

@@ -125,6 +125,11 @@ def warnings(machine: Machine) -> list[str]:
             "the installed package triton_kernels is an unrelated one of that name on PyPI, not OpenAI's kernels: "
             "uninstall it (pip uninstall triton_kernels); microscale needs neither"
         )
+    if _unrelated_aiter():
+        found.append(
+            "the installed package aiter is an unrelated one of that name on PyPI, in the place of AMD's: "
+            "uninstall it (pip uninstall aiter); AMD's is amd-aiter"
+        )
     for tool, vendor, built in (
         ("nvidia-smi", "an NVIDIA", torch.version.cuda),
         ("rocm-smi", "an AMD", torch.version.hip),
@@ -159,17 +164,29 @@ def _devices(machine: Machine) -> list[str]:
 def _package(name: str, machine: Machine) -> dict[str, Any]:
     """An optional package, and what would change if it were installed: the backends are asked."""
     from microscale.backends import table
+    from microscale.backends.adapters.common_rules import missing
 
     installed, gains = _version(name), {}
+    why: str | None = None
     if installed is None:
         for device in _devices(machine):
             problems = [p.on(machine, device) for p in _matrix()]
             for b in table():
                 refused = [p for p in problems if b.refuse(p) is not None]
-                gain = sum(b.refuse(replace(p, packages=p.packages | {name})) is None for p in refused)
+                gain = sum(b.refuse(as_if(p, name)) is None for p in refused)
                 if gain:
                     gains[f"{b.name} on {device}"] = gain
-    return {"name": name, "installed": installed, "would_add": gains}
+    elif name != "triton":
+        why = missing(_matrix()[0].on(machine), name)
+    return {"name": name, "installed": installed, "refused": why, "would_add": gains}
+
+
+def as_if(problem: Problem, package: str) -> Problem:
+    """The same problem with an optional package installed, in the version that was read."""
+    from microscale.machine import READ
+
+    versions = problem.versions | {(package, READ[package])}
+    return replace(problem, packages=problem.packages | {package}, versions=versions)
 
 
 def _backend(backend: Backend, device: str, machine: Machine) -> dict[str, Any]:
@@ -213,6 +230,15 @@ def _unrelated_triton_kernels() -> bool:
     return any(file.name in _UNRELATED for file in files)
 
 
+def _unrelated_aiter() -> bool:
+    """PyPI's aiter has tools for asynchronous iterators; AMD's has a folder `ops`."""
+    try:
+        files = importlib.metadata.files("aiter") or []
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return bool(files) and not any("ops" in file.parts for file in files)
+
+
 def _version(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)
@@ -251,7 +277,8 @@ def _show(d: dict[str, Any], machine: Machine) -> None:
     for p in d["packages"]:
         gains = ", ".join(f"{who} runs {n} combinations more" for who, n in p["would_add"].items())
         advice = f"pip install {p['name']}: {gains}" if gains else "no backend would use it on this machine"
-        say(f"{p['name']:19}{p['installed'] or f'not installed; {advice}'}", hang=19)
+        there = f"{p['installed']}; not used: {p['refused']}" if p["refused"] else p["installed"]
+        say(f"{p['name']:19}{there or f'not installed; {advice}'}", hang=19)
     say()
     say("Backends, in the order they are asked", style="bold")
     for b in d["backends"]:

@@ -29,6 +29,15 @@ def explain(
         bool, typer.Option("--all-machines", help="This machine and all invented ones.")
     ] = False,
     device: Annotated[str | None, typer.Option(help="cpu, cuda ...: not the machine's first GPU.")] = None,
+    packages: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--with",
+            metavar="PACKAGE",
+            help="As if this optional package were installed (humming, flashinfer, xpu_kernels, aiter, triton, or "
+            "`all`); repeat for several.",
+        ),
+    ] = None,
     act: Annotated[
         str, typer.Option(help="How activations are stored: a16, a8, a6, a4, or a format.")
     ] = "a16",
@@ -48,6 +57,8 @@ def explain(
     Exit code 0; 1 where a layer has no backend (possible with --backend only).
 
     microscale explain gpt-oss-20b --machine h200 --machine zen5
+
+    microscale explain gpt-oss-20b --machine b200 --with flashinfer --act a8
     """
     from microscale import env
     from microscale.backends import table
@@ -59,7 +70,8 @@ def explain(
     if machine and "list" in machine:
         _list_machines(as_json)
         return
-    machines = _machines(machine or [], all_machines)
+    added = _packages(packages or [])
+    machines = [m.with_packages(added) for m in _machines(machine or [], all_machines)]
     backend = backend or env.backend()
     if backend is not None:
         known(backend, [b.name for b in table()], "backend")
@@ -132,6 +144,18 @@ def _machines(names: list[str], everything: bool) -> list[Machine]:
     return [detect() if name == HERE else INVENTED[name] for name in names or [HERE]]
 
 
+def _packages(names: list[str]) -> list[str]:
+    """The packages that `--with` names, by the backend that needs them or by their own name."""
+    from microscale.cli.output import known
+    from microscale.machine import PACKAGES, SHORT
+
+    found: list[str] = []
+    for name in names:
+        known(name, ("all", *SHORT, *(p for p in PACKAGES if p not in SHORT)), "package")
+        found += PACKAGES if name == "all" else [SHORT.get(name, name)]
+    return list(dict.fromkeys(found))
+
+
 def _check_shape(op: str, needed: tuple[str, ...], given: dict[str, Any]) -> None:
     missing = [f"--{key.replace('_', '-')}" for key in needed if key not in given]
     if missing:
@@ -177,6 +201,7 @@ def machine_document(m: Machine) -> dict[str, Any]:
         "memory_bytes": m.memory,
         "gpus": [{"kind": g.kind, "arch": g.arch, "name": g.name, "memory_bytes": g.memory} for g in m.gpus],
         "packages": dict(m.packages),
+        "assumed": sorted(m.assumed),
         "torch": m.torch,
     }
 
@@ -226,11 +251,14 @@ def _placed_document(p: Placed, plan: Plan) -> dict[str, Any]:
         document["refused"] = [{"backend": name, "reason": why} for name, why in p.refused]
     if p.choice is not None:
         backend = p.choice.backend
-        document |= {"how": backend.how, "not_asked": list(p.choice.skipped)}
+        document |= {
+            "how": backend.how,
+            "not_asked": list(p.choice.skipped),
+        }
         if backend.name != HOST:
-            document["proven"] = {
-                "on": backend.proven,
-                "here": proven(backend, plan.machine, plan.device),
+            document |= {
+                "numerics": p.choice.numerics,
+                "proven": {"on": backend.proven, "here": proven(backend, plan.machine, plan.device)},
             }
     return document
 
@@ -242,6 +270,8 @@ def _show(plan: Plan, first: bool) -> None:
     if not first:
         say()
     say(f"{what.model} on {machine.name}: {describe(machine, plan.device)}", style="bold")
+    if machine.assumed:
+        say(f"as if installed: {', '.join(f'{p} {v}' for p, v in machine.packages if p in machine.assumed)}")
     columns = ("layers", "count", "format", "numerics", "backend", "stored", "per token")
     rows = grid(*columns, right=("count", "stored", "per token"), wrap=("layers", "numerics"))
     for p in plan.placed:
@@ -271,15 +301,17 @@ def _show_reasons(plan: Plan) -> None:
                 None if p.choice is None else p.choice.backend,
                 p.refused,
                 p.choice.skipped if p.choice else (),
+                p.choice.numerics if p.choice else "",
             )
             answers.setdefault(key, []).append(p.layer.name)
-    for (backend, refused, skipped), names in answers.items():
+    for (backend, refused, skipped, numerics), names in answers.items():
         say(f"{', '.join(dict.fromkeys(names))}:")
         if backend is None:
             say("no backend: every one refused", indent=2)
         else:
             say(f"+ {backend.name}: {backend.how}", indent=2)
             if backend.name != HOST:
+                say(numerics, indent=4, hang=0)
                 say(_proven_line(backend, plan), indent=4, hang=0)
         for name, why in refused:
             say(f"- {name}: {why}", indent=2)
@@ -289,7 +321,7 @@ def _show_reasons(plan: Plan) -> None:
 
 def _proven_line(backend: Backend, plan: Plan) -> str:
     if not backend.proven:
-        return "we have not run it on any hardware yet"
+        return "never run by us on any hardware; its canary decides at load"
     if proven(backend, plan.machine, plan.device):
         return f"proven on this kind of hardware ({backend.proven})"
     return f"never run by us on this kind of hardware (only on: {backend.proven}); its canary decides at load"

@@ -10,6 +10,7 @@ import typer
 
 if TYPE_CHECKING:
     from microscale.conformance import Case
+    from microscale.machine import Machine
     from microscale.oracle import Backend
 
 _TORCH_DEVICE = {"rocm": "cuda"}
@@ -71,7 +72,9 @@ def selftest(
     outcomes = []
     for b, d, case in progress(work, "selftest"):
         why = b.refuse(case.problem(machine, d))
-        outcomes.append(Outcome(b.name, d, case, skipped=why) if why is not None else _run(b, d, case, seed))
+        outcomes.append(
+            Outcome(b.name, d, case, skipped=why) if why is not None else _run(b, d, case, seed, machine)
+        )
         if outcomes[-1].failed and fail_fast:
             break
     failed = [o for o in outcomes if o.failed]
@@ -84,7 +87,7 @@ def selftest(
         raise typer.Exit(1)
 
 
-def _run(backend: Backend, device: str, case: Case, seed: int) -> Outcome:
+def _run(backend: Backend, device: str, case: Case, seed: int, machine: Machine) -> Outcome:
     import torch
 
     from microscale.backends import load
@@ -94,7 +97,8 @@ def _run(backend: Backend, device: str, case: Case, seed: int) -> Outcome:
     generator = torch.Generator().manual_seed(seed)
     try:
         with torch.no_grad():
-            worst = run(case, load(backend), _TORCH_DEVICE.get(device, device), generator)
+            how = backend.accumulation(case.problem(machine, device))
+            worst = run(case, load(backend), _TORCH_DEVICE.get(device, device), generator, how)
     except Exception as error:  # noqa: BLE001 (whatever a backend raises is the finding)
         text = str(error).splitlines()[0] if str(error) else "no message"
         return Outcome(

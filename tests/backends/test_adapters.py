@@ -1,0 +1,335 @@
+"""Adapters to other packages' kernels against stubs with the packages' signatures, checks and layouts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from importlib import import_module
+from typing import Any
+
+import pytest
+import torch
+
+from microscale.accumulation import FLOAT32, HOPPER_FP8, Accumulation
+from microscale.activations import Activation
+from microscale.backends import BACKENDS
+from microscale.backends.adapters.common_rules import capability, missing
+from microscale.backends.adapters.operands import check_readable, one_tensor_scale, quantized_rows
+from microscale.backends.adapters.tiles import tiled, untiled
+from microscale.canary import Placer
+from microscale.conformance import SILU, Case, cases, run
+from microscale.errors import BackendError
+from microscale.formats import FORMATS, FP8_GROUP128, activation_format
+from microscale.invented import INVENTED
+from microscale.machine import PACKAGES, READ
+from microscale.operands import stored
+from microscale.oracle import Backend, Problem
+from microscale.quant import QuantTensor, dequantize, quantize
+from microscale.tolerance import linear_budget
+
+# (backend, invented machine that it is for, packages, options of its stub)
+TARGETS: list[tuple[str, str, tuple[str, ...], dict[str, Any]]] = [
+    ("torch_scaled", "h200", (), {"device": "cuda"}),
+    ("torch_scaled", "b200", (), {"device": "cuda"}),
+    ("torch_scaled", "arc-b580", (), {"device": "xpu"}),
+    ("humming", "h200", ("humming-kernels",), {}),
+    ("humming", "b200", ("humming-kernels",), {"native": True}),
+    ("xpu_kernels", "arc-b580", ("vllm-xpu-kernels",), {}),
+    ("flashinfer", "b200", ("flashinfer-python",), {}),
+    ("aiter", "mi355x", ("amd-aiter",), {}),
+]
+NAMES = tuple(dict.fromkeys(name for name, *_ in TARGETS))
+Stub = Callable[[str, dict[str, Any]], Any]
+
+
+def backend_of(name: str) -> Backend:
+    return next(b for b in BACKENDS if b.name == name)
+
+
+def target_problem(case: Case, machine: str, packages: tuple[str, ...]) -> Problem:
+    m = INVENTED[machine].with_packages(packages)
+    return case.problem(m, m.device)
+
+
+def edge_cases() -> Iterator[Case]:
+    """Beyond the conformance suite: sizes around the packages' tiles, with quantised activations and without."""
+    for weight in ("mxfp4", "mxfp8_e4m3", "nvfp4", "fp8_block128"):
+        for act in ("a16", "a8", "a4"):
+            for bias in (False, True):
+                for m, n, k in ((1, 256, 128), (33, 136, 288), (130, 160, 1056), (129, 272, 2944)):
+                    yield Case("linear", weight, m, n, k, act, bias=bias)
+                yield Case("moe", weight, 40, 160, 288, act, bias=bias, experts=5, top_k=3, activation=SILU)
+                yield Case("moe", weight, 3, 128, 384, act, bias=bias, experts=9, top_k=2, activation=SILU)
+
+
+def runnable(name: str, machine: str, packages: tuple[str, ...]) -> list[Case]:
+    refuse = backend_of(name).refuse
+    return [c for c in (*cases(), *edge_cases()) if refuse(target_problem(c, machine, packages)) is None]
+
+
+CASES = [
+    pytest.param(name, machine, packages, options, case, id=f"{name}-{machine}-{case.name}")
+    for name, machine, packages, options in TARGETS
+    for case in runnable(name, machine, packages)
+]
+
+
+@pytest.fixture
+def stub(monkeypatch: pytest.MonkeyPatch) -> Stub:
+    def put(name: str, options: dict[str, Any]) -> Any:
+        return import_module(f"stubs.{name}").stub(monkeypatch, **options)
+
+    return put
+
+
+@pytest.mark.parametrize("name, machine, packages, options, case", CASES)
+def test_the_call_is_right_by_numbers(
+    name: str,
+    machine: str,
+    packages: tuple[str, ...],
+    options: dict[str, Any],
+    case: Case,
+    stub: Stub,
+    seed: int,
+) -> None:
+    stub(name, options)
+    backend = backend_of(name)
+    how = backend.accumulation(target_problem(case, machine, packages))
+    worst = run(case, import_module(backend.module), "cpu", torch.Generator().manual_seed(seed), how)
+    assert worst <= 1.0, f"error is {worst:.3g} times the permitted one"
+
+
+def test_every_target_has_cases() -> None:
+    for name, machine, packages, _ in TARGETS:
+        found = {(c.op, c.weight) for c in runnable(name, machine, packages)}
+        assert {op for op, _ in found} == {"linear", "moe"}, f"{name} on {machine}"
+
+
+def matrix() -> list[Problem]:
+    problems = [
+        Problem(
+            op, weight, n, k, act, dtype, intermediate=192, experts=4, top_k=2, activation=Activation("silu")
+        )
+        for op in ("linear", "moe")
+        for weight in (*FORMATS, "q4_k")
+        for act in ("a16", *FORMATS, FP8_GROUP128.name)
+        for dtype in ("bf16", "fp16", "fp32")
+        for n, k in ((4096, 4096), (31, 33), (0, 0))
+    ]
+    return problems + [replace(p, bias=True) for p in problems]
+
+
+@pytest.mark.parametrize(
+    "machine", [*INVENTED.values(), replace(INVENTED["h200"], gpus=())], ids=lambda m: m.name
+)
+def test_refusals_are_total_and_sentences(machine: Any) -> None:
+    for m in (machine, machine.with_packages(PACKAGES)):
+        for name in NAMES:
+            refuse = backend_of(name).refuse
+            for device in {m.device, "cpu", "tpu"}:
+                for arch in (None, "", "sm_", "gfx1201", "sm_75"):
+                    for p in matrix()[:: 7 if arch is None else 61]:
+                        on = p.on(m, device)
+                        why = refuse(on if arch is None else replace(on, arch=arch))
+                        assert why is None or (why and why[-1] not in ".\n" and "\n" not in why)
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if n != "torch_scaled"])
+def test_without_its_package_it_says_which_one_is_missing(name: str) -> None:
+    machine, packages = next((m, p) for n, m, p, _ in TARGETS if n == name)
+    case = runnable(name, machine, packages)[0]
+    bare = case.problem(INVENTED[machine], INVENTED[machine].device)
+    assert backend_of(name).refuse(bare) == f"the package {packages[0]} is not installed"
+
+
+def test_only_versions_that_were_read() -> None:
+    h200 = INVENTED["h200"]
+
+    def why(version: str) -> str | None:
+        machine = replace(h200, packages=(("humming-kernels", version),))
+        return missing(Problem("linear", "mxfp4", 64, 64).on(machine), "humming-kernels")
+
+    assert why(READ["humming-kernels"]) is None
+    assert why("0.1.20") is None
+    assert why("0.1.19+cu130") is None
+    for other in ("0.1.18", "0.2.0", "1.0", "unknown"):
+        found = why(other)
+        assert found is not None
+        assert found.startswith(f"humming-kernels {other} is installed")
+        assert "at least 0.1.19 and below 0.2" in found
+
+
+def test_a_package_that_is_not_there_at_run_time_is_a_reason_for_the_next(seed: int) -> None:
+    machine = INVENTED["h200"].with_packages(["humming-kernels"])
+    problem = Problem("linear", "mxfp4", 64, 64).on(machine)
+    backends = [b for b in BACKENDS if b.name in ("humming", "emulation")]
+    placement = Placer(machine, backends, canary="all").linear(
+        problem, quantize(torch.randn(64, 64), "mxfp4")
+    )
+    assert placement.choice.backend.name == "emulation"
+    reason = dict(placement.choice.refused)["humming"]
+    assert reason == "it failed while the layer was placed: ModuleNotFoundError: No module named 'humming'"
+
+
+@pytest.mark.parametrize("name, machine, packages, options", TARGETS, ids=lambda v: str(v))
+def test_a_wrong_result_falls_to_the_next_backend_with_a_reason(
+    name: str,
+    machine: str,
+    packages: tuple[str, ...],
+    options: dict[str, Any],
+    stub: Stub,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The kernel's result is off; the canary finds out, for a linear and for experts.
+
+    By 5 %; of quantised experts by half, since an intermediate may take the neighbouring code.
+    """
+    stub(name, options)
+    module = import_module(backend_of(name).module)
+    for op, factor in (("linear", 1.05), ("moe", 1.5)):
+        right = getattr(module, op)
+        monkeypatch.setattr(module, op, lambda *a, right=right, by=factor, **k: right(*a, **k) * by)
+        case = max((c for c in runnable(name, machine, packages) if c.op == op), key=lambda c: c.n * c.k)
+        m = INVENTED[machine].with_packages(packages)
+        problem = case.problem(m, m.device)
+        backends = [b for b in BACKENDS if b.name in (name, "emulation")]
+        placer = Placer(m, backends, canary="all")
+        w = quantize(torch.randn(case.n, case.k), case.weight)
+        if op == "linear":
+            placement = placer.linear(problem, w)
+        else:
+            assert case.activation is not None
+            w13 = quantize(torch.randn(case.experts, case.activation.rows(case.n), case.k), case.weight)
+            w2 = quantize(torch.randn(case.experts, case.k, case.n), case.weight)
+            placement = placer.moe(problem, w13, w2)
+        assert placement.choice.backend.name == "emulation"
+        assert "the canary failed: its error is" in dict(placement.choice.refused)[name]
+
+
+@pytest.mark.parametrize("name, machine, packages, options", TARGETS, ids=lambda v: str(v))
+def test_gradients_are_those_of_emulation(
+    name: str, machine: str, packages: tuple[str, ...], options: dict[str, Any], stub: Stub
+) -> None:
+    stub(name, options)
+    found = (c for c in runnable(name, machine, packages) if c.op == "linear" and c.m)
+    case = next((c for c in found if c.bias or c.act == "a16"), None)
+    if case is None:
+        pytest.skip("it takes no biases, and quantised activations have no gradient")
+    module = import_module(backend_of(name).module)
+    w = quantize(torch.randn(case.n, case.k), case.weight)
+    act = activation_format(case.weight, case.act)
+    x = torch.randn(case.m, case.k, dtype=torch.bfloat16, requires_grad=True)
+    bias = torch.randn(case.n, dtype=torch.bfloat16, requires_grad=True) if case.bias else None
+    module.linear(x, module.pack(w), bias, act=act).float().sum().backward()
+    if bias is not None:
+        torch.testing.assert_close(bias.grad, torch.full_like(bias, case.m))
+    if act is None:
+        expected = dequantize(w).sum(0).expand(case.m, -1)
+        torch.testing.assert_close(x.grad, expected.bfloat16(), rtol=0.02, atol=0.05)
+
+
+@pytest.mark.parametrize("m, g", [(1, 1), (128, 4), (129, 5), (300, 90), (32, 3)])
+@pytest.mark.parametrize("lead", [(), (3,)])
+def test_tiles_are_where_ptx_says_and_come_back(m: int, g: int, lead: tuple[int, ...]) -> None:
+    scales = torch.randint(0, 256, (*lead, m, g), dtype=torch.uint8)
+    tiles = tiled(scales)
+    assert tiles.shape == (*lead, -(-m // 128) * 128 * -(-g // 4) * 4)
+    assert torch.equal(untiled(tiles, m, g), scales)
+    flat, one = tiles.reshape(-1, tiles.shape[-1])[0], scales.reshape(-1, m, g)[0]
+    for r, c in ((0, 0), (m - 1, g - 1), (m // 2, g // 2)):
+        tile = r // 128 * -(-g // 4) + c // 4
+        assert flat[tile * 512 + r % 32 * 16 + r % 128 // 32 * 4 + c % 4] == one[r, c]
+
+
+@pytest.mark.parametrize("act", ["mxfp8_e4m3", "mxfp4", "nvfp4", "fp8_group128"])
+def test_activations_are_quantised_as_the_reference_does(act: str) -> None:
+    from microscale.formats import get_format
+
+    fmt = get_format(act)
+    x = torch.randn(5, 256).bfloat16()
+    q = quantized_rows(x, fmt)
+    assert torch.equal(dequantize(q, torch.float64), stored(x, fmt, torch.float64))
+
+
+def with_scale(w: QuantTensor, value: float) -> QuantTensor:
+    scales = w.scales.clone()
+    scales[0, 0] = value
+    return replace(w, scales=scales)
+
+
+@pytest.mark.parametrize(
+    "fmt, value, wrong",
+    [
+        ("mxfp4", 255, "NaN or infinite"),
+        ("mxfp4", 253, "outside 2 .. 252"),
+        ("mxfp4", 1, "outside 2 .. 252"),
+        ("mxfp8_e4m3", 9, "outside 10 .. 246"),
+        ("mxfp8_e5m2", 240, "outside 17 .. 239"),
+        ("nvfp4", 0x7F, "NaN or infinite"),
+        ("nvfp4", 0xFF, "NaN or infinite"),
+        ("fp8_block128", float("nan"), "NaN or infinite"),
+        ("fp8_block128", float("inf"), "NaN or infinite"),
+    ],
+)
+def test_what_a_kernel_would_read_wrongly_is_refused(fmt: str, value: float, wrong: str) -> None:
+    w = quantize(torch.randn(128, 128), fmt)
+    check_readable(w, "it")
+    with pytest.raises(BackendError, match=wrong):
+        check_readable(with_scale(w, value), "it")
+
+
+def test_a_zero_block_may_have_any_finite_scale() -> None:
+    w = quantize(torch.zeros(8, 64), "mxfp4")
+    assert int(w.scales.max()) == 0
+    check_readable(w, "it")
+
+
+@pytest.mark.parametrize("fmt, code", [("mxfp8_e4m3", 0xFF), ("mxfp8_e5m2", 0x7C), ("mxfp8_e5m2", 0xFE)])
+def test_weights_that_are_no_numbers_are_refused(fmt: str, code: int) -> None:
+    w = quantize(torch.randn(8, 64), fmt)
+    w.codes[3, 5] = code
+    with pytest.raises(BackendError, match="a weight is NaN or infinite"):
+        check_readable(w, "it")
+
+
+def test_shards_with_scales_of_their_own_are_refused_where_there_is_one_argument() -> None:
+    w = quantize(torch.randn(2, 8, 32), "nvfp4")
+    assert one_tensor_scale(w, "it").shape == (2,)
+    fused = quantize(torch.randn(2, 8, 32), "nvfp4", row_ranges=(4, 4))
+    with pytest.raises(BackendError, match="one tensor scale for each matrix"):
+        one_tensor_scale(fused, "it")
+
+
+@pytest.mark.parametrize(
+    "arch, number", [("sm_90", 90), ("sm_100a", 100), ("sm_121", 121), ("", 0), ("gfx942", 0), ("sm_x", 0)]
+)
+def test_capability(arch: str, number: int) -> None:
+    assert capability(arch) == number
+
+
+def coarse(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    """x w^T as such tensor cores add: 32 products and the sum cut to 13 bits below the largest, promoted every 128."""
+    y = torch.zeros(x.shape[0], w.shape[0], dtype=torch.float64)
+    for start in range(0, x.shape[1], 128):
+        total = torch.zeros_like(y)
+        for k in range(start, start + 128, 32):
+            p = torch.cat((x[:, None, k : k + 32] * w[None, :, k : k + 32], total[..., None]), dim=-1)
+            step = 2.0 ** (p.abs().amax(-1, keepdim=True).clamp_min(1e-300).log2().floor() - 13)
+            total = (torch.trunc(p / step) * step).sum(-1)
+        y += total
+    return y
+
+
+def test_a_coarse_adder_stays_within_its_budget_and_beyond_that_of_float32() -> None:
+    """K is small: with many products the worst case of float32 is larger than what is lost on average here."""
+    x = torch.randn(16, 256, dtype=torch.float64)
+    w = quantize(torch.randn(512, 256), "fp8_block128")
+    a, d = stored(x, FP8_GROUP128, torch.float64), dequantize(w, torch.float64)
+
+    def worst(y: torch.Tensor, how: Accumulation = FLOAT32) -> float:
+        return linear_budget(x, w, act=FP8_GROUP128, dtype=torch.float32, accumulation=how).worst(y)
+
+    y = coarse(a, d)
+    assert worst(y) > 3.0
+    assert 0.1 < worst(y, HOPPER_FP8) <= 1.0
+    assert worst(a.flip(1) @ d.T, HOPPER_FP8) > 100.0
