@@ -95,6 +95,12 @@ void moe(int level, Address w13, Address outer13, Address w2, Address outer2, in
   check(status, "moe");
 }
 
+void rms_norm(int level, int dtype, Address x, int64_t m, int64_t n, int weight_dtype, Address w, float epsilon,
+              Address y) {
+  check(ms_rms_norm(level, dtype, at<const void>(x), m, n, weight_dtype, at<const void>(w), epsilon, at<void>(y)),
+        "rms_norm");
+}
+
 // Shapes: (batch, heads, key_heads, queries, tokens, width, value_width); strides: of q, k, v, three each, and the
 // mask's.
 void attend(int level, int dtype, float scale, std::array<int64_t, 7> shape, Address q, Address k, Address v,
@@ -148,6 +154,7 @@ NB_MODULE(_core, m) {
   m.def("linear", &linear);
   m.def("dense", &dense);
   m.def("moe", &moe);
+  m.def("rms_norm", &rms_norm);
   m.def("attend", &attend);
   m.def("level", &ms_level);
   m.def("compiled_level", &ms_compiled_level);

@@ -109,3 +109,17 @@ extern "C" int ms_dense(int level, int weight_dtype, const void *w, int64_t w_st
   }
   return MS_OK;
 }
+
+extern "C" int ms_rms_norm(int level, int dtype, const void *x, int64_t m, int64_t n, int weight_dtype, const void *w,
+                           float epsilon, void *y) {
+  using namespace microscale;
+  if (dtype < 0 || dtype >= MS_DTYPES || weight_dtype < 0 || weight_dtype >= MS_DTYPES || m < 0 || n < 1)
+    return MS_BAD_ARGUMENT;
+  const Dense *dense = dense_for(level, weight_dtype, dtype);
+  if (!dense) return MS_BAD_LEVEL;
+  const int64_t step = n * element_bytes(dtype);
+  for (int64_t i = 0; i < m; ++i)
+    dense->rms_norm(dtype, static_cast<const uint8_t *>(x) + i * step, weight_dtype, w, n, epsilon,
+                    static_cast<uint8_t *>(y) + i * step);
+  return MS_OK;
+}

@@ -97,6 +97,11 @@ int ms_moe(int level, const void *w13, const float *outer13, const void *w2, con
            const struct ms_activation *activation, const float *b13, const float *b2, int weight_on_input, void *y,
            int threads);
 
+/* y = w * x / sqrt(mean of x^2 + epsilon), row by row in float32: x and y [m, n] dense in `dtype`, w [n] of
+ * `weight_dtype`. On the calling thread: rows are few. */
+int ms_rms_norm(int level, int dtype, const void *x, int64_t m, int64_t n, int weight_dtype, const void *w,
+                float epsilon, void *y);
+
 /* Attention of a few queries, each head on its own, summed in float32:
  * y[b, i, h] = sum over t of softmax_t(scale * q[b, h, i] . k[b, g, t]) * v[b, g, t], with g = h / (heads / key_heads).
  *

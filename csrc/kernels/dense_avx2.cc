@@ -2,6 +2,7 @@
 #include <immintrin.h>
 
 #include "dense.h"
+#include "norm.h"
 
 namespace microscale {
 namespace {
@@ -47,6 +48,7 @@ extern const Dense avx2_dense = {
     MS_FP32,
     {dense_product<Avx2, MS_BF16>, dense_product<Avx2, MS_FP16>, dense_product<Avx2, MS_FP32>},
     dense_load,
+    rms_norm,
 };
 
 }  // namespace microscale

@@ -3,6 +3,7 @@
 #include <immintrin.h>
 
 #include "dense.h"
+#include "norm.h"
 
 namespace microscale {
 namespace {
@@ -35,6 +36,7 @@ struct Avx512Bf16 {
 
 }  // namespace
 
-extern const Dense avx512_bf16_dense = {MS_BF16, {dense_product<Avx512Bf16, MS_BF16>, nullptr, nullptr}, dense_load};
+extern const Dense avx512_bf16_dense = {
+    MS_BF16, {dense_product<Avx512Bf16, MS_BF16>, nullptr, nullptr}, dense_load, rms_norm};
 
 }  // namespace microscale

@@ -1,5 +1,6 @@
 // Any processor: the compiler's vectors of four.
 #include "dense.h"
+#include "norm.h"
 
 namespace microscale {
 namespace {
@@ -52,6 +53,7 @@ extern const Dense plain_dense = {
     MS_FP32,
     {dense_product<Plain, MS_BF16>, dense_product<Plain, MS_FP16>, dense_product<Plain, MS_FP32>},
     dense_load,
+    rms_norm,
 };
 
 }  // namespace microscale

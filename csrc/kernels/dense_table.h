@@ -1,5 +1,5 @@
-// What one instruction set level offers for weights that are not packed. As table.h, this is included by units compiled
-// for a level, which are reached through it alone.
+// What one instruction set level offers for weights that are not packed, and between products. As table.h, this is
+// included by units compiled for a level, which are reached through it alone.
 #pragma once
 #include <stdint.h>
 
@@ -25,6 +25,8 @@ struct Dense {
   int operand;                                                    // MS_BF16 or MS_FP32: what rows hold
   void (*product[MS_DTYPES])(const DenseProduct *);               // by the weights' dtype; null: not with this operand
   void (*load)(int dtype, const void *x, int64_t n, float *out);  // n numbers of `dtype` to float32
+  // y = w * x / sqrt(mean of x^2 + epsilon), n of each; w of another dtype perhaps.
+  void (*rms_norm)(int dtype, const void *x, int weight_dtype, const void *w, int64_t n, float epsilon, void *y);
 };
 
 extern const Dense plain_dense, avx2_dense, avx512_dense, avx512_bf16_dense;

@@ -34,6 +34,9 @@ def dense(
     threads: int,
     /,
 ) -> None: ...
+def rms_norm(
+    level: int, dtype: int, x: int, m: int, n: int, weight_dtype: int, w: int, epsilon: float, y: int, /
+) -> None: ...
 def attend(
     level: int,
     dtype: int,

@@ -1,4 +1,4 @@
-"""Linears with their own 16-bit weights, whose products of few rows the C++ core computes."""
+"""Linears whose weights are not quantised, and whose products of few rows the C++ core computes."""
 
 from __future__ import annotations
 
@@ -16,10 +16,9 @@ from microscale.machine import Machine
 from microscale.nn import device_kind, dtype_word
 from microscale.oracle import Problem
 
-# Rows above which PyTorch's product, which first copies weights into an order of its own, is the faster one; by
-# measurement (bench/dense.py), and never more than the core reads the weights once for.
-ROWS = {"avx2": 8, "avx512": 8, "avx512_bf16": 8, "amx": 8}
-_WIDTHS = (torch.bfloat16, torch.float16)
+# So many rows are few: for more, PyTorch's product, which puts weights into an order of its own first, is as fast
+# (bench/dense.py), and the core's would read them twice.
+ROWS = 8
 
 
 class DenseModule(nn.Module):
@@ -75,7 +74,6 @@ def _few(x: Tensor, w: Tensor, bias: Tensor | None, rows: int) -> bool:
         and x.shape[-1] == w.shape[1]
         and x.numel() <= rows * w.shape[1]
         and x.dtype is w.dtype
-        and x.dtype in _WIDTHS
         and (bias is None or bias.dtype is x.dtype)
         and x.is_cpu
         and w.is_cpu
@@ -104,4 +102,4 @@ def place_dense(module: nn.Module, made: type[DenseModule], dtype: torch.dtype, 
     host.__class__ = made
     host.placement, host.rows, host.core = placement, 0, F.linear
     if placement.choice.backend is CORE:
-        host.rows, host.core = ROWS[problem.arch], placement.backend.dense  # type: ignore[attr-defined]
+        host.rows, host.core = ROWS, placement.backend.dense  # type: ignore[attr-defined]

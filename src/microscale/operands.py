@@ -10,6 +10,8 @@ from microscale.errors import BackendError
 from microscale.formats import Format
 from microscale.quant import dequantize, quantize
 
+_FEW = 64  # numbers that Python compares sooner than an operator of torch is called
+
 
 def check_linear(x: Tensor, shape: tuple[int, ...], bias: Tensor | None) -> None:
     """x [..., K] and bias [N] against a weight of `shape` [N, K].
@@ -104,7 +106,11 @@ def _integers(what: str, t: Tensor) -> Tensor:
 def _check_range(what: str, values: Tensor, bound: int, where: str) -> None:
     if values.numel() == 0:
         return
-    least, greatest = (int(v) for v in values.aminmax())
+    if values.numel() <= _FEW and values.is_cpu and not torch.compiler.is_compiling():
+        listed = values.flatten().tolist()
+        least, greatest = min(listed), max(listed)
+    else:
+        least, greatest = (int(v) for v in values.aminmax())
     if least < -1 or greatest >= bound:
         bad = least if least < -1 else greatest
         raise BackendError(f"{what} {bad} is not in [-1, {bound}) ({where})")

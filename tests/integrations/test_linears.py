@@ -1,4 +1,4 @@
-"""Models whose 16-bit linears the C++ core runs: the same numbers but for rounding, the same weights, a switch."""
+"""Models whose linears the C++ core runs: the same numbers but for rounding, the same weights, a switch."""
 
 from __future__ import annotations
 
@@ -45,11 +45,11 @@ def decoded(model: Any, tokens: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 def test_a_dense_model_differs_by_rounding_alone(tmp_path: Path, dtype: torch.dtype, tied: bool) -> None:
     theirs = llama(tmp_path, dtype, tied)
     ours = microscale.load(tmp_path, device="cpu")
-    exact = LlamaForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    exact = LlamaForCausalLM.from_pretrained(tmp_path, dtype=torch.float64)
     made = [m for m in ours.modules() if isinstance(m, DenseLinear)]
     assert len(made) == 2 * 7 + 1
     assert (ours.lm_head.weight is ours.model.embed_tokens.weight) == tied
@@ -69,14 +69,6 @@ def test_weights_stay_where_the_file_is_mapped(tmp_path: Path) -> None:
         start = module.weight.data_ptr()
         inside = any(a <= start and start + module.weight.nbytes <= b for a, b, _ in mappings)
         assert inside, name
-
-
-def test_float32_stays_with_torch(tmp_path: Path) -> None:
-    theirs = llama(tmp_path, torch.float32, tied=False)
-    ours = microscale.load(tmp_path, device="cpu")
-    assert not any(isinstance(m, DenseModule) for m in ours.modules())
-    tokens = torch.randint(1, 128, (1, 12))
-    assert torch.equal(decoded(ours, tokens), decoded(theirs, tokens))
 
 
 def test_the_switch_and_a_forced_backend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

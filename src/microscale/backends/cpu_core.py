@@ -22,8 +22,8 @@ FORMAT_IDS = {name: i for i, name in enumerate(FORMATS)}  # enum ms_format
 DTYPE_IDS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}  # enum ms_dtype
 _KIND_IDS = {kind: i for i, kind in enumerate(KINDS)}  # enum ms_kind
 ALIGNMENT = 64  # bytes, of a packed buffer
-PRODUCTS = ("linear", "moe", "dense", "attend")
-_run: Any = _core  # through which products are called; see `timed`
+CALLS = ("linear", "moe", "dense", "attend", "rms_norm")
+_run: Any = _core  # through which these are called; see `timed`
 
 
 @cache
@@ -50,14 +50,14 @@ def level() -> int:
 
 
 class _Stopwatch:
-    """The core, its products timed."""
+    """The core, its calls timed."""
 
     def __init__(self, seconds: dict[str, float]) -> None:
         self._seconds = seconds
 
     def __getattr__(self, name: str) -> Any:
         call = getattr(_core, name)
-        if name not in PRODUCTS:
+        if name not in CALLS:
             return call
 
         def timed_call(*args: Any) -> None:
@@ -71,7 +71,7 @@ class _Stopwatch:
 
 @contextmanager
 def timed(seconds: dict[str, float]) -> Iterator[None]:
-    """For a while, add the seconds that each of `PRODUCTS` takes inside the core to `seconds`, by its name."""
+    """For a while, add the seconds that each of `CALLS` takes inside the core to `seconds`, by its name."""
     global _run
     before = _run
     _run = _Stopwatch(seconds)
@@ -150,6 +150,16 @@ def dense(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
         m,
         y.data_ptr(),
         torch.get_num_threads(),
+    )
+    return y
+
+
+def rms_norm(x: Tensor, w: Tensor, epsilon: float) -> Tensor:
+    """x [..., N], contiguous, over the root of its mean square, times w [N]; see `ms_rms_norm`."""
+    y, n = torch.empty_like(x), x.shape[-1]
+    types = DTYPE_IDS[x.dtype], DTYPE_IDS[w.dtype]
+    _run.rms_norm(
+        level(), types[0], x.data_ptr(), x.numel() // n, n, types[1], w.data_ptr(), epsilon, y.data_ptr()
     )
     return y
 

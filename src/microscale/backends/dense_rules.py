@@ -17,8 +17,8 @@ def refuse(problem: Problem) -> str | None:
     """Why the C++ core does not run this linear, or None."""
     if (why := device_refusal(problem)) is not None:
         return why
-    if problem.weight == "fp32":
-        return "PyTorch multiplies float32 weights as fast"
+    if problem.weight not in WEIGHTS:
+        return f"the core has no product for weights in {problem.weight}"
     if problem.dtype != problem.weight:
         return f"activations are {problem.dtype} and weights {problem.weight}"
     if problem.arch not in ("avx2", "avx512", "avx512_bf16", "amx"):

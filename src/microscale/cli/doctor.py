@@ -100,6 +100,7 @@ def environment() -> dict[str, dict[str, Any]]:
         "MICROSCALE_BACKEND": env.backend,
         "MICROSCALE_CANARY": env.canary,
         "MICROSCALE_CPU_LEVEL": env.cpu_level,
+        "MICROSCALE_DENSE": env.dense,
         "MICROSCALE_EMULATION_TILE": env.emulation_tile,
         "MICROSCALE_EMULATION_CACHE": env.emulation_cache,
         "MICROSCALE_TRANSFORMERS": env.transformers_hook,

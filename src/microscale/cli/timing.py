@@ -19,7 +19,13 @@ from microscale.machine import cache_bytes
 
 _EVERY = 4  # tokens between two looks at how fast the machine reads
 _ROUND = 256 << 20  # bytes that are read round, or eight times the caches
-_PARTS = {"moe": "experts", "linear": "linears", "dense": "linears", "attend": "attention"}
+_PARTS = {
+    "moe": "experts",
+    "linear": "linears",
+    "dense": "linears",
+    "attend": "attention",
+    "rms_norm": "norms",
+}
 
 
 @dataclass(frozen=True)

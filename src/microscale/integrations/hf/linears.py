@@ -1,4 +1,7 @@
-"""A host model's linears whose weights are not quantised: nn.Linear, and routers that hold such a weight themselves."""
+"""A host model's linears whose weights are not quantised: nn.Linear, and routers that hold such a weight themselves.
+
+With them gpt-oss' norms: eight small operators of torch for each.
+"""
 
 from __future__ import annotations
 
@@ -33,13 +36,20 @@ def dense_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 def place_linears(model: nn.Module, dtype: torch.dtype, placer: Placer) -> None:
     """Let the core run those linears of a model that it takes, each distinct problem proved once."""
+    found = False
     for _, module in dense_modules(model):
         made = dense_class(module)
         assert made is not None
         place_dense(module, made(), dtype, placer)
+        if isinstance(module, DenseModule) and type(module).__name__ == "DenseGptOssRouter":
+            found = True
+    if found:
+        from microscale.integrations.hf.gpt_oss import take_norms
+
+        take_norms(model)
 
 
 def _gpt_oss_router() -> Any:
-    from microscale.integrations.hf.router import DenseGptOssRouter
+    from microscale.integrations.hf.gpt_oss import DenseGptOssRouter
 
     return DenseGptOssRouter
