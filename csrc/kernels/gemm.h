@@ -3,7 +3,8 @@
 //
 // Every block of weights is summed on its own, in order of k, and its sum is then multiplied by the block's scale and
 // added to the total. So a decoder need not know scales, any scale is exact, and whether a tile was decoded for one row
-// or for a thousand, a row's result is the same to the bit.
+// or for a thousand, a row's result is the same to the bit. `D::order`: decoders may give every four steps in another
+// order, and all paths take that one; order(i) is the i-th of the four.
 #pragma once
 #include "table.h"
 #include "../layout.h"
@@ -102,10 +103,13 @@ inline void staged_rows(int64_t count, const typename V::Weights *w, const typen
   for (int block = 0; block < D::kBlocks; ++block, w += kSteps) {
     typename V::Sum sum[R];
     for (int r = 0; r < R; ++r) sum[r] = V::no_sum();
+    for (int four = 0; four < kSteps; four += 4)
 #pragma GCC unroll 4
-    for (int step = 0; step < kSteps; ++step)
+      for (int i = 0; i < 4; ++i) {
+        const int step = four + D::order(i);
 #pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) V::multiply(sum[r], w[step], x[r] + V::kStep * step);
+        for (int r = 0; r < R; ++r) V::multiply(sum[r], w[step], x[r] + V::kStep * step);
+      }
     for (int r = 0; r < R; ++r) {
       x[r] += V::kStep * kSteps;
       V::template add_block<D, kSpecial>(total[r], sum[r], scale[block]);

@@ -92,6 +92,7 @@ struct FourBits {
   const __m256i high = _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i *>(kTables.high)));
   const __m256i low = _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i *>(kTables.low)));
 
+  static constexpr int order(int i) { return i == 1 || i == 2 ? 3 - i : i; }
   // Columns 0 0 1 1 4 4 5 5 and 2 2 3 3 6 6 7 7.
   static constexpr int column(int part, int i) { return 2 * part + i % 2 + i / 2 * 4; }
   static __m256 columns(__m256 a, __m256 b) { return _mm256_hadd_ps(a, b); }
@@ -114,6 +115,7 @@ struct FourBits {
 
 // Other formats go through float16, whose conversion normalises subnormals; what is missing in the exponent is kShift.
 struct Halves {
+  static constexpr int order(int i) { return i; }
   // Columns 0 0 1 1 2 2 3 3 and 4 4 5 5 6 6 7 7.
   static constexpr int column(int part, int i) { return 4 * part + i; }
   static __m256 columns(__m256 a, __m256 b) {
@@ -228,7 +230,7 @@ struct Decoder256 {
   const Codes<kFormat> codes;
 
   static __m256 columns(__m256 a, __m256 b) { return Codes<kFormat>::columns(a, b); }
-
+  static constexpr int order(int i) { return Codes<kFormat>::order(i); }
   static constexpr int kParts = 8;
 
   template <bool kSpecial, class Emit>
