@@ -3,8 +3,8 @@
 //
 // Every block of weights is summed on its own, in order of k, and its sum is then multiplied by the block's scale and
 // added to the total. So a decoder need not know scales, any scale is exact, and whether a tile was decoded for one row
-// or for a thousand, a row's result is the same to the bit. `D::order`: decoders may give a block's steps in another
-// order, and every path takes that one; order(i) is the i-th step, and it is its own inverse.
+// or for a thousand, a row's result is the same to the bit. `D::order`: decoders may give every four steps in another
+// order, and all paths take that one; order(i) is the i-th of the four.
 #pragma once
 #include "table.h"
 #include "../layout.h"
@@ -12,44 +12,144 @@
 namespace microscale {
 namespace {
 
-// Few rows: they share each decoded vector while it is in a register. P panels at a time, so that enough sums are under
-// way to hide the latency of a multiplication.
-template <class V, class D, int R, int P, bool kSpecial>
-void direct(const PanelPlace *at, const uint8_t *weights, int64_t tiles, const typename V::Operand *const *rows,
-            float *out, int64_t stride) {
-  typename V::Total total[R][P];
-  const typename V::Operand *x[R];
-  const uint8_t *codes[P], *scales[P];
-  for (int p = 0; p < P; ++p) codes[p] = weights + at[p].codes, scales[p] = weights + at[p].scales;
-  for (int r = 0; r < R; ++r) {
-    x[r] = rows[r];
-    for (int p = 0; p < P; ++p) total[r][p] = V::no_total();
+// Q units' share of one tile, added to their totals. A unit is the columns of a panel that are summed together.
+template <class V, class D, int R, int Q, bool kSpecial>
+inline void units_of_tile(const D &decoder, const uint8_t *const *codes, const uint8_t *const *scales, int64_t tile,
+                          const typename V::Operand *const *x, typename V::Total (*total)[R]) {
+  // Or the compiler would load the tile's operands once for all units, and keep them on the stack.
+  __asm__ volatile("" ::: "memory");
+  for (int block = 0; block < D::kBlocks; ++block) {
+    typename V::Sum sum[Q][R];
+    for (int q = 0; q < Q; ++q)
+      for (int r = 0; r < R; ++r) sum[q][r] = V::no_sum();
+#pragma GCC unroll 8
+    for (int part = block * D::kParts / D::kBlocks; part < (block + 1) * D::kParts / D::kBlocks; ++part)
+#pragma GCC unroll 4
+      for (int q = 0; q < Q; ++q)
+        decoder.template steps<kSpecial>(codes[q], part, [&](int step, const typename V::Weights &w) {
+#pragma GCC unroll 16
+          for (int r = 0; r < R; ++r) V::multiply(sum[q][r], w, x[r] + V::kStep * step);
+        });
+    for (int q = 0; q < Q; ++q) {
+      const auto scale = D::template scale<kSpecial>(scales[q], tile, block);
+      for (int r = 0; r < R; ++r) V::template add_block<D, kSpecial>(total[q][r], sum[q][r], scale);
+    }
   }
+}
+
+// Few rows: they share each decoded vector while it is in a register. All panels of a group go through a tile before
+// the next one, as they lie in memory, Q units at a time, so that enough sums are under way to hide the latency of a
+// multiplication.
+template <class V, class D, int R, bool kSpecial>
+void direct(const PanelPlace *at, int64_t panels, const uint8_t *weights, int64_t tiles,
+            const typename V::Operand *const *rows, float *out, int64_t stride) {
+  constexpr int kMost = kGroupPanels * V::kUnits, Q = V::at_once(R);
+  typename V::Total total[kMost][R];
+  const typename V::Operand *x[R];
+  const uint8_t *codes[kMost], *scales[kMost];
+  const int units = static_cast<int>(panels) * V::kUnits;
+  for (int u = 0; u < units; ++u) {
+    const PanelPlace &place = at[u / V::kUnits];
+    codes[u] = weights + place.codes + u % V::kUnits * D::kUnitCodes;
+    scales[u] = weights + place.scales + u % V::kUnits * D::kUnitScales;
+    for (int r = 0; r < R; ++r) total[u][r] = V::no_total();
+  }
+  for (int r = 0; r < R; ++r) x[r] = rows[r];
   const D decoder{};
   for (int64_t tile = 0; tile < tiles; ++tile) {
-    for (int p = 0; p < P; ++p)
-      V::prefetch(codes[p] + V::kAhead * at[p].step, D::kTileBytes + tile_scale_bytes(D::kFormat));
-    for (int block = 0; block < D::kBlocks; ++block) {
-      typename V::Sum sum[R][P];
-      for (int r = 0; r < R; ++r)
-        for (int p = 0; p < P; ++p) sum[r][p] = V::no_sum();
-#pragma GCC unroll 8
-      for (int part = block * D::kParts / D::kBlocks; part < (block + 1) * D::kParts / D::kBlocks; ++part)
-#pragma GCC unroll 4
-        for (int p = 0; p < P; ++p)
-          decoder.template steps<kSpecial>(codes[p], part, [&](int step, const typename V::Weights &w) {
-            for (int r = 0; r < R; ++r) V::multiply(sum[r][p], w, x[r] + V::kStep * step);
-          });
-      for (int p = 0; p < P; ++p) {
-        const auto scale = D::template scale<kSpecial>(scales[p], tile, block);
-        for (int r = 0; r < R; ++r) V::template add_block<D, kSpecial>(total[r][p], sum[r][p], scale);
-      }
-    }
-    for (int p = 0; p < P; ++p) codes[p] += at[p].step, scales[p] += at[p].scale_step;
+    for (int p = 0; p < panels; ++p)
+      V::prefetch(codes[p * V::kUnits] + V::kAhead * at[p].step, D::kTileBytes + tile_scale_bytes(D::kFormat));
+    int u = 0;
+    if constexpr (Q > 1)
+      for (; u + Q <= units; u += Q)
+        units_of_tile<V, D, R, Q, kSpecial>(decoder, codes + u, scales + u, tile, x, total + u);
+    for (; u < units; ++u) units_of_tile<V, D, R, 1, kSpecial>(decoder, codes + u, scales + u, tile, x, total + u);
+    for (u = 0; u < units; ++u) codes[u] += at[u / V::kUnits].step, scales[u] += at[u / V::kUnits].scale_step;
     for (int r = 0; r < R; ++r) x[r] += 32;
   }
-  for (int r = 0; r < R; ++r)
-    for (int p = 0; p < P; ++p) V::store(out + r * stride + 16 * p, total[r][p]);
+  for (int u = 0; u < units; ++u)
+    for (int r = 0; r < R; ++r) V::template store<D>(out + r * stride + 16 / V::kUnits * u, total[u][r]);
+}
+
+template <class V, class D, int R, bool kSpecial>
+void direct_rows(int64_t count, const PanelPlace *at, int64_t panels, const Product &a,
+                 const typename V::Operand *const *rows, float *out) {
+  if constexpr (R > 1)
+    if (count < R) return direct_rows<V, D, R - 1, kSpecial>(count, at, panels, a, rows, out);
+  direct<V, D, R, kSpecial>(at, panels, a.weights, tiles(a.k), rows, out, a.stride);
+}
+
+// As few groups of rows as possible, all of about the same size: each decodes anew, from a cache.
+template <class V, class D, bool kSpecial>
+void few_rows(const Product &a, const PanelPlace *at, int64_t panels, float *out) {
+  const auto rows = reinterpret_cast<const typename V::Operand *const *>(a.rows);
+  const int64_t groups = (a.m + V::kRows - 1) / V::kRows;
+  for (int64_t g = 0, row = 0; g < groups; ++g) {
+    const int64_t count = (a.m - row) / (groups - g);
+    direct_rows<V, D, V::kRows, kSpecial>(count, at, panels, a, rows + row, out + row * a.stride);
+    row += count;
+  }
+}
+
+// R rows times one unit's tile that was decoded to `w`.
+template <class V, class D, int R, bool kSpecial>
+inline void staged_rows(int64_t count, const typename V::Weights *w, const typename V::Scale *scale,
+                        const typename V::Operand *const *rows, int64_t k, typename V::Total *total) {
+  if constexpr (R > 1)
+    if (count < R) return staged_rows<V, D, R - 1, kSpecial>(count, w, scale, rows, k, total);
+  constexpr int kSteps = 32 / V::kStep / D::kBlocks;
+  const typename V::Operand *x[R];
+  for (int r = 0; r < R; ++r) x[r] = rows[r] + k;
+  for (int block = 0; block < D::kBlocks; ++block, w += kSteps) {
+    typename V::Sum sum[R];
+    for (int r = 0; r < R; ++r) sum[r] = V::no_sum();
+    for (int four = 0; four < kSteps; four += 4)
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) {
+        const int step = four + D::order(i);
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r) V::multiply(sum[r], w[step], x[r] + V::kStep * step);
+      }
+    for (int r = 0; r < R; ++r) {
+      x[r] += V::kStep * kSteps;
+      V::template add_block<D, kSpecial>(total[r], sum[r], scale[block]);
+    }
+  }
+}
+
+// More rows, where registers are few: each tile of a unit is decoded into the L1 cache, which the decoder's constants
+// then need no registers for, and used by at most kBlockRows rows.
+template <class V, class D, bool kSpecial>
+void staged(const PanelPlace *at, int64_t panels, const Product &a, int64_t first, int64_t count, float *out) {
+  const auto rows = reinterpret_cast<const typename V::Operand *const *>(a.rows) + first;
+  const int units = static_cast<int>(panels) * V::kUnits;
+  const int64_t groups = (count + V::kStagedRows - 1) / V::kStagedRows;
+  typename V::Total total[kGroupPanels * V::kUnits][V::kBlockRows];
+  typename V::Weights w[32 / V::kStep];
+  typename V::Scale scale[D::kBlocks];
+  for (int u = 0; u < units; ++u)
+    for (int64_t r = 0; r < count; ++r) total[u][r] = V::no_total();
+  const D decoder{};
+  for (int64_t tile = 0; tile < tiles(a.k); ++tile)
+    for (int u = 0; u < units; ++u) {
+      const PanelPlace &place = at[u / V::kUnits];
+      const int unit = u % V::kUnits;
+      const uint8_t *codes = a.weights + place.codes + tile * place.step + unit * D::kUnitCodes;
+      const uint8_t *scales = a.weights + place.scales + tile * place.scale_step + unit * D::kUnitScales;
+      if (unit == 0) V::prefetch(codes + V::kAhead * place.step, D::kTileBytes + tile_scale_bytes(D::kFormat));
+#pragma GCC unroll 8
+      for (int part = 0; part < D::kParts; ++part)
+        decoder.template steps<kSpecial>(codes, part, [&](int step, const typename V::Weights &v) { w[step] = v; });
+      for (int block = 0; block < D::kBlocks; ++block) scale[block] = D::template scale<kSpecial>(scales, tile, block);
+      for (int64_t g = 0, row = 0; g < groups; ++g) {
+        const int64_t some = (count - row) / (groups - g);
+        staged_rows<V, D, V::kStagedRows, kSpecial>(some, w, scale, rows + row, 32 * tile, total[u] + row);
+        row += some;
+      }
+    }
+  for (int u = 0; u < units; ++u)
+    for (int64_t r = 0; r < count; ++r)
+      V::template store<D>(out + (first + r) * a.stride + 16 / V::kUnits * u, total[u][r]);
 }
 
 // R rows times P panels of decoded tiles; the totals so far are in `out`.
@@ -73,7 +173,7 @@ void decoded(const typename V::Weights *w, const PanelPlace *at, const uint8_t *
 #pragma GCC unroll 4
       for (int step = 0; step < kSteps; ++step, w += P)
         for (int r = 0; r < R; ++r)
-          for (int p = 0; p < P; ++p) V::multiply(sum[r][p], w[p], x[r] + V::kStep * D::order(step));
+          for (int p = 0; p < P; ++p) V::multiply(sum[r][p], w[p], x[r] + V::kStep * step);
       for (int r = 0; r < R; ++r) x[r] += V::kStep * kSteps;
       for (int p = 0; p < P; ++p) {
         const auto scale = D::template scale<kSpecial>(scales[p], t, block);
@@ -83,7 +183,7 @@ void decoded(const typename V::Weights *w, const PanelPlace *at, const uint8_t *
     for (int p = 0; p < P; ++p) scales[p] += at[p].scale_step;
   }
   for (int r = 0; r < R; ++r)
-    for (int p = 0; p < P; ++p) V::store(out + r * stride + 16 * p, total[r][p]);
+    for (int p = 0; p < P; ++p) V::template store<D>(out + r * stride + 16 * p, total[r][p]);
 }
 
 template <class V, class D, int P, bool kSpecial>
@@ -92,14 +192,13 @@ void decode(const PanelPlace *at, const uint8_t *weights, int64_t tile, int64_t 
   for (int64_t t = tile; t < tile + tiles; ++t, w += P * (32 / V::kStep))
     for (int p = 0; p < P; ++p)
       for (int part = 0; part < D::kParts; ++part)
-        decoder.template steps<kSpecial>(
-            weights + at[p].codes + t * at[p].step, part,
-            [&](int step, const typename V::Weights &v) { w[D::order(step) * P + p] = v; });
+        decoder.template steps<kSpecial>(weights + at[p].codes + t * at[p].step, part,
+                                         [&](int step, const typename V::Weights &v) { w[step * P + p] = v; });
 }
 
 template <class V, class D, int P, bool kSpecial>
 void many_rows(const Product &a, const PanelPlace *at, float *out) {
-  constexpr int kRows = V::kRows;
+  constexpr int kRows = V::kDecodedRows;
   constexpr int64_t kTileScratch = sizeof(typename V::Weights) * (32 / V::kStep) * P;
   const int64_t tiles = microscale::tiles(a.k), chunk = V::kScratch / kTileScratch;
   const auto rows = reinterpret_cast<const typename V::Operand *const *>(a.rows);
@@ -126,47 +225,26 @@ void many_rows(const Product &a, const PanelPlace *at, float *out) {
   }
 }
 
-template <class V, class D, int P, bool kSpecial>
-void few_rows(const Product &a, const PanelPlace *at, float *out) {
-  const auto rows = reinterpret_cast<const typename V::Operand *const *>(a.rows);
-  const int64_t tiles = microscale::tiles(a.k);
-  switch (a.m) {
-    case 1: direct<V, D, 1, P, kSpecial>(at, a.weights, tiles, rows, out, a.stride); break;
-    case 2: direct<V, D, 2, P, kSpecial>(at, a.weights, tiles, rows, out, a.stride); break;
-    case 3: direct<V, D, (V::kDirect >= 3 ? 3 : 1), P, kSpecial>(at, a.weights, tiles, rows, out, a.stride); break;
-    case 4: direct<V, D, (V::kDirect >= 4 ? 4 : 1), P, kSpecial>(at, a.weights, tiles, rows, out, a.stride); break;
-  }
-}
-
-// P panels from `panel` on.
-template <class V, class D, int P, bool kSpecial>
-void some_panels(const Product &a, int64_t panel, float *out) {
-  PanelPlace at[P];
-  for (int i = 0; i < P; ++i) at[i] = panel_place(D::kFormat, a.n, a.k, panel + i);
-  if (a.m <= V::kDirect)
-    few_rows<V, D, P, kSpecial>(a, at, out);
-  else
-    many_rows<V, D, P, kSpecial>(a, at, out);
-}
-
 template <class V, class D, bool kSpecial>
 void product(const Product &a) {
-  for (int64_t p = 0; p < a.count;) {
+  PanelPlace at[kGroupPanels];
+  for (int64_t p = 0; p < a.count; p += kGroupPanels) {
+    const int64_t panels = a.count - p < kGroupPanels ? a.count - p : kGroupPanels;
+    for (int64_t i = 0; i < panels; ++i) at[i] = panel_place(D::kFormat, a.n, a.k, a.first + p + i);
     float *out = a.out + 16 * p;
-    const int64_t panel = a.first + p, left = a.count - p;
-    if (a.m == 1 && left >= V::kSinglePanels) {
-      PanelPlace at[V::kSinglePanels];
-      for (int i = 0; i < V::kSinglePanels; ++i) at[i] = panel_place(D::kFormat, a.n, a.k, panel + i);
-      direct<V, D, 1, V::kSinglePanels, kSpecial>(at, a.weights, microscale::tiles(a.k),
-                                                  reinterpret_cast<const typename V::Operand *const *>(a.rows), out,
-                                                  a.stride);
-      p += V::kSinglePanels;
-    } else if (left >= V::kPanels) {
-      some_panels<V, D, V::kPanels, kSpecial>(a, panel, out);
-      p += V::kPanels;
+    if (a.m <= V::few(D::kBlocks)) {
+      few_rows<V, D, kSpecial>(a, at, panels, out);
+    } else if constexpr (V::kScratch == 0) {
+      const int64_t groups = (a.m + V::kBlockRows - 1) / V::kBlockRows;
+      for (int64_t g = 0, row = 0; g < groups; ++g) {
+        const int64_t count = (a.m - row) / (groups - g);
+        staged<V, D, kSpecial>(at, panels, a, row, count, out);
+        row += count;
+      }
     } else {
-      some_panels<V, D, 1, kSpecial>(a, panel, out);
-      p += 1;
+      int64_t i = 0;
+      for (; i + V::kPanels <= panels; i += V::kPanels) many_rows<V, D, V::kPanels, kSpecial>(a, at + i, out + 16 * i);
+      for (; i < panels; ++i) many_rows<V, D, 1, kSpecial>(a, at + i, out + 16 * i);
     }
   }
 }

@@ -11,7 +11,8 @@ struct Avx512Bf16 : Avx512 {
   using Operand = uint16_t;
   using Weights = __m512i;  // 16 columns x 2 k
   static constexpr int kStep = 2;
-  static constexpr int kDirect = 4, kRows = 6;
+  static constexpr int kRows = 8, kDecodedRows = 6;
+  static constexpr int at_once(int rows) { return rows <= 2 ? 4 : rows <= 4 ? 2 : 1; }
 
   static void multiply(Sum &sum, const Weights &w, const Operand *x) {
     int32_t both;
@@ -21,6 +22,11 @@ struct Avx512Bf16 : Avx512 {
   template <class Emit>
   static void emit(int pair, __m512i v, Emit &&emit) {
     emit(pair, v);
+  }
+  // `upper` takes the upper words of both: exact, where they have at most 8 significant bits.
+  template <class Emit>
+  static void emit_floats(int pair, __m512 even, __m512 odd, __m512i upper, Emit &&emit) {
+    emit(pair, _mm512_permutex2var_epi16(_mm512_castps_si512(even), upper, _mm512_castps_si512(odd)));
   }
 };
 

@@ -1,6 +1,6 @@
 // AVX2 vectors and decoders for gemm.h. A word of a tile holds codes of one column for both parities of k, so
 // neighbouring lanes hold even and odd k of one column: rows are read two floats at a time, and the lanes are added in
-// pairs at a block's end.
+// pairs at the very end.
 #pragma once
 #include <immintrin.h>
 
@@ -12,28 +12,24 @@ namespace {
 
 struct Avx2 {
   using Operand = float;
-  // 16 columns x 2 k. FourBits fills them in another order of columns than Halves; each undoes its own.
+  // 8 columns x 2 k: two lanes for each column, in the decoder's order of columns.
   struct Weights {
-    __m256 part[4];
+    __m256 part[2];
   };
-  struct Sum {
-    __m256 part[4];
-  };
-  struct Total {
-    __m256 half[2];  // columns 0 to 7, 8 to 15
-  };
-  static constexpr int kStep = 2, kDirect = 2, kRows = 3, kPanels = 1, kSinglePanels = 1;
-  static constexpr int64_t kAhead = 1, kScratch = 16 << 10;
+  using Sum = Weights;
+  using Scale = Weights;
+  using Total = Weights;
+  static constexpr int kStep = 2, kUnits = 2, kRows = 4, kStagedRows = 6, kBlockRows = 24;
+  static constexpr int64_t kAhead = 2, kScratch = 0;
+  // Twice as many blocks leave no registers for sums of more rows.
+  static constexpr int few(int blocks) { return blocks == 1 ? 4 : 2; }
+  static constexpr int at_once(int rows) { return rows == 1 ? 4 : rows == 2 ? 2 : 1; }
 
-  static Sum no_sum() {
-    const __m256 zero = _mm256_setzero_ps();
-    return {{zero, zero, zero, zero}};
-  }
+  static Sum no_sum() { return {{_mm256_setzero_ps(), _mm256_setzero_ps()}}; }
   static Total no_total() { return {{_mm256_setzero_ps(), _mm256_setzero_ps()}}; }
-  static Total load(const float *p) { return {{_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}}; }
+  template <class D>
   static void store(float *p, const Total &t) {
-    _mm256_storeu_ps(p, t.half[0]);
-    _mm256_storeu_ps(p + 8, t.half[1]);
+    _mm256_storeu_ps(p, D::columns(t.part[0], t.part[1]));
   }
   static void prefetch(const uint8_t *p, int64_t bytes) {
     for (int64_t i = 0; i < bytes; i += 64) _mm_prefetch(reinterpret_cast<const char *>(p + i), _MM_HINT_T0);
@@ -42,99 +38,114 @@ struct Avx2 {
     double both;
     __builtin_memcpy(&both, x, 8);
     const __m256 pair = _mm256_castpd_ps(_mm256_set1_pd(both));
-    for (int i = 0; i < 4; ++i) sum.part[i] = _mm256_fmadd_ps(w.part[i], pair, sum.part[i]);
+    for (int i = 0; i < 2; ++i) sum.part[i] = _mm256_fmadd_ps(w.part[i], pair, sum.part[i]);
   }
   template <class D, bool kSpecial>
-  static void add_block(Total &total, const Sum &sum, const Total &scale) {
+  static void add_block(Total &total, const Sum &sum, const Scale &scale) {
     for (int i = 0; i < 2; ++i) {
-      __m256 s = D::columns(sum.part[2 * i], sum.part[2 * i + 1]);
+      __m256 s = sum.part[i];
       if constexpr (kSpecial && D::kShift != 0) s = _mm256_mul_ps(s, _mm256_set1_ps(power_of_two(D::kShift)));
-      total.half[i] = _mm256_fmadd_ps(s, scale.half[i], total.half[i]);
+      total.part[i] = _mm256_fmadd_ps(s, scale.part[i], total.part[i]);
     }
   }
 };
 
 inline __m256i load256(const void *p) { return _mm256_loadu_si256(static_cast<const __m256i *>(p)); }
 
-// The high and the low byte of each E2M1 value as bfloat16, for byte shuffles.
+// Controls of a byte shuffle on 8 bytes repeated through both halves of a register: the column of every lane.
+struct alignas(32) LaneBytes {
+  int8_t dword[2][32];  // a column's byte in the top of each of its lanes of 32 bits, zeros below
+  int8_t word[32];      // a column's byte in the top of each of its lanes of 16 bits: those of part 0, then of part 1
+};
+template <class Order>
+constexpr LaneBytes lane_bytes() {
+  LaneBytes t{};
+  for (int part = 0; part < 2; ++part)
+    for (int lane = 0; lane < 8; ++lane) {
+      for (int byte = 0; byte < 3; ++byte) t.dword[part][4 * lane + byte] = -1;
+      t.dword[part][4 * lane + 3] = static_cast<int8_t>(Order::column(part, lane / 2));
+      t.word[16 * part + 2 * lane] = -1;
+      t.word[16 * part + 2 * lane + 1] = static_cast<int8_t>(Order::column(part, lane / 2));
+    }
+  return t;
+}
+
+// Each E2M1 value's high and low byte as bfloat16, times a power of two, for byte shuffles.
 struct alignas(16) ByteTables {
   uint8_t high[16], low[16];
 };
-constexpr ByteTables byte_tables() {
+constexpr ByteTables byte_tables(uint32_t exponent) {
   ByteTables t{};
   for (uint32_t code = 0; code < 16; ++code) {
-    t.high[code] = static_cast<uint8_t>(bf16_bits(kE2M1, code) >> 8);
-    t.low[code] = static_cast<uint8_t>(bf16_bits(kE2M1, code));
+    uint32_t bits = bf16_bits(kE2M1, code);
+    if (bits & 0x7fff) bits += exponent << 7;
+    t.high[code] = static_cast<uint8_t>(bits >> 8);
+    t.low[code] = static_cast<uint8_t>(bits);
   }
   return t;
 }
 
 // 4 bits: two byte lookups make bfloat16 numbers, of which even and odd ones become floats.
+template <uint32_t kExponent>
 struct FourBits {
-  static constexpr ByteTables kTables = byte_tables();
+  static constexpr ByteTables kTables = byte_tables(kExponent);
   const __m256i high = _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i *>(kTables.high)));
   const __m256i low = _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i *>(kTables.low)));
 
-  // Of four pairs the second and the third change places.
-  static constexpr int order(int i) { return i % 4 == 1 || i % 4 == 2 ? i ^ 3 : i; }
-  // Lanes: columns 0 0 1 1 4 4 5 5 and 2 2 3 3 6 6 7 7.
+  static constexpr int order(int i) { return i == 1 || i == 2 ? 3 - i : i; }
+  // Columns 0 0 1 1 4 4 5 5 and 2 2 3 3 6 6 7 7.
+  static constexpr int column(int part, int i) { return 2 * part + i % 2 + i / 2 * 4; }
   static __m256 columns(__m256 a, __m256 b) { return _mm256_hadd_ps(a, b); }
 
   template <bool kSpecial, class Emit>
-  void pairs(const uint8_t *tile, int first, int last, Emit emit) const {
+  void pairs(const uint8_t *codes, int first, Emit emit) const {
     const __m256i nibble = _mm256_set1_epi8(15), odd = _mm256_set1_epi32(static_cast<int>(0xffff0000));
-#pragma GCC unroll 4
-    for (int q = first / 4; q < last / 4; ++q) {
-      const __m256i v[2] = {load256(tile + 64 * q), load256(tile + 64 * q + 32)};
-      for (int n = 0; n < 2; ++n) {  // low nibbles are pairs 4 q and 4 q + 2, high ones those behind them
-        __m256i lower[2], upper[2];  // bfloat16: even k in the low half of each dword, odd k in the high one
-        for (int half = 0; half < 2; ++half) {
-          const __m256i index = _mm256_and_si256(n ? _mm256_srli_epi16(v[half], 4) : v[half], nibble);
-          const __m256i h = _mm256_shuffle_epi8(high, index), l = _mm256_shuffle_epi8(low, index);
-          lower[half] = _mm256_unpacklo_epi8(l, h);
-          upper[half] = _mm256_unpackhi_epi8(l, h);
-        }
-        const auto even_of = [](__m256i w) { return _mm256_castsi256_ps(_mm256_slli_epi32(w, 16)); };
-        const auto odd_of = [&](__m256i w) { return _mm256_castsi256_ps(_mm256_and_si256(w, odd)); };
-        emit(4 * q + n, {{even_of(lower[0]), even_of(upper[0]), even_of(lower[1]), even_of(upper[1])}});
-        emit(4 * q + n + 2, {{odd_of(lower[0]), odd_of(upper[0]), odd_of(lower[1]), odd_of(upper[1])}});
-      }
-    }
+    const auto even_of = [](__m256i w) { return _mm256_castsi256_ps(_mm256_slli_epi32(w, 16)); };
+    const auto odd_of = [&](__m256i w) { return _mm256_castsi256_ps(_mm256_and_si256(w, odd)); };
+    const int q = first / 4, n = first / 2 % 2;  // low nibbles are pairs 4 q and 4 q + 2, high ones those behind them
+    const __m256i v = load256(codes + 64 * q);
+    const __m256i index = _mm256_and_si256(n ? _mm256_srli_epi16(v, 4) : v, nibble);
+    const __m256i h = _mm256_shuffle_epi8(high, index), l = _mm256_shuffle_epi8(low, index);
+    // Even k in the low half of each dword, odd k in the high one.
+    const __m256i lower = _mm256_unpacklo_epi8(l, h), upper = _mm256_unpackhi_epi8(l, h);
+    emit(4 * q + n, {{even_of(lower), even_of(upper)}});
+    emit(4 * q + n + 2, {{odd_of(lower), odd_of(upper)}});
   }
 };
 
 // Other formats go through float16, whose conversion normalises subnormals; what is missing in the exponent is kShift.
 struct Halves {
   static constexpr int order(int i) { return i; }
-  // Lanes: columns 0 0 1 1 2 2 3 3 and 4 4 5 5 6 6 7 7.
+  // Columns 0 0 1 1 2 2 3 3 and 4 4 5 5 6 6 7 7.
+  static constexpr int column(int part, int i) { return 4 * part + i; }
   static __m256 columns(__m256 a, __m256 b) {
     const __m256 mixed = _mm256_hadd_ps(a, b);  // 0 1 4 5 2 3 6 7
     return _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(mixed), 0xd8));
   }
-  static Avx2::Weights floats(__m256i first, __m256i second) {
-    return {{_mm256_cvtph_ps(_mm256_castsi256_si128(first)), _mm256_cvtph_ps(_mm256_extracti128_si256(first, 1)),
-             _mm256_cvtph_ps(_mm256_castsi256_si128(second)), _mm256_cvtph_ps(_mm256_extracti128_si256(second, 1))}};
+  static Avx2::Weights floats(__m256i v) {
+    return {{_mm256_cvtph_ps(_mm256_castsi256_si128(v)), _mm256_cvtph_ps(_mm256_extracti128_si256(v, 1))}};
   }
 };
 
+// 6 bits: the four low bits and the two high ones of a code are shifted to where float16 has them. The arithmetic
+// shift takes the sign and the highest bit of the exponent apart.
 template <Encoding kEncoding>
 struct SixBits : Halves {
+  static __m256i shifted(__m256i v, int left) {
+    return left > 0 ? _mm256_slli_epi16(v, left) : left < 0 ? _mm256_srli_epi16(v, -left) : v;
+  }
   template <bool kSpecial, class Emit>
-  void pairs(const uint8_t *tile, int first, int last, Emit emit) const {
-    const __m256i magnitude = _mm256_set1_epi16(31), sign = _mm256_set1_epi16(32);
-    const __m256i four = _mm256_set1_epi16(15), two = _mm256_set1_epi16(48);
-    for (int pair = first; pair < last; ++pair) {
-      __m256i half[2];
-      for (int i = 0; i < 2; ++i) {
-        const __m256i lows = load256(tile + 64 * (pair / 4) + 32 * i),
-                      highs = load256(tile + 256 + 64 * (pair / 8) + 32 * i);
-        const __m256i low = _mm256_and_si256(_mm256_srl_epi16(lows, _mm_cvtsi32_si128(4 * (pair % 4))), four);
-        const __m256i high = _mm256_slli_epi16(_mm256_srl_epi16(highs, _mm_cvtsi32_si128(2 * (pair % 8))), 4);
-        const __m256i code = _mm256_or_si256(low, _mm256_and_si256(high, two));
-        half[i] = _mm256_or_si256(_mm256_slli_epi16(_mm256_and_si256(code, sign), 10),
-                                  _mm256_slli_epi16(_mm256_and_si256(code, magnitude), 10 - kEncoding.mantissa_bits));
-      }
-      emit(pair, floats(half[0], half[1]));
+  void pairs(const uint8_t *codes, int first, Emit emit) const {
+    constexpr int kPlace = 10 - kEncoding.mantissa_bits;  // of the lowest bit
+    const __m256i four = _mm256_set1_epi16(15 << kPlace);
+    const __m256i two = _mm256_set1_epi16(static_cast<short>(0x8000 | 16 << kPlace));
+#pragma GCC unroll 2
+    for (int pair = first; pair < first + 2; ++pair) {
+      const __m256i lows = load256(codes + 64 * (pair / 4)), highs = load256(codes + 256 + 64 * (pair / 8));
+      const __m256i low = _mm256_and_si256(shifted(lows, kPlace - 4 * (pair % 4)), four);
+      const __m256i top = shifted(highs, 14 - 2 * (pair % 8));
+      const __m256i high = _mm256_and_si256(_mm256_srai_epi16(top, 10 - kPlace), two);
+      emit(pair, floats(_mm256_or_si256(low, high)));
     }
   }
 };
@@ -142,54 +153,44 @@ struct SixBits : Halves {
 template <Encoding kEncoding>
 struct EightBits : Halves {
   template <bool kSpecial>
-  static __m256i value(__m256i v) {  // words with a code in their high byte and zeros below
-    if constexpr (kEncoding.exponent_bits == 5) return v;
+  static __m256i value(__m256i v) {  // words with a code in their high byte
+    constexpr int kPlace = 5 - kEncoding.exponent_bits;
+    const __m256i bits = _mm256_set1_epi16(static_cast<short>(0x8000 | 0x7f00 >> kPlace));
+    const __m256i r = _mm256_and_si256(kPlace ? _mm256_srai_epi16(v, kPlace) : v, bits);
+    if constexpr (kEncoding.exponent_bits == 5 || !kSpecial) return r;
     const __m256i magnitude = _mm256_set1_epi16(0x7f00);
-    const __m256i low = _mm256_and_si256(v, magnitude);
-    __m256i r = _mm256_or_si256(_mm256_andnot_si256(magnitude, v), _mm256_srli_epi16(low, 1));
-    if constexpr (kSpecial)
-      r = _mm256_or_si256(r, _mm256_and_si256(_mm256_cmpeq_epi16(low, magnitude), _mm256_set1_epi16(0x7e00)));
-    return r;
+    const __m256i nan = _mm256_cmpeq_epi16(_mm256_and_si256(v, magnitude), magnitude);
+    return _mm256_or_si256(r, _mm256_and_si256(nan, _mm256_set1_epi16(0x7e00)));
   }
   template <bool kSpecial, class Emit>
-  void pairs(const uint8_t *tile, int first, int last, Emit emit) const {
-    const __m256i high = _mm256_set1_epi16(-0x100);
-#pragma GCC unroll 8
-    for (int q = first / 2; q < last / 2; ++q) {
-      const __m256i v = load256(tile + 64 * q), w = load256(tile + 64 * q + 32);
-      emit(2 * q, floats(value<kSpecial>(_mm256_slli_epi16(v, 8)), value<kSpecial>(_mm256_slli_epi16(w, 8))));
-      emit(2 * q + 1, floats(value<kSpecial>(_mm256_and_si256(v, high)), value<kSpecial>(_mm256_and_si256(w, high))));
-    }
+  void pairs(const uint8_t *codes, int first, Emit emit) const {
+    const __m256i v = load256(codes + 32 * first);
+    emit(first, floats(value<kSpecial>(_mm256_slli_epi16(v, 8))));
+    emit(first + 1, floats(value<kSpecial>(v)));
   }
 };
 
 struct Integers : Halves {
   static __m256 value(__m128i words) { return _mm256_cvtepi32_ps(_mm256_cvtepi16_epi32(words)); }
   template <bool kSpecial, class Emit>
-  void pairs(const uint8_t *tile, int first, int last, Emit emit) const {
-#pragma GCC unroll 8
-    for (int q = first / 2; q < last / 2; ++q)
-      for (int j = 0; j < 2; ++j) {
-        Avx2::Weights w;
-        for (int i = 0; i < 2; ++i) {
-          const __m256i v = load256(tile + 64 * q + 32 * i);
-          const __m256i words = _mm256_srai_epi16(j ? v : _mm256_slli_epi16(v, 8), 8);
-          w.part[2 * i] = value(_mm256_castsi256_si128(words));
-          w.part[2 * i + 1] = value(_mm256_extracti128_si256(words, 1));
-        }
-        emit(2 * q + j, w);
-      }
+  void pairs(const uint8_t *codes, int first, Emit emit) const {
+    const __m256i v = load256(codes + 32 * first);
+#pragma GCC unroll 2
+    for (int j = 0; j < 2; ++j) {
+      const __m256i words = _mm256_srai_epi16(j ? v : _mm256_slli_epi16(v, 8), 8);
+      emit(first + j, {{value(_mm256_castsi256_si128(words)), value(_mm256_extracti128_si256(words, 1))}});
+    }
   }
 };
 
 template <int kFormat>
 struct Codes;
 template <>
-struct Codes<MS_MXFP4> : FourBits {
+struct Codes<MS_MXFP4> : FourBits<0> {
   static constexpr int kShift = 0;
 };
 template <>
-struct Codes<MS_NVFP4> : FourBits {
+struct Codes<MS_NVFP4> : FourBits<8> {  // its scales come as float16 numbers that are too small by 2^8
   static constexpr int kShift = 0;
 };
 template <>
@@ -223,56 +224,53 @@ struct Decoder256 {
   static constexpr int kShift = Codes<kFormat>::kShift;
   static constexpr int64_t kTileBytes = tile_bytes(kFormat);
   static constexpr int kBlocks = kFormat == MS_NVFP4 ? 2 : 1;
+  // From a panel's columns 0 to 7 to the others.
+  static constexpr int64_t kUnitCodes = 32, kUnitScales = kFormat == MS_FP8_BLOCK128 ? 0 : 8;
+  static constexpr LaneBytes kLanes = lane_bytes<Codes<kFormat>>();
   const Codes<kFormat> codes;
 
   static __m256 columns(__m256 a, __m256 b) { return Codes<kFormat>::columns(a, b); }
-
-  static constexpr int kParts = traits(kFormat).bits == 8 ? 8 : 4;
-
   static constexpr int order(int i) { return Codes<kFormat>::order(i); }
+  static constexpr int kParts = 8;
+
   template <bool kSpecial, class Emit>
-  void steps(const uint8_t *tile, int part, Emit emit) const {
-    constexpr int kPairs = 16 / kParts;
-    codes.template pairs<kSpecial>(tile, part * kPairs, part * kPairs + kPairs, emit);
+  void steps(const uint8_t *unit, int part, Emit emit) const {
+    codes.template pairs<kSpecial>(unit, 2 * part, emit);
   }
 
-  // Scales of 8 columns, times 2^kShift unless special.
+  // A power of two for each lane, times 2^kShift unless special.
   template <bool kSpecial>
-  static __m256 eight(const uint8_t *bytes) {
-    const __m256i s = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i *>(bytes)));
-    if constexpr (kFormat == MS_NVFP4) {
-      const __m256i seven = _mm256_set1_epi32(0x7f), magnitude = _mm256_and_si256(s, seven);
-      const __m256i words = _mm256_packus_epi32(_mm256_slli_epi32(magnitude, 7), _mm256_setzero_si256());
-      const __m128i halves = _mm256_castsi256_si128(_mm256_permute4x64_epi64(words, 0xd8));
-      __m256 value = _mm256_mul_ps(_mm256_cvtph_ps(halves), _mm256_set1_ps(256.0f));
-      value = _mm256_or_ps(value, _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_andnot_si256(seven, s), 24)));
-      if constexpr (kSpecial)
-        value = _mm256_or_ps(value, _mm256_castsi256_ps(_mm256_and_si256(_mm256_cmpeq_epi32(magnitude, seven),
-                                                                         _mm256_set1_epi32(0x7fc00000))));
-      return value;
-    } else {
-      __m256i e = s;
-      if (!kSpecial && kShift != 0)  // far from 1 only where all codes are zero: anything finite will do
-        e = _mm256_min_epu32(_mm256_max_epu32(e, _mm256_set1_epi32(32)), _mm256_set1_epi32(222));
-      __m256i bits = _mm256_slli_epi32(e, 23);
-      if (!kSpecial && kShift != 0) bits = _mm256_add_epi32(bits, _mm256_set1_epi32(kShift * (1 << 23)));
-      if (kSpecial) {
-        bits = _mm256_blendv_epi8(bits, _mm256_set1_epi32(0x00400000), _mm256_cmpeq_epi32(s, _mm256_setzero_si256()));
-        bits = _mm256_blendv_epi8(bits, _mm256_set1_epi32(0x7fc00000), _mm256_cmpeq_epi32(s, _mm256_set1_epi32(255)));
-      }
-      return _mm256_castsi256_ps(bits);
+  static __m256 power(__m256i bytes, int part) {
+    const __m256i e = _mm256_shuffle_epi8(bytes, load256(kLanes.dword[part]));
+    __m256i bits = _mm256_srli_epi32(e, 1);
+    if constexpr (!kSpecial && kShift != 0) bits = _mm256_add_epi32(bits, _mm256_set1_epi32(kShift * (1 << 23)));
+    if constexpr (kSpecial) {
+      const __m256i nan = _mm256_cmpeq_epi32(e, _mm256_set1_epi32(static_cast<int>(0xff000000)));
+      bits = _mm256_blendv_epi8(bits, _mm256_set1_epi32(0x00400000), _mm256_cmpeq_epi32(e, _mm256_setzero_si256()));
+      bits = _mm256_blendv_epi8(bits, _mm256_set1_epi32(0x7fc00000), nan);
     }
+    return _mm256_castsi256_ps(bits);
   }
-  // `scales` are the tile's (block FP8: the panel's).
+  // `scales` are the tile's (block FP8: the panel's), from the unit's first column on.
   template <bool kSpecial>
-  static Avx2::Total scale(const uint8_t *scales, int64_t tile, int block) {
+  static Avx2::Scale scale(const uint8_t *scales, int64_t tile, int block) {
     if constexpr (kFormat == MS_FP8_BLOCK128) {
       __m256 s = _mm256_broadcast_ss(reinterpret_cast<const float *>(scales) + tile / 4);
       if (!kSpecial) s = _mm256_mul_ps(s, _mm256_set1_ps(power_of_two(kShift)));
       return {{s, s}};
     } else {
-      const uint8_t *p = scales + 16 * block;
-      return {{eight<kSpecial>(p), eight<kSpecial>(p + 8)}};
+      int64_t eight;
+      __builtin_memcpy(&eight, scales + 16 * block, 8);
+      __m256i bytes = _mm256_set1_epi64x(eight);
+      if constexpr (kFormat == MS_NVFP4) {
+        const __m256i v = _mm256_shuffle_epi8(bytes, load256(kLanes.word));
+        return Halves::floats(EightBits<kE4M3>::value<kSpecial>(v));
+      } else {
+        if constexpr (!kSpecial && kShift != 0)  // far from 1 only where all codes are zero: anything finite will do
+          bytes =
+              _mm256_min_epu8(_mm256_max_epu8(bytes, _mm256_set1_epi8(32)), _mm256_set1_epi8(static_cast<char>(222)));
+        return {{power<kSpecial>(bytes, 0), power<kSpecial>(bytes, 1)}};
+      }
     }
   }
 };

@@ -12,13 +12,18 @@ struct Plain {
   using Weights = f32x16;
   using Sum = f32x16;
   using Total = f32x16;
-  static constexpr int kStep = 1, kDirect = 2, kRows = 3, kPanels = 1, kSinglePanels = 1;
+  static constexpr int kStep = 1, kUnits = 1, kRows = 2, kDecodedRows = 3, kPanels = 1;
   static constexpr int64_t kAhead = 1, kScratch = 16 << 10;
+  static constexpr int few(int) { return 2; }
+  static constexpr int at_once(int) { return 1; }
 
   static Sum no_sum() { return Sum{}; }
   static Total no_total() { return Total{}; }
   static Total load(const float *p) { return load_lanes<Total>(p); }
-  static void store(float *p, Total t) { store_lanes(p, t); }
+  template <class D>
+  static void store(float *p, Total t) {
+    store_lanes(p, t);
+  }
   static void prefetch(const uint8_t *p, int64_t bytes) {
     for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(p + i);
   }
@@ -86,7 +91,7 @@ struct PlainDecoder {
 
   static constexpr int kParts = 4;
 
-  static constexpr int order(int i) { return i; }
+  static constexpr int64_t kUnitCodes = 0, kUnitScales = 0;
   template <bool kSpecial, class Emit>
   void steps(const uint8_t *tile, int part, Emit emit) const {
     for (int k = part * (32 / kParts); k < (part + 1) * (32 / kParts); ++k) {
