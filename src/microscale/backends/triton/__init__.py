@@ -65,7 +65,7 @@ def linear(
         if isinstance(w, Fragments):
             from microscale.backends.triton import hopper
 
-            cut = tiles.linear_cut(rows.shape[0], n, hopper.PARTS[x.dtype])
+            cut = tiles.linear_cut(w.format, rows.shape[0], n, hopper.PARTS[x.dtype])
             return attempt(
                 lambda: hopper.linear(rows, w, bias, cut),
                 lambda: gemm.linear(rows, w.plain, bias),
@@ -114,7 +114,7 @@ def moe(
 
             if not hopper_moe.refuse(w13, activation):
                 (tokens, top_k), (count, rows, _) = topk_ids.shape, w13.shape
-                cuts = tiles.moe_cuts(tokens, top_k, count, rows, hopper.PARTS[x.dtype])
+                cuts = tiles.moe_cuts((w13.format, w2.format), tokens, top_k, count, rows, hopper.PARTS[x.dtype])
                 own = partial(hopper_moe.moe, x, topk_ids, topk_weights, w13, w2, *rest, cuts)
                 what = ("moe", w13.format.name, w13.shape, activation, x.dtype, *cuts)
                 return attempt(own, plain, *what)

@@ -57,9 +57,9 @@ def _routes(order, place, DIRECT: gl.constexpr):
 
 @gluon.jit
 def _first(
-    h, x, row_scale, bias, order, topk_weights, cs, ss, cp, sp, expert, block, first, second, start, end,
-    top_k, N, WIDTH, K, CHUNKS, STEPS, alpha, beta, limit,
-    SCALE: gl.constexpr, EVEN: gl.constexpr, ROW_SCALE: gl.constexpr, HAS_BIAS: gl.constexpr,
+    h, x, row_scale, bias, order, topk_weights, held, at, expert, block, first, second, start, end,
+    top_k, N, WIDTH, K, TILES, CHUNKS, STEPS, alpha, beta, limit,
+    ELEMENT: gl.constexpr, SCALE: gl.constexpr, EVEN: gl.constexpr, ROW_SCALE: gl.constexpr, HAS_BIAS: gl.constexpr,
     KIND: gl.constexpr, GATED: gl.constexpr, INTERLEAVED: gl.constexpr, HAS_LIMIT: gl.constexpr,
     WEIGHT_ON_INPUT: gl.constexpr, DIRECT: gl.constexpr,
     BLOCK_M: gl.constexpr, T: gl.constexpr, C: gl.constexpr, STAGES: gl.constexpr,
@@ -72,8 +72,8 @@ def _first(
     place = gl.minimum(start + gl.arange(0, BLOCK_M, gl.SliceLayout(1, TOKENS)), end - 1)
     token = (_routes(order, place, DIRECT) // top_k).to(gl.int64)
     acc = product(
-        x, token, cs, ss, cp, sp, STEPS, CHUNKS, K,
-        SCALE, EVEN, BLOCK_M, T, C, STAGES, OVERLAP, ODD, PARTS,
+        x, token, held, at, first, second, TILES, STEPS, CHUNKS, K,
+        ELEMENT, SCALE, EVEN, BLOCK_M, T, C, STAGES, OVERLAP, ODD, PARTS,
     )  # fmt: skip
     ACC: gl.constexpr = accumulator(BLOCK_M, WARPS)
     if WEIGHT_ON_INPUT:
@@ -107,14 +107,13 @@ def _first(
 def _first_kernel(
     h, x, codes, scales, row_scale, bias, tile_experts, tile_starts, ends, order, expert_map, topk_weights,
     top_k, experts, known, N, WIDTH, K, TILES, CHUNKS, STEPS, alpha, beta, limit,
-    SCALE: gl.constexpr, EVEN: gl.constexpr, ROW_SCALE: gl.constexpr, HAS_BIAS: gl.constexpr,
+    ELEMENT: gl.constexpr, SCALE: gl.constexpr, EVEN: gl.constexpr, ROW_SCALE: gl.constexpr, HAS_BIAS: gl.constexpr,
     KIND: gl.constexpr, GATED: gl.constexpr, INTERLEAVED: gl.constexpr, HAS_LIMIT: gl.constexpr,
     WEIGHT_ON_INPUT: gl.constexpr, DIRECT: gl.constexpr, HAS_MAP: gl.constexpr,
     BLOCK_M: gl.constexpr, T: gl.constexpr, C: gl.constexpr, STAGES: gl.constexpr,
     OVERLAP: gl.constexpr, ODD: gl.constexpr, PARTS: gl.constexpr, TAIL: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """h[sorted route, WIDTH] = activation(w13[e] @ x[token] + b13[e])."""
-    WORDS: gl.constexpr = 1 if SCALE == "e8m0" else 2
     blocks = gl.cdiv(WIDTH, T * 32 if GATED else T * 64)
     tile = gl.program_id(0) // blocks
     block = gl.program_id(0) % blocks
@@ -129,32 +128,32 @@ def _first_kernel(
         else:
             first = block * T
             second = first + T // 2
-        cs, ss = buffers(T, C, STAGES, WORDS)
-        cp, sp = pointers(codes, scales, expert, first, second, TILES, CHUNKS, T, C, WORDS)
+        held = buffers(T, C, STAGES, ELEMENT, SCALE)
+        at = pointers(codes, scales, expert, first, second, TILES, CHUNKS, T, C, ELEMENT, SCALE)
         for s in gl.static_range(STAGES - 1):
-            copy_weights(cs, ss, cp, sp, s, s, STEPS, CHUNKS, T, C, WORDS, EVEN)
+            copy_weights(held, at, s, s, STEPS, CHUNKS, T, C, ELEMENT, SCALE, EVEN)
         start, end = _span(tile, expert, tile_starts, ends, DIRECT)
         if TAIL and end - start <= BLOCK_M // 2:
             _first(
-                h, x, row_scale, bias, order, topk_weights, cs, ss, cp, sp, expert, block, first, second,
-                start, end, top_k, N, WIDTH, K, CHUNKS, STEPS, alpha, beta, limit,
-                SCALE, EVEN, ROW_SCALE, HAS_BIAS, KIND, GATED, INTERLEAVED, HAS_LIMIT, WEIGHT_ON_INPUT, DIRECT,
+                h, x, row_scale, bias, order, topk_weights, held, at, expert, block, first, second,
+                start, end, top_k, N, WIDTH, K, TILES, CHUNKS, STEPS, alpha, beta, limit,
+                ELEMENT, SCALE, EVEN, ROW_SCALE, HAS_BIAS, KIND, GATED, INTERLEAVED, HAS_LIMIT, WEIGHT_ON_INPUT, DIRECT,
                 BLOCK_M // 2, T, C, STAGES, OVERLAP, ODD, PARTS,
             )  # fmt: skip
         else:
             _first(
-                h, x, row_scale, bias, order, topk_weights, cs, ss, cp, sp, expert, block, first, second,
-                start, end, top_k, N, WIDTH, K, CHUNKS, STEPS, alpha, beta, limit,
-                SCALE, EVEN, ROW_SCALE, HAS_BIAS, KIND, GATED, INTERLEAVED, HAS_LIMIT, WEIGHT_ON_INPUT, DIRECT,
+                h, x, row_scale, bias, order, topk_weights, held, at, expert, block, first, second,
+                start, end, top_k, N, WIDTH, K, TILES, CHUNKS, STEPS, alpha, beta, limit,
+                ELEMENT, SCALE, EVEN, ROW_SCALE, HAS_BIAS, KIND, GATED, INTERLEAVED, HAS_LIMIT, WEIGHT_ON_INPUT, DIRECT,
                 BLOCK_M, T, C, STAGES, OVERLAP, ODD, PARTS,
             )  # fmt: skip
 
 
 @gluon.jit
 def _second(
-    shares, h, row_scale, bias, order, topk_weights, cs, ss, cp, sp, expert, first, start, end,
-    N, K, CHUNKS, STEPS,
-    SCALE: gl.constexpr, EVEN: gl.constexpr, ROW_SCALE: gl.constexpr, HAS_BIAS: gl.constexpr,
+    shares, h, row_scale, bias, order, topk_weights, held, at, expert, first, start, end,
+    N, K, TILES, CHUNKS, STEPS,
+    ELEMENT: gl.constexpr, SCALE: gl.constexpr, EVEN: gl.constexpr, ROW_SCALE: gl.constexpr, HAS_BIAS: gl.constexpr,
     WEIGHT_ON_INPUT: gl.constexpr, DIRECT: gl.constexpr,
     BLOCK_M: gl.constexpr, T: gl.constexpr, C: gl.constexpr, STAGES: gl.constexpr,
     OVERLAP: gl.constexpr, ODD: gl.constexpr, PARTS: gl.constexpr,
@@ -164,8 +163,8 @@ def _second(
     TOKENS: gl.constexpr = gl.BlockedLayout([1, 8], [4 // C, 8 * C], [WARPS, 1], [1, 0])
     place = gl.minimum(start + gl.arange(0, BLOCK_M, gl.SliceLayout(1, TOKENS)), end - 1).to(gl.int64)
     acc = product(
-        h, place, cs, ss, cp, sp, STEPS, CHUNKS, K,
-        SCALE, EVEN, BLOCK_M, T, C, STAGES, OVERLAP, ODD, PARTS,
+        h, place, held, at, first, first + T // 2, TILES, STEPS, CHUNKS, K,
+        ELEMENT, SCALE, EVEN, BLOCK_M, T, C, STAGES, OVERLAP, ODD, PARTS,
     )  # fmt: skip
     ACC: gl.constexpr = accumulator(BLOCK_M, WARPS)
     rows = gl.minimum(slots(first, first + T // 2, T, gl.SliceLayout(1, ACC)), N - 1)
@@ -185,37 +184,36 @@ def _second(
 def _second_kernel(
     shares, h, codes, scales, row_scale, bias, tile_experts, tile_starts, ends, order, expert_map, topk_weights,
     experts, known, N, K, TILES, CHUNKS, STEPS,
-    SCALE: gl.constexpr, EVEN: gl.constexpr, ROW_SCALE: gl.constexpr, HAS_BIAS: gl.constexpr,
+    ELEMENT: gl.constexpr, SCALE: gl.constexpr, EVEN: gl.constexpr, ROW_SCALE: gl.constexpr, HAS_BIAS: gl.constexpr,
     WEIGHT_ON_INPUT: gl.constexpr, DIRECT: gl.constexpr, HAS_MAP: gl.constexpr,
     BLOCK_M: gl.constexpr, T: gl.constexpr, C: gl.constexpr, STAGES: gl.constexpr,
     OVERLAP: gl.constexpr, ODD: gl.constexpr, PARTS: gl.constexpr, TAIL: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """shares[route, N] = routing weight * (w2[e] @ h[sorted route] + b2[e])."""
-    WORDS: gl.constexpr = 1 if SCALE == "e8m0" else 2
     blocks = gl.cdiv(TILES, T)
     tile = gl.program_id(0) // blocks
     # The list of tiles, or the ids, are older than the kernel before this one, whose programs have waited for them.
     expert = _expert(tile, tile_experts, expert_map, experts, known, DIRECT, HAS_MAP)
     if expert >= 0:
         first = gl.program_id(0) % blocks * T
-        cs, ss = buffers(T, C, STAGES, WORDS)
-        cp, sp = pointers(codes, scales, expert, first, first + T // 2, TILES, CHUNKS, T, C, WORDS)
+        held = buffers(T, C, STAGES, ELEMENT, SCALE)
+        at = pointers(codes, scales, expert, first, first + T // 2, TILES, CHUNKS, T, C, ELEMENT, SCALE)
         for s in gl.static_range(STAGES - 1):
-            copy_weights(cs, ss, cp, sp, s, s, STEPS, CHUNKS, T, C, WORDS, EVEN)
+            copy_weights(held, at, s, s, STEPS, CHUNKS, T, C, ELEMENT, SCALE, EVEN)
         start, end = _span(tile, expert, tile_starts, ends, DIRECT)
         if PDL:
             gdc_wait()
             gdc_launch_dependents()
         if TAIL and end - start <= BLOCK_M // 2:
             _second(
-                shares, h, row_scale, bias, order, topk_weights, cs, ss, cp, sp, expert, first, start, end,
-                N, K, CHUNKS, STEPS, SCALE, EVEN, ROW_SCALE, HAS_BIAS, WEIGHT_ON_INPUT, DIRECT,
+                shares, h, row_scale, bias, order, topk_weights, held, at, expert, first, start, end,
+                N, K, TILES, CHUNKS, STEPS, ELEMENT, SCALE, EVEN, ROW_SCALE, HAS_BIAS, WEIGHT_ON_INPUT, DIRECT,
                 BLOCK_M // 2, T, C, STAGES, OVERLAP, ODD, PARTS,
             )  # fmt: skip
         else:
             _second(
-                shares, h, row_scale, bias, order, topk_weights, cs, ss, cp, sp, expert, first, start, end,
-                N, K, CHUNKS, STEPS, SCALE, EVEN, ROW_SCALE, HAS_BIAS, WEIGHT_ON_INPUT, DIRECT,
+                shares, h, row_scale, bias, order, topk_weights, held, at, expert, first, start, end,
+                N, K, TILES, CHUNKS, STEPS, ELEMENT, SCALE, EVEN, ROW_SCALE, HAS_BIAS, WEIGHT_ON_INPUT, DIRECT,
                 BLOCK_M, T, C, STAGES, OVERLAP, ODD, PARTS,
             )  # fmt: skip
     elif PDL:
@@ -328,7 +326,7 @@ def moe(
         direct: no routing, for one token; the default there.
     """
     (m, top_k), (experts, rows, _) = topk_ids.shape, w13.shape
-    cut13, cut2 = cuts or tiles.moe_cuts(m, top_k, experts, rows, PARTS[x.dtype])
+    cut13, cut2 = cuts or tiles.moe_cuts((w13.format, w2.format), m, top_k, experts, rows, PARTS[x.dtype])
     direct = m == 1 if direct is None else direct
     # Between float16 and wider activations and the kernels that read them stand others, which do not start early.
     pdl = pdl and x.dtype == torch.bfloat16

@@ -14,7 +14,9 @@ from torch import Tensor
 
 from microscale.backends.triton.fragments import Fragments
 from microscale.backends.triton.layout import Packed
+from microscale.formats import Format
 
+HOPPER_SHARED = 227 << 10  # bytes that a program may use
 # Triton's interpreter keeps bfloat16 as integers and multiplies those, so on CPUs it is given float32 instead.
 INTERPRETED: bool = bool(triton.knobs.runtime.interpret)
 
@@ -99,6 +101,7 @@ class Cut:
         """Compile-time arguments of the kernels."""
         steps = self.sizes(w)[2]
         return {
+            "ELEMENT": w.format.element.name,
             "SCALE": w.format.scale,
             "EVEN": w.shape[-1] % (64 * self.chunks) == 0,
             "BLOCK_M": self.block_m,
@@ -114,6 +117,24 @@ class Cut:
     def sizes(self, w: Fragments) -> tuple[int, int, int]:
         """Of the matrix: tiles, chunks, and the steps that these are cut into."""
         return w.tiles, w.chunks, -(-w.chunks // self.chunks)
+
+    def shared(self, fmt: Format, parts: int) -> int:
+        """Bytes of shared memory that the loop takes, for weights of a format and activations of `parts` parts."""
+        scales = 0 if fmt.scale == "f32" else 4096 // fmt.block[1]
+        return self.stages * self.chunks * (
+            self.tiles * (512 * fmt.element.bits + scales) + 128 * parts * self.block_m
+        )
+
+    def fitted(self, fmt: Format, parts: int) -> Cut:
+        """For a format that it was not measured with: what fits, and for block FP8 a step a block."""
+        cut = self
+        if fmt.scale == "f32":
+            # Sums of a step and of all steps: a thread's registers hold 64 of each.
+            warps = 8 if self.block_m > 64 and self.tiles > 1 else self.warps
+            cut = replace(self, chunks=2, warps=warps)
+        while cut.shared(fmt, parts) > HOPPER_SHARED and cut.stages > 3:
+            cut = replace(cut, stages=cut.stages - 1)
+        return cut
 
 
 # What one H200 was fastest with (torch 2.11, triton 3.6, MXFP4): gpt-oss-20b, -120b and Qwen3-30B-A3B, and matrices of
@@ -171,15 +192,25 @@ def sizes(bits: int, chunk: int, itemsize: int, tokens: int, target: Target) -> 
     return Tiles(block_m, block_n, block_n // 16, stages, target.amd)
 
 
-def linear_cut(tokens: int, rows: int, parts: int, arch: str = "sm_90") -> Cut:
+def linear_cut(fmt: Format, tokens: int, rows: int, parts: int, arch: str = "sm_90") -> Cut:
     """For `tokens` tokens and a matrix of `rows` rows; `parts`: of the activations, see `hopper`."""
     if parts > 1:
-        return _in_parts(tokens)
-    return next(cut for most, cut in LINEAR[arch] if tokens <= most)
+        cut = _in_parts(tokens)
+    else:
+        cut = next(cut for most, cut in LINEAR[arch] if tokens <= most)
+    if fmt.scale == "f32":
+        cut = replace(cut, block_m=min(cut.block_m, 128))
+    return cut.fitted(fmt, parts)
 
 
 def moe_cuts(
-    tokens: int, top_k: int, experts: int, rows: int, parts: int, arch: str = "sm_90"
+    fmts: tuple[Format, Format],
+    tokens: int,
+    top_k: int,
+    experts: int,
+    rows: int,
+    parts: int,
+    arch: str = "sm_90",
 ) -> tuple[Cut, Cut]:
     """For w13, with `rows` rows an expert, and w2; both have the same block_m and tail."""
     routes = tokens * top_k
@@ -188,10 +219,11 @@ def moe_cuts(
     )  # a single token's routes are tiles of their own
     if parts > 1:
         cut = _in_parts(each)
-        return cut, cut
-    return next(
+        return cut.fitted(fmts[0], parts), cut.fitted(fmts[1], parts)
+    first, second = next(
         (a, b) for most, per, least, a, b in MOE[arch] if routes <= most and each <= per and rows >= least
     )
+    return first.fitted(fmts[0], parts), second.fitted(fmts[1], parts)
 
 
 def _in_parts(tokens: float) -> Cut:
