@@ -122,10 +122,10 @@ def test_every_number_of_tokens_has_a_cut_that_fits(layout: Any) -> None:
 
     for tokens in (1, 2, 8, 9, 31, 64, 127, 300, 2048, 20000):
         for parts in (1, 2, 3):
-            check(tiles.linear_cut(tokens, 5120, parts), parts)
+            check(tiles.linear_cut(fmt, tokens, 5120, parts), parts)
             for experts, top_k in ((8, 2), (32, 4), (128, 8)):
                 for rows in (768, 5760):
-                    first, second = tiles.moe_cuts(tokens, top_k, experts, rows, parts)
+                    first, second = tiles.moe_cuts((fmt, fmt), tokens, top_k, experts, rows, parts)
                     assert (first.block_m, first.tail) == (second.block_m, second.tail)
                     assert first.tiles >= 2  # gates and ups that lie apart
                     assert not first.tail or first.block_m >= 16
@@ -155,7 +155,7 @@ def given(
         **dict.fromkeys(("M", "N", "K", "WIDTH", "TILES", "CHUNKS", "STEPS", "top_k"), "i32"),
         **dict.fromkeys(("experts", "known"), "i32"),
         **dict.fromkeys(("alpha", "beta", "limit"), "fp32"),
-        **dict.fromkeys(("x", "y", "h", "shares"), "*bf16"),
+        **dict.fromkeys(("x", "x_half", "y", "h", "h_half", "shares"), "*bf16"),
         "bias": bias,
         "HAS_BIAS": bias is not None,
         "topk_weights": "*fp32",

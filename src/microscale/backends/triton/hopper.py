@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from microscale.backends.triton import tiles
 from microscale.backends.triton.fragments import Fragments
@@ -26,7 +27,7 @@ def _linear_kernel(
     y, x, codes, scales, row_scale, bias, M, N, K, TILES, CHUNKS, STEPS,
     ELEMENT: gl.constexpr, SCALE: gl.constexpr, EVEN: gl.constexpr, ROW_SCALE: gl.constexpr, HAS_BIAS: gl.constexpr,
     GROUP: gl.constexpr, BLOCK_M: gl.constexpr, T: gl.constexpr, C: gl.constexpr, STAGES: gl.constexpr,
-    OVERLAP: gl.constexpr, ODD: gl.constexpr, PARTS: gl.constexpr,
+    OVERLAP: gl.constexpr, ODD: gl.constexpr, PARTS: gl.constexpr, BULK: gl.constexpr,
 ):  # fmt: skip
     WARPS: gl.constexpr = gl.num_warps()
     # GROUP blocks of tokens take turns with the rows, so that both are found in the cache.
@@ -42,12 +43,15 @@ def _linear_kernel(
     at = pointers(codes, scales, matrix, first, second, TILES, CHUNKS, T, C, ELEMENT, SCALE)
     for s in gl.static_range(STAGES - 1):
         copy_weights(held, at, s, s, STEPS, CHUNKS, T, C, ELEMENT, SCALE, EVEN)
-    TOKENS: gl.constexpr = gl.BlockedLayout([1, 8], [4 // C, 8 * C], [WARPS, 1], [1, 0])
-    m = block_m * BLOCK_M + gl.arange(0, BLOCK_M, gl.SliceLayout(1, TOKENS))
-    m = gl.minimum(m, M - 1).to(gl.int64)
+    if BULK:
+        rows = block_m * BLOCK_M
+    else:
+        TOKENS: gl.constexpr = gl.BlockedLayout([1, 8], [4 // C, 8 * C], [WARPS, 1], [1, 0])
+        m = block_m * BLOCK_M + gl.arange(0, BLOCK_M, gl.SliceLayout(1, TOKENS))
+        rows = gl.minimum(m, M - 1).to(gl.int64)
     acc = product(
-        x, m, held, at, first, second, TILES, STEPS, CHUNKS, K,
-        ELEMENT, SCALE, EVEN, BLOCK_M, T, C, STAGES, OVERLAP, ODD, PARTS,
+        x, rows, held, at, first, second, TILES, STEPS, CHUNKS, K,
+        ELEMENT, SCALE, EVEN, BLOCK_M, T, C, STAGES, OVERLAP, ODD, PARTS, BULK,
     )  # fmt: skip
     rows = gl.minimum(slots(first, second, T, gl.SliceLayout(1, accumulator(BLOCK_M, WARPS))), N - 1)
     acc = finish(acc, row_scale, bias, rows, ROW_SCALE, HAS_BIAS)
@@ -66,10 +70,17 @@ def linear(x: Tensor, w: Fragments, bias: Tensor | None, cut: Cut | None = None)
     y = torch.empty(m, n, dtype=x.dtype, device=x.device)
     with tiles.on(x.device):
         _linear_kernel[(-(-w.tiles // cut.tiles) * -(-m // cut.block_m),)](
-            y, as_parts(x), w.codes, w.scales, w.row_scale, bias, m, n, k, *cut.sizes(w),
+            y, in_blocks(as_parts(x), cut) if cut.bulk else as_parts(x), w.codes, w.scales, w.row_scale, bias, m, n, k, *cut.sizes(w),
             HAS_BIAS=bias is not None, GROUP=8, PARTS=parts, **cut.constants(w),
         )  # fmt: skip
     return y
+
+
+def in_blocks(x: Tensor, cut: Cut, half: bool = False) -> TensorDescriptor:
+    """bfloat16 [M, K] for bulk copies of a step of a cut's tokens, or of half as many."""
+    block = [cut.block_m // 2 if half else cut.block_m, 64 * cut.chunks]
+    layout = gl.NVMMASharedLayout.get_default_for(block, gl.bfloat16)
+    return TensorDescriptor.from_tensor(x.view(-1, x.shape[-1]), block, layout)
 
 
 def as_parts(x: Tensor) -> Tensor:

@@ -208,8 +208,25 @@ def _halves(scale_words, T: gl.constexpr, C: gl.constexpr, SCALE: gl.constexpr):
 
 
 @gluon.jit
-def decode(words, more, scale_words, T: gl.constexpr, C: gl.constexpr, ELEMENT: gl.constexpr, SCALE: gl.constexpr):
-    """Codes and their scale words -> bfloat16 [T * 64, C * 64], slots of rows.
+def _part(groups, HALF: gl.constexpr, T: gl.constexpr, C: gl.constexpr):
+    """Groups [T * C * 32, 4, 2, 2] of one half of the columns, or of all (HALF = 2)."""
+    if HALF == 2:
+        return groups
+    elif C == 1:
+        first, second = groups.permute([0, 1, 3, 2]).split()
+        return first if HALF == 0 else second
+    else:
+        both = groups.reshape([T, 2, C * 16, 4, 2, 2]).permute([0, 2, 3, 4, 5, 1])
+        first, second = both.split()
+        return (first if HALF == 0 else second).reshape([T * C * 16, 4, 2, 2])
+
+
+@gluon.jit
+def decode(
+    words, more, scale_words, HALF: gl.constexpr,
+    T: gl.constexpr, C: gl.constexpr, ELEMENT: gl.constexpr, SCALE: gl.constexpr,
+):  # fmt: skip
+    """Codes and their scale words -> bfloat16 [T * 64, C * 64], slots of rows; HALF 0 or 1: half of the columns.
 
     Args:
         words: int32 [T * C * 128, 4], of 8 bits [T * C * 256, 4]; more: of 6 bits [T * C * 128, 2].
@@ -232,22 +249,24 @@ def decode(words, more, scale_words, T: gl.constexpr, C: gl.constexpr, ELEMENT: 
             )
             first, second = gl.broadcast(first, second[:, :, :, None])
     if SCALE == "f32":
-        given = [first, second]
+        given = [_part(first, HALF, T, C), _part(second, HALF, T, C)]
     else:
         first, s = gl.broadcast(first, _halves(scale_words, T, C, SCALE))
         if BITS == 4:
-            given = [first, s]
+            given = [_part(first, HALF, T, C), _part(s, HALF, T, C)]
         else:
-            given = [first, second, s]
+            given = [_part(first, HALF, T, C), _part(second, HALF, T, C), _part(s, HALF, T, C)]
     o = gl.inline_asm_elementwise(
         _assembly(ELEMENT, SCALE), _constraints(ELEMENT, SCALE), given,
         dtype=(gl.bfloat16,) * 8, is_pure=True, pack=2,
     )  # fmt: skip
     low = gl.join(gl.join(o[0], o[1]), gl.join(o[2], o[3]))
     high = gl.join(gl.join(o[4], o[5]), gl.join(o[6], o[7]))
-    a = gl.join(low, high).reshape([T, C, 4, 8, 4, 2, 2, 2, 2, 2])
+    CHUNKS: gl.constexpr = C if HALF == 2 or C == 1 else C // 2
+    P: gl.constexpr = 2 if HALF == 2 or C > 1 else 1
+    a = gl.join(low, high).reshape([T, CHUNKS, 4, 8, 4, P, 2, 2, 2, 2])
     # tile, chunk, warp, g, t, p, odd column; odd row, h, q -> tile, warp, odd row, g; chunk, p, q, h, t, odd column
-    return a.permute([0, 2, 7, 3, 1, 5, 9, 8, 4, 6]).reshape([T * 64, C * 64])
+    return a.permute([0, 2, 7, 3, 1, 5, 9, 8, 4, 6]).reshape([T * 64, CHUNKS * P * 32])
 
 
 @gluon.jit

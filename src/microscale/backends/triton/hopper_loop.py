@@ -10,7 +10,7 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
-from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 
 from microscale.backends.triton.hopper_decode import (
     accumulator,
@@ -147,25 +147,38 @@ def copy_weights(
 
 @gluon.jit
 def _copy_tokens(
-    xs, token_pointers, step, slot, STEPS, K, C: gl.constexpr, EVEN: gl.constexpr, PARTS: gl.constexpr
-):
-    if EVEN:
-        mask = step < STEPS
-    else:
-        WARPS: gl.constexpr = gl.num_warps()
-        TOKENS: gl.constexpr = gl.BlockedLayout([1, 8], [4 // C, 8 * C], [WARPS, 1], [1, 0])
-        mask = (step * (C * 64) + gl.arange(0, C * 64, gl.SliceLayout(0, TOKENS)) < K)[None, :]
-    for p in gl.static_range(PARTS):
-        async_copy.async_copy_global_to_shared(
-            xs.index(slot * PARTS + p), token_pointers + (p * K + step * (C * 64)), mask=mask
+    xs, bars, x, where, step, slot, STEPS, K, BLOCK_M: gl.constexpr, C: gl.constexpr,
+    EVEN: gl.constexpr, PARTS: gl.constexpr, BULK: gl.constexpr,
+):  # fmt: skip
+    """Tokens of one step into a slot: with `copy_weights`' copies, or in BULK, which the slot's barrier counts."""
+    if BULK:
+        inside = step < STEPS
+        mbarrier.expect(bars.index(slot), BLOCK_M * C * 128, pred=inside)
+        tma.async_copy_global_to_shared(
+            x, [where, step * (C * 64)], bars.index(slot), xs.index(slot), pred=inside
         )
+    else:
+        if EVEN:
+            mask = step < STEPS
+        else:
+            WARPS: gl.constexpr = gl.num_warps()
+            TOKENS: gl.constexpr = gl.BlockedLayout([1, 8], [4 // C, 8 * C], [WARPS, 1], [1, 0])
+            mask = (step * (C * 64) + gl.arange(0, C * 64, gl.SliceLayout(0, TOKENS)) < K)[None, :]
+        for p in gl.static_range(PARTS):
+            async_copy.async_copy_global_to_shared(
+                xs.index(slot * PARTS + p), where + (p * K + step * (C * 64)), mask=mask
+            )
 
 
 @gluon.jit
-def _operand(
-    held, slot, ACC: gl.constexpr, T: gl.constexpr, C: gl.constexpr, ELEMENT: gl.constexpr, SCALE: gl.constexpr
-):
-    """One slot's weights, as the matrix unit takes them."""
+def _await_tokens(bars, step, slot, STEPS, STAGES: gl.constexpr, BULK: gl.constexpr):
+    if BULK:
+        mbarrier.wait(bars.index(slot), step // STAGES % 2, pred=step < STEPS)
+
+
+@gluon.jit
+def _load(held, slot, T: gl.constexpr, C: gl.constexpr, ELEMENT: gl.constexpr, SCALE: gl.constexpr):
+    """One slot's weights as they are: codes, their further bits, scales."""
     WARPS: gl.constexpr = gl.num_warps()
     cs, ds, ss = held
     words = cs.index(slot).load(words_layout(T, C, WARPS, wide_rows(ELEMENT), 4))
@@ -174,17 +187,30 @@ def _operand(
         more = ds.index(slot).load(words_layout(T, C, WARPS, 128, 2))
     if SCALE != "f32":
         scale = ss.index(slot).load(scales_layout(T, C, WARPS, scale_words(SCALE)))
+    return words, more, scale
+
+
+@gluon.jit
+def _operand(
+    loaded, HALF: gl.constexpr, ACC: gl.constexpr,
+    T: gl.constexpr, C: gl.constexpr, ELEMENT: gl.constexpr, SCALE: gl.constexpr,
+):  # fmt: skip
+    """What `_load` returns, as the matrix unit takes it: a half of the columns, or all (HALF = 2)."""
+    words, more, scale = loaded
     return gl.convert_layout(
-        decode(words, more, scale, T, C, ELEMENT, SCALE), gl.DotOperandLayout(0, ACC, 2), assert_trivial=True
+        decode(words, more, scale, HALF, T, C, ELEMENT, SCALE), gl.DotOperandLayout(0, ACC, 2), assert_trivial=True
     )
 
 
 @gluon.jit
-def _multiply(w, xs, slot, acc, PARTS: gl.constexpr, FRESH: gl.constexpr):
-    """Starts acc + w @ the slot's tokens: PARTS groups of instructions. FRESH: without acc, a register's old content."""
-    sums = warpgroup_mma(w, xs.index(slot * PARTS).permute((1, 0)), acc, use_acc=not FRESH, is_async=True)
-    for p in gl.static_range(1, PARTS):
-        sums = warpgroup_mma(w, xs.index(slot * PARTS + p).permute((1, 0)), sums, is_async=True)
+def _multiply(w, xs, slot, acc, HALF: gl.constexpr, C: gl.constexpr, PARTS: gl.constexpr, FRESH: gl.constexpr):
+    """Starts acc + w @ the slot's tokens, or FRESH w @ them: PARTS groups of instructions."""
+    sums = acc
+    for p in gl.static_range(PARTS):
+        x = xs.index(slot * PARTS + p)
+        if HALF < 2:
+            x = x.slice(HALF * (C * 32), C * 32, dim=1)
+        sums = warpgroup_mma(w, x.permute((1, 0)), sums, use_acc=p > 0 or not FRESH, is_async=True)
     return sums
 
 
@@ -195,16 +221,16 @@ def _next(slot, STAGES: gl.constexpr):
 
 @gluon.jit
 def _refill(
-    xs, held, token_pointers, at, step, slot, STEPS, CHUNKS, K, PENDING: gl.constexpr,
+    xs, bars, held, x, where, at, step, slot, STEPS, CHUNKS, K, PENDING: gl.constexpr, BLOCK_M: gl.constexpr,
     T: gl.constexpr, C: gl.constexpr, ELEMENT: gl.constexpr, SCALE: gl.constexpr, EVEN: gl.constexpr,
-    PARTS: gl.constexpr,
+    PARTS: gl.constexpr, BULK: gl.constexpr,
 ):  # fmt: skip
     """`step` into a slot that this thread is done with; all but the last PENDING steps asked for are here then."""
     async_copy.wait_group(PENDING)
     # Here for all threads, and all are done with the slot.
     gl.thread_barrier()
+    _copy_tokens(xs, bars, x, where, step, slot, STEPS, K, BLOCK_M, C, EVEN, PARTS, BULK)
     copy_weights(held, at, step, slot, STEPS, CHUNKS, T, C, ELEMENT, SCALE, EVEN)
-    _copy_tokens(xs, token_pointers, step, slot, STEPS, K, C, EVEN, PARTS)
     async_copy.commit_group()
 
 
@@ -227,12 +253,13 @@ def product(
     x, rows, held, at, first, second, TILES, STEPS, CHUNKS, K,
     ELEMENT: gl.constexpr, SCALE: gl.constexpr, EVEN: gl.constexpr,
     BLOCK_M: gl.constexpr, T: gl.constexpr, C: gl.constexpr,
-    STAGES: gl.constexpr, OVERLAP: gl.constexpr, ODD: gl.constexpr, PARTS: gl.constexpr,
+    STAGES: gl.constexpr, OVERLAP: gl.constexpr, ODD: gl.constexpr, PARTS: gl.constexpr, BULK: gl.constexpr,
 ):  # fmt: skip
     """float32 [T * 64, BLOCK_M], slots of rows. The weights of the first STAGES - 1 steps are on their way.
 
     Args:
-        x: bfloat16 [*, PARTS, K], activations as a sum of parts; rows: int64 [BLOCK_M].
+        x: bfloat16 [*, PARTS, K], activations as a sum of parts; rows: int64 [BLOCK_M]. BULK: a descriptor of
+            [*, K] in blocks of [BLOCK_M, C * 64], and the first row.
         held, at: as in `copy_weights`; first, second, TILES: as in `pointers`.
     """
     WARPS: gl.constexpr = gl.num_warps()
@@ -243,78 +270,119 @@ def product(
     APART: gl.constexpr = SCALE == "f32"
     sp = at[2]
     xs = gl.allocate_shared_memory(gl.bfloat16, [STAGES * PARTS, BLOCK_M, C * 64], XS)
-    tp = x + rows[:, None] * (PARTS * K) + gl.arange(0, C * 64, gl.SliceLayout(0, TOKENS))[None, :]
+    bars, where = xs, rows
+    if BULK:
+        bars = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+        for s in gl.static_range(STAGES):
+            mbarrier.init(bars.index(s), count=1)
+    else:
+        where = x + rows[:, None] * (PARTS * K) + gl.arange(0, C * 64, gl.SliceLayout(0, TOKENS))[None, :]
     for s in gl.static_range(STAGES - 1):
-        _copy_tokens(xs, tp, s, s, STEPS, K, C, EVEN, PARTS)
+        _copy_tokens(xs, bars, x, where, s, s, STEPS, K, BLOCK_M, C, EVEN, PARTS, BULK)
         async_copy.commit_group()
     acc = gl.zeros([T * 64, BLOCK_M], gl.float32, ACC)
     slot, free = 0, STAGES - 1
-    if OVERLAP:
-        # A step is decoded while the one before it is multiplied. Two steps a turn, so that no register is copied while
-        # a product reads it.
+    if OVERLAP and not APART:
+        # While halves of a step are multiplied, those of the next one are decoded, each into the registers of a half
+        # that is done. A warp that starts a product waits until the one before it has begun, so what a half is decoded
+        # beside must come between two of them. Two steps a turn, so that no register is copied while a product reads it.
         async_copy.wait_group(STAGES - 2)
         gl.thread_barrier()
-        even = _operand(held, 0, ACC, T, C, ELEMENT, SCALE)
-        odd = even
+        _await_tokens(bars, 0, 0, STEPS, STAGES, BULK)
+        loaded = _load(held, 0, T, C, ELEMENT, SCALE)
+        even0 = _operand(loaded, 0, ACC, T, C, ELEMENT, SCALE)
+        even1 = _operand(loaded, 1, ACC, T, C, ELEMENT, SCALE)
+        odd0, odd1 = even0, even1
         for turn in range(STEPS // 2):
             ahead = 2 * turn + STAGES - 1
-            if APART:
-                scale = _block_scales(sp, 2 * turn, STEPS, first, second, TILES, T, ACC)
-                sums = _multiply(even, xs, slot, acc, PARTS, True)
-            else:
-                # Two products are under way: the one before this is waited for, and its registers are decoded into.
-                sums = _multiply(even, xs, slot, acc, PARTS, False)
-                acc, odd = warpgroup_mma_wait(PARTS, deps=[sums, odd])
+            sums = _multiply(even0, xs, slot, acc, 0, C, PARTS, False)
+            acc, odd0, odd1 = warpgroup_mma_wait(PARTS, deps=[sums, odd0, odd1])
             _refill(
-                xs, held, tp, at, ahead, free, STEPS, CHUNKS, K, STAGES - 3, T, C, ELEMENT, SCALE, EVEN, PARTS
-            )
-            free = slot
-            slot = _next(slot, STAGES)
-            odd = _operand(held, slot, ACC, T, C, ELEMENT, SCALE)
-            if APART:
-                sums, even = warpgroup_mma_wait(0, deps=[sums, even])
-                acc = _added(sums, scale, acc)
-                scale = _block_scales(sp, 2 * turn + 1, STEPS, first, second, TILES, T, ACC)
-                sums = _multiply(odd, xs, slot, acc, PARTS, True)
-            else:
-                sums = _multiply(odd, xs, slot, acc, PARTS, False)
-                acc, even = warpgroup_mma_wait(PARTS, deps=[sums, even])
-            _refill(
-                xs, held, tp, at, ahead + 1, free, STEPS, CHUNKS, K, STAGES - 3,
-                T, C, ELEMENT, SCALE, EVEN, PARTS,
+                xs, bars, held, x, where, at, ahead, free, STEPS, CHUNKS, K, STAGES - 3,
+                BLOCK_M, T, C, ELEMENT, SCALE, EVEN, PARTS, BULK,
             )  # fmt: skip
             free = slot
             slot = _next(slot, STAGES)
-            even = _operand(held, slot, ACC, T, C, ELEMENT, SCALE)
-            if APART:
-                sums, odd = warpgroup_mma_wait(0, deps=[sums, odd])
-                acc = _added(sums, scale, acc)
-        if APART:
-            if ODD:
-                scale = _block_scales(sp, STEPS - 1, STEPS, first, second, TILES, T, ACC)
-                sums = _multiply(even, xs, slot, acc, PARTS, True)
-                sums, even = warpgroup_mma_wait(0, deps=[sums, even])
-                acc = _added(sums, scale, acc)
-        elif ODD:
-            sums = _multiply(even, xs, slot, acc, PARTS, False)
-            acc, even, odd = warpgroup_mma_wait(0, deps=[sums, even, odd])
-        else:
-            acc, even, odd = warpgroup_mma_wait(0, deps=[acc, even, odd])
+            _await_tokens(bars, 2 * turn + 1, slot, STEPS, STAGES, BULK)
+            loaded = _load(held, slot, T, C, ELEMENT, SCALE)
+            odd0 = _operand(loaded, 0, ACC, T, C, ELEMENT, SCALE)
+            acc = _multiply(even1, xs, free, acc, 1, C, PARTS, False)
+            odd1 = _operand(loaded, 1, ACC, T, C, ELEMENT, SCALE)
+            sums = _multiply(odd0, xs, slot, acc, 0, C, PARTS, False)
+            acc, even0, even1 = warpgroup_mma_wait(PARTS, deps=[sums, even0, even1])
+            _refill(
+                xs, bars, held, x, where, at, ahead + 1, free, STEPS, CHUNKS, K, STAGES - 3,
+                BLOCK_M, T, C, ELEMENT, SCALE, EVEN, PARTS, BULK,
+            )  # fmt: skip
+            free = slot
+            slot = _next(slot, STAGES)
+            _await_tokens(bars, 2 * turn + 2, slot, STEPS, STAGES, BULK)
+            loaded = _load(held, slot, T, C, ELEMENT, SCALE)
+            even0 = _operand(loaded, 0, ACC, T, C, ELEMENT, SCALE)
+            sums = _multiply(odd1, xs, free, acc, 1, C, PARTS, False)
+            acc = warpgroup_mma_wait(2 * PARTS, deps=[sums])
+            even1 = _operand(loaded, 1, ACC, T, C, ELEMENT, SCALE)
+        if ODD:
+            acc = _multiply(even0, xs, slot, acc, 0, C, PARTS, False)
+            acc = _multiply(even1, xs, slot, acc, 1, C, PARTS, False)
+        acc, even0, even1, odd0, odd1 = warpgroup_mma_wait(0, deps=[acc, even0, even1, odd0, odd1])
+    elif OVERLAP:
+        # A step is decoded while the one before it is multiplied.
+        async_copy.wait_group(STAGES - 2)
+        gl.thread_barrier()
+        even = _operand(_load(held, 0, T, C, ELEMENT, SCALE), 2, ACC, T, C, ELEMENT, SCALE)
+        for turn in range(STEPS // 2):
+            ahead = 2 * turn + STAGES - 1
+            scale = _block_scales(sp, 2 * turn, STEPS, first, second, TILES, T, ACC)
+            _await_tokens(bars, 2 * turn, slot, STEPS, STAGES, BULK)
+            sums = _multiply(even, xs, slot, acc, 2, C, PARTS, True)
+            _refill(
+                xs, bars, held, x, where, at, ahead, free, STEPS, CHUNKS, K, STAGES - 3,
+                BLOCK_M, T, C, ELEMENT, SCALE, EVEN, PARTS, BULK,
+            )  # fmt: skip
+            free = slot
+            slot = _next(slot, STAGES)
+            odd = _operand(_load(held, slot, T, C, ELEMENT, SCALE), 2, ACC, T, C, ELEMENT, SCALE)
+            sums, even = warpgroup_mma_wait(0, deps=[sums, even])
+            acc = _added(sums, scale, acc)
+            scale = _block_scales(sp, 2 * turn + 1, STEPS, first, second, TILES, T, ACC)
+            _await_tokens(bars, 2 * turn + 1, slot, STEPS, STAGES, BULK)
+            sums = _multiply(odd, xs, slot, acc, 2, C, PARTS, True)
+            _refill(
+                xs, bars, held, x, where, at, ahead + 1, free, STEPS, CHUNKS, K, STAGES - 3,
+                BLOCK_M, T, C, ELEMENT, SCALE, EVEN, PARTS, BULK,
+            )  # fmt: skip
+            free = slot
+            slot = _next(slot, STAGES)
+            even = _operand(_load(held, slot, T, C, ELEMENT, SCALE), 2, ACC, T, C, ELEMENT, SCALE)
+            sums, odd = warpgroup_mma_wait(0, deps=[sums, odd])
+            acc = _added(sums, scale, acc)
+        if ODD:
+            scale = _block_scales(sp, STEPS - 1, STEPS, first, second, TILES, T, ACC)
+            _await_tokens(bars, STEPS - 1, slot, STEPS, STAGES, BULK)
+            sums = _multiply(even, xs, slot, acc, 2, C, PARTS, True)
+            sums, even = warpgroup_mma_wait(0, deps=[sums, even])
+            acc = _added(sums, scale, acc)
     else:
         for step in range(STEPS):
             ahead = step + STAGES - 1
             _refill(
-                xs, held, tp, at, ahead, free, STEPS, CHUNKS, K, STAGES - 2, T, C, ELEMENT, SCALE, EVEN, PARTS
-            )
+                xs, bars, held, x, where, at, ahead, free, STEPS, CHUNKS, K, STAGES - 2,
+                BLOCK_M, T, C, ELEMENT, SCALE, EVEN, PARTS, BULK,
+            )  # fmt: skip
             if APART:
                 scale = _block_scales(sp, step, STEPS, first, second, TILES, T, ACC)
-            w = _operand(held, slot, ACC, T, C, ELEMENT, SCALE)
+            w = _operand(_load(held, slot, T, C, ELEMENT, SCALE), 2, ACC, T, C, ELEMENT, SCALE)
+            _await_tokens(bars, step, slot, STEPS, STAGES, BULK)
+            sums = warpgroup_mma_wait(0, deps=[_multiply(w, xs, slot, acc, 2, C, PARTS, APART)])
             if APART:
-                sums = warpgroup_mma_wait(0, deps=[_multiply(w, xs, slot, acc, PARTS, True)])
                 acc = _added(sums, scale, acc)
             else:
-                acc = warpgroup_mma_wait(0, deps=[_multiply(w, xs, slot, acc, PARTS, False)])
+                acc = sums
             free = slot
             slot = _next(slot, STAGES)
     async_copy.wait_group(0)
+    if BULK:
+        for s in gl.static_range(STAGES):
+            mbarrier.invalidate(bars.index(s))
     return acc

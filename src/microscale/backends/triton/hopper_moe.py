@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from microscale.activations import Activation
 from microscale.backends.triton import activation as _activation
 from microscale.backends.triton import routing, tiles
 from microscale.backends.triton.fragments import ROWS, Fragments
-from microscale.backends.triton.hopper import PARTS, as_parts
+from microscale.backends.triton.hopper import PARTS, as_parts, in_blocks
 from microscale.backends.triton.hopper_decode import accumulator, finish, in_order, slots, store_layout
 from microscale.backends.triton.hopper_loop import buffers, copy_weights, pointers, product
 from microscale.backends.triton.routing import Table
@@ -63,17 +64,20 @@ def _first(
     KIND: gl.constexpr, GATED: gl.constexpr, INTERLEAVED: gl.constexpr, HAS_LIMIT: gl.constexpr,
     WEIGHT_ON_INPUT: gl.constexpr, DIRECT: gl.constexpr,
     BLOCK_M: gl.constexpr, T: gl.constexpr, C: gl.constexpr, STAGES: gl.constexpr,
-    OVERLAP: gl.constexpr, ODD: gl.constexpr, PARTS: gl.constexpr,
+    OVERLAP: gl.constexpr, ODD: gl.constexpr, PARTS: gl.constexpr, BULK: gl.constexpr,
 ):  # fmt: skip
     """A tile of `_first_kernel`, of at most BLOCK_M tokens."""
     WARPS: gl.constexpr = gl.num_warps()
     OUT: gl.constexpr = T * 32 if GATED else T * 64
-    TOKENS: gl.constexpr = gl.BlockedLayout([1, 8], [4 // C, 8 * C], [WARPS, 1], [1, 0])
-    place = gl.minimum(start + gl.arange(0, BLOCK_M, gl.SliceLayout(1, TOKENS)), end - 1)
-    token = (_routes(order, place, DIRECT) // top_k).to(gl.int64)
+    if BULK:  # x is in the order of the routes
+        token = start
+    else:
+        TOKENS: gl.constexpr = gl.BlockedLayout([1, 8], [4 // C, 8 * C], [WARPS, 1], [1, 0])
+        place = gl.minimum(start + gl.arange(0, BLOCK_M, gl.SliceLayout(1, TOKENS)), end - 1)
+        token = (_routes(order, place, DIRECT) // top_k).to(gl.int64)
     acc = product(
         x, token, held, at, first, second, TILES, STEPS, CHUNKS, K,
-        ELEMENT, SCALE, EVEN, BLOCK_M, T, C, STAGES, OVERLAP, ODD, PARTS,
+        ELEMENT, SCALE, EVEN, BLOCK_M, T, C, STAGES, OVERLAP, ODD, PARTS, BULK,
     )  # fmt: skip
     ACC: gl.constexpr = accumulator(BLOCK_M, WARPS)
     if WEIGHT_ON_INPUT:
@@ -105,13 +109,13 @@ def _first(
 
 @gluon.jit(do_not_specialize=["top_k", "TILES", "CHUNKS", "STEPS", "experts", "known"])
 def _first_kernel(
-    h, x, codes, scales, row_scale, bias, tile_experts, tile_starts, ends, order, expert_map, topk_weights,
+    h, x, x_half, codes, scales, row_scale, bias, tile_experts, tile_starts, ends, order, expert_map, topk_weights,
     top_k, experts, known, N, WIDTH, K, TILES, CHUNKS, STEPS, alpha, beta, limit,
     ELEMENT: gl.constexpr, SCALE: gl.constexpr, EVEN: gl.constexpr, ROW_SCALE: gl.constexpr, HAS_BIAS: gl.constexpr,
     KIND: gl.constexpr, GATED: gl.constexpr, INTERLEAVED: gl.constexpr, HAS_LIMIT: gl.constexpr,
     WEIGHT_ON_INPUT: gl.constexpr, DIRECT: gl.constexpr, HAS_MAP: gl.constexpr,
     BLOCK_M: gl.constexpr, T: gl.constexpr, C: gl.constexpr, STAGES: gl.constexpr,
-    OVERLAP: gl.constexpr, ODD: gl.constexpr, PARTS: gl.constexpr, TAIL: gl.constexpr, PDL: gl.constexpr,
+    OVERLAP: gl.constexpr, ODD: gl.constexpr, PARTS: gl.constexpr, BULK: gl.constexpr, TAIL: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """h[sorted route, WIDTH] = activation(w13[e] @ x[token] + b13[e])."""
     blocks = gl.cdiv(WIDTH, T * 32 if GATED else T * 64)
@@ -135,17 +139,17 @@ def _first_kernel(
         start, end = _span(tile, expert, tile_starts, ends, DIRECT)
         if TAIL and end - start <= BLOCK_M // 2:
             _first(
-                h, x, row_scale, bias, order, topk_weights, held, at, expert, block, first, second,
+                h, x_half, row_scale, bias, order, topk_weights, held, at, expert, block, first, second,
                 start, end, top_k, N, WIDTH, K, TILES, CHUNKS, STEPS, alpha, beta, limit,
                 ELEMENT, SCALE, EVEN, ROW_SCALE, HAS_BIAS, KIND, GATED, INTERLEAVED, HAS_LIMIT, WEIGHT_ON_INPUT, DIRECT,
-                BLOCK_M // 2, T, C, STAGES, OVERLAP, ODD, PARTS,
+                BLOCK_M // 2, T, C, STAGES, OVERLAP, ODD, PARTS, BULK,
             )  # fmt: skip
         else:
             _first(
                 h, x, row_scale, bias, order, topk_weights, held, at, expert, block, first, second,
                 start, end, top_k, N, WIDTH, K, TILES, CHUNKS, STEPS, alpha, beta, limit,
                 ELEMENT, SCALE, EVEN, ROW_SCALE, HAS_BIAS, KIND, GATED, INTERLEAVED, HAS_LIMIT, WEIGHT_ON_INPUT, DIRECT,
-                BLOCK_M, T, C, STAGES, OVERLAP, ODD, PARTS,
+                BLOCK_M, T, C, STAGES, OVERLAP, ODD, PARTS, BULK,
             )  # fmt: skip
 
 
@@ -156,15 +160,18 @@ def _second(
     ELEMENT: gl.constexpr, SCALE: gl.constexpr, EVEN: gl.constexpr, ROW_SCALE: gl.constexpr, HAS_BIAS: gl.constexpr,
     WEIGHT_ON_INPUT: gl.constexpr, DIRECT: gl.constexpr,
     BLOCK_M: gl.constexpr, T: gl.constexpr, C: gl.constexpr, STAGES: gl.constexpr,
-    OVERLAP: gl.constexpr, ODD: gl.constexpr, PARTS: gl.constexpr,
+    OVERLAP: gl.constexpr, ODD: gl.constexpr, PARTS: gl.constexpr, BULK: gl.constexpr,
 ):  # fmt: skip
     """A tile of `_second_kernel`, of at most BLOCK_M tokens."""
     WARPS: gl.constexpr = gl.num_warps()
-    TOKENS: gl.constexpr = gl.BlockedLayout([1, 8], [4 // C, 8 * C], [WARPS, 1], [1, 0])
-    place = gl.minimum(start + gl.arange(0, BLOCK_M, gl.SliceLayout(1, TOKENS)), end - 1).to(gl.int64)
+    if BULK:
+        rows = start
+    else:
+        TOKENS: gl.constexpr = gl.BlockedLayout([1, 8], [4 // C, 8 * C], [WARPS, 1], [1, 0])
+        rows = gl.minimum(start + gl.arange(0, BLOCK_M, gl.SliceLayout(1, TOKENS)), end - 1).to(gl.int64)
     acc = product(
-        h, place, held, at, first, first + T // 2, TILES, STEPS, CHUNKS, K,
-        ELEMENT, SCALE, EVEN, BLOCK_M, T, C, STAGES, OVERLAP, ODD, PARTS,
+        h, rows, held, at, first, first + T // 2, TILES, STEPS, CHUNKS, K,
+        ELEMENT, SCALE, EVEN, BLOCK_M, T, C, STAGES, OVERLAP, ODD, PARTS, BULK,
     )  # fmt: skip
     ACC: gl.constexpr = accumulator(BLOCK_M, WARPS)
     rows = gl.minimum(slots(first, first + T // 2, T, gl.SliceLayout(1, ACC)), N - 1)
@@ -182,12 +189,12 @@ def _second(
 
 @gluon.jit(do_not_specialize=["TILES", "CHUNKS", "STEPS", "experts", "known"])
 def _second_kernel(
-    shares, h, codes, scales, row_scale, bias, tile_experts, tile_starts, ends, order, expert_map, topk_weights,
+    shares, h, h_half, codes, scales, row_scale, bias, tile_experts, tile_starts, ends, order, expert_map, topk_weights,
     experts, known, N, K, TILES, CHUNKS, STEPS,
     ELEMENT: gl.constexpr, SCALE: gl.constexpr, EVEN: gl.constexpr, ROW_SCALE: gl.constexpr, HAS_BIAS: gl.constexpr,
     WEIGHT_ON_INPUT: gl.constexpr, DIRECT: gl.constexpr, HAS_MAP: gl.constexpr,
     BLOCK_M: gl.constexpr, T: gl.constexpr, C: gl.constexpr, STAGES: gl.constexpr,
-    OVERLAP: gl.constexpr, ODD: gl.constexpr, PARTS: gl.constexpr, TAIL: gl.constexpr, PDL: gl.constexpr,
+    OVERLAP: gl.constexpr, ODD: gl.constexpr, PARTS: gl.constexpr, BULK: gl.constexpr, TAIL: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """shares[route, N] = routing weight * (w2[e] @ h[sorted route] + b2[e])."""
     blocks = gl.cdiv(TILES, T)
@@ -206,15 +213,15 @@ def _second_kernel(
             gdc_launch_dependents()
         if TAIL and end - start <= BLOCK_M // 2:
             _second(
-                shares, h, row_scale, bias, order, topk_weights, held, at, expert, first, start, end,
+                shares, h_half, row_scale, bias, order, topk_weights, held, at, expert, first, start, end,
                 N, K, TILES, CHUNKS, STEPS, ELEMENT, SCALE, EVEN, ROW_SCALE, HAS_BIAS, WEIGHT_ON_INPUT, DIRECT,
-                BLOCK_M // 2, T, C, STAGES, OVERLAP, ODD, PARTS,
+                BLOCK_M // 2, T, C, STAGES, OVERLAP, ODD, PARTS, BULK,
             )  # fmt: skip
         else:
             _second(
                 shares, h, row_scale, bias, order, topk_weights, held, at, expert, first, start, end,
                 N, K, TILES, CHUNKS, STEPS, ELEMENT, SCALE, EVEN, ROW_SCALE, HAS_BIAS, WEIGHT_ON_INPUT, DIRECT,
-                BLOCK_M, T, C, STAGES, OVERLAP, ODD, PARTS,
+                BLOCK_M, T, C, STAGES, OVERLAP, ODD, PARTS, BULK,
             )  # fmt: skip
     elif PDL:
         gdc_wait()
@@ -223,6 +230,35 @@ def _second_kernel(
 def refuse(w13: Fragments, activation: Activation) -> bool:
     """Gates and ups that lie apart must both begin at a tile."""
     return activation.gated and not activation.interleaved and w13.shape[1] // 2 % ROWS != 0
+
+
+@gluon.jit(do_not_specialize=["top_k", "K"])
+def _in_order_kernel(ordered, x, order, ends, top_k, experts, K, BLOCK: gl.constexpr):
+    """ordered[place, K] = x[token of the route at that place]; places without a route keep what they have."""
+    place = gl.program_id(0)
+    if place < gl.load(ends + experts - 1):
+        token = (gl.load(order + place) // top_k).to(gl.int64)
+        LAYOUT: gl.constexpr = gl.BlockedLayout([8], [32], [gl.num_warps()], [0])
+        for start in range(0, K, BLOCK):
+            k = start + gl.arange(0, BLOCK, LAYOUT)
+            value = gl.load(x + token * K + k, mask=k < K)
+            gl.store(ordered + place.to(gl.int64) * K + k, value, mask=k < K)
+
+
+def in_order_of(table: Table, x: Tensor, top_k: int, experts: int) -> Tensor:
+    """bfloat16 [M, K] -> [routes, K], the tokens in the table's order, for a cut with `bulk`."""
+    routes, k = x.shape[0] * top_k, x.shape[1]
+    ordered = torch.empty(routes, k, dtype=x.dtype, device=x.device)
+    _in_order_kernel[(routes,)](
+        ordered, as_parts(x), table.order, table.ends, top_k, experts, k, BLOCK=1024, num_warps=4
+    )
+    return ordered
+
+
+def _tokens(x: Tensor, cut: Cut) -> tuple[Tensor | TensorDescriptor, Tensor | TensorDescriptor]:
+    """What the kernels read them from, and what they read half a tile from."""
+    parts = as_parts(x)
+    return (in_blocks(parts, cut), in_blocks(parts, cut, half=cut.tail)) if cut.bulk else (parts, parts)
 
 
 def first(
@@ -241,6 +277,7 @@ def first(
     """[M, H] -> [routes, I] in the table's order.
 
     Args:
+        x: for a cut with `bulk` [routes, H] in that order.
         direct: there is one token, and the table's `tile_experts` are its ids.
     """
     experts, rows, hidden = w.shape
@@ -248,7 +285,7 @@ def first(
     h = torch.empty(weights.numel(), inner, dtype=x.dtype, device=x.device)
     per_block = cut.tiles * (32 if activation.gated else 64)
     _first_kernel[(table.count * -(-inner // per_block),)](
-        h, as_parts(x), w.codes, w.scales, w.row_scale, bias,
+        h, *_tokens(x, cut), w.codes, w.scales, w.row_scale, bias,
         table.tile_experts, table.tile_starts, table.ends, table.order, expert_map, weights,
         weights.shape[1], experts, experts if expert_map is None else expert_map.numel(),
         rows, inner, hidden, *cut.sizes(w),
@@ -288,7 +325,7 @@ def second(
     experts, n, inner = w.shape
     shares = torch.empty(weights.numel(), n, dtype=h.dtype, device=h.device)
     _second_kernel[(table.count * -(-w.tiles // cut.tiles),)](
-        shares, as_parts(h), w.codes, w.scales, w.row_scale, bias,
+        shares, *_tokens(h, cut), w.codes, w.scales, w.row_scale, bias,
         table.tile_experts, table.tile_starts, table.ends, table.order, expert_map, weights,
         experts, experts if expert_map is None else expert_map.numel(), n, inner, *cut.sizes(w),
         HAS_BIAS=bias is not None,
@@ -336,6 +373,10 @@ def moe(
             table = Table(ids, ids, ids, ids, top_k)
         else:
             table = routing.route(ids, expert_map, experts, cut13.block_m, pdl)
-        h = first(x, weights, w13, b13, activation, table, cut13, weight_on_input, pdl, expert_map, direct)
+        if cut13.bulk:
+            x_first = in_order_of(table, x, top_k, experts)
+        else:
+            x_first = x
+        h = first(x_first, weights, w13, b13, activation, table, cut13, weight_on_input, pdl, expert_map, direct)
         shares = second(h, weights, w2, b2, table, cut2, weight_on_input, pdl, expert_map, direct)
         return total(shares, ids, expert_map, experts, x.dtype, pdl)

@@ -83,6 +83,7 @@ class Cut:
         stages: steps whose weights and tokens are in shared memory; at least 3.
         overlap: decode the next step while the matrix unit works.
         tail: experts' last tiles of at most half the tokens take the time of half the tokens; block_m at least 16.
+        bulk: tokens are copied a tile at a time, by one thread. Experts' tokens are put in order for that. One part only.
     """
 
     block_m: int
@@ -92,9 +93,10 @@ class Cut:
     stages: int
     overlap: bool = False
     tail: bool = False
+    bulk: bool = False
 
     def __str__(self) -> str:
-        flags = ("o" if self.overlap else "") + ("h" if self.tail else "")
+        flags = ("o" if self.overlap else "") + ("h" if self.tail else "") + ("b" if self.bulk else "")
         return f"m{self.block_m}t{self.tiles}c{self.chunks}w{self.warps}s{self.stages}{flags}"
 
     def constants(self, w: Fragments) -> dict[str, Any]:
@@ -109,6 +111,7 @@ class Cut:
             "C": self.chunks,
             "STAGES": self.stages,
             "OVERLAP": self.overlap,
+            "BULK": self.bulk,
             "ODD": steps % 2 == 1,
             "ROW_SCALE": w.row_scale is not None,
             "num_warps": self.warps,
