@@ -13,7 +13,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from microscale.backends.triton import tiles
+from microscale.backends.triton import hopper_bulk, tiles
 from microscale.backends.triton.fragments import Fragments
 from microscale.backends.triton.hopper_decode import accumulator, finish, in_order, slots, store_layout
 from microscale.backends.triton.hopper_loop import buffers, copy_weights, pointers, product
@@ -38,21 +38,24 @@ def _linear_kernel(
     block_n, block_m = within // height, group * GROUP + within % height
     first = block_n * T
     second = first + T // 2
-    held = buffers(T, C, STAGES, ELEMENT, SCALE)
     matrix = gl.to_tensor(0).to(gl.int64)
-    at = pointers(codes, scales, matrix, first, second, TILES, CHUNKS, T, C, ELEMENT, SCALE)
-    for s in gl.static_range(STAGES - 1):
-        copy_weights(held, at, s, s, STEPS, CHUNKS, T, C, ELEMENT, SCALE, EVEN)
     if BULK:
-        rows = block_m * BLOCK_M
+        acc = hopper_bulk.product(
+            x, block_m * BLOCK_M, codes, scales, matrix, first, second, TILES, STEPS, CHUNKS,
+            ELEMENT, SCALE, BLOCK_M, T, C, STAGES, ODD,
+        )  # fmt: skip
     else:
+        held = buffers(T, C, STAGES, ELEMENT, SCALE)
+        at = pointers(codes, scales, matrix, first, second, TILES, CHUNKS, T, C, ELEMENT, SCALE)
+        for s in gl.static_range(STAGES - 1):
+            copy_weights(held, at, s, s, STEPS, CHUNKS, T, C, ELEMENT, SCALE, EVEN)
         TOKENS: gl.constexpr = gl.BlockedLayout([1, 8], [4 // C, 8 * C], [WARPS, 1], [1, 0])
         m = block_m * BLOCK_M + gl.arange(0, BLOCK_M, gl.SliceLayout(1, TOKENS))
-        rows = gl.minimum(m, M - 1).to(gl.int64)
-    acc = product(
-        x, rows, held, at, first, second, TILES, STEPS, CHUNKS, K,
-        ELEMENT, SCALE, EVEN, BLOCK_M, T, C, STAGES, OVERLAP, ODD, PARTS, BULK,
-    )  # fmt: skip
+        m = gl.minimum(m, M - 1).to(gl.int64)
+        acc = product(
+            x, m, held, at, first, second, TILES, STEPS, CHUNKS, K,
+            ELEMENT, SCALE, EVEN, BLOCK_M, T, C, STAGES, OVERLAP, ODD, PARTS,
+        )  # fmt: skip
     rows = gl.minimum(slots(first, second, T, gl.SliceLayout(1, accumulator(BLOCK_M, WARPS))), N - 1)
     acc = finish(acc, row_scale, bias, rows, ROW_SCALE, HAS_BIAS)
     STORE: gl.constexpr = store_layout(T * 64, WARPS)

@@ -208,25 +208,27 @@ def _halves(scale_words, T: gl.constexpr, C: gl.constexpr, SCALE: gl.constexpr):
 
 
 @gluon.jit
-def _part(groups, HALF: gl.constexpr, T: gl.constexpr, C: gl.constexpr):
-    """Groups [T * C * 32, 4, 2, 2] of one half of the columns, or of all (HALF = 2)."""
-    if HALF == 2:
-        return groups
-    elif C == 1:
+def _piece(groups, PIECE: gl.constexpr, PIECES: gl.constexpr, T: gl.constexpr, C: gl.constexpr):
+    """Of groups [T * C * 32, 4, 2, 2] those of one of PIECES equal parts of the columns, C times 1 or 2 or, if that is 4, a half."""
+    if PIECES == 2 * C:
         first, second = groups.permute([0, 1, 3, 2]).split()
-        return first if HALF == 0 else second
-    else:
-        both = groups.reshape([T, 2, C * 16, 4, 2, 2]).permute([0, 2, 3, 4, 5, 1])
-        first, second = both.split()
-        return (first if HALF == 0 else second).reshape([T * C * 16, 4, 2, 2])
+        groups = first if PIECE % 2 == 0 else second
+    if PIECES > 1 and C > 1:
+        CHUNK: gl.constexpr = PIECE * C // PIECES
+        first, second = groups.reshape([T, 2, C * 16, groups.numel // (T * C * 32)]).permute([0, 2, 3, 1]).split()
+        groups = first if CHUNK * 2 // C == 0 else second
+        if C == 4 and PIECES >= 4:
+            first, second = groups.reshape([T, 2, 32, groups.numel // (T * 64)]).permute([0, 2, 3, 1]).split()
+            groups = first if CHUNK % 2 == 0 else second
+    return groups
 
 
 @gluon.jit
 def decode(
-    words, more, scale_words, HALF: gl.constexpr,
+    words, more, scale_words, PIECE: gl.constexpr, PIECES: gl.constexpr,
     T: gl.constexpr, C: gl.constexpr, ELEMENT: gl.constexpr, SCALE: gl.constexpr,
 ):  # fmt: skip
-    """Codes and their scale words -> bfloat16 [T * 64, C * 64], slots of rows; HALF 0 or 1: half of the columns.
+    """Codes and their scale words -> bfloat16 [T * 64, C * 64], slots of rows, or a piece of its columns.
 
     Args:
         words: int32 [T * C * 128, 4], of 8 bits [T * C * 256, 4]; more: of 6 bits [T * C * 128, 2].
@@ -249,24 +251,39 @@ def decode(
             )
             first, second = gl.broadcast(first, second[:, :, :, None])
     if SCALE == "f32":
-        given = [_part(first, HALF, T, C), _part(second, HALF, T, C)]
+        given = [_piece(first, PIECE, PIECES, T, C), _piece(second, PIECE, PIECES, T, C)]
     else:
         first, s = gl.broadcast(first, _halves(scale_words, T, C, SCALE))
         if BITS == 4:
-            given = [_part(first, HALF, T, C), _part(s, HALF, T, C)]
+            given = [_piece(first, PIECE, PIECES, T, C), _piece(s, PIECE, PIECES, T, C)]
         else:
-            given = [_part(first, HALF, T, C), _part(second, HALF, T, C), _part(s, HALF, T, C)]
+            given = [_piece(first, PIECE, PIECES, T, C), _piece(second, PIECE, PIECES, T, C), _piece(s, PIECE, PIECES, T, C)]
     o = gl.inline_asm_elementwise(
         _assembly(ELEMENT, SCALE), _constraints(ELEMENT, SCALE), given,
         dtype=(gl.bfloat16,) * 8, is_pure=True, pack=2,
     )  # fmt: skip
     low = gl.join(gl.join(o[0], o[1]), gl.join(o[2], o[3]))
     high = gl.join(gl.join(o[4], o[5]), gl.join(o[6], o[7]))
-    CHUNKS: gl.constexpr = C if HALF == 2 or C == 1 else C // 2
-    P: gl.constexpr = 2 if HALF == 2 or C > 1 else 1
+    # A piece of 32 columns is one of a chunk's two p.
+    P: gl.constexpr = 1 if PIECES == 2 * C else 2
+    CHUNKS: gl.constexpr = 2 * C // PIECES // P
     a = gl.join(low, high).reshape([T, CHUNKS, 4, 8, 4, P, 2, 2, 2, 2])
     # tile, chunk, warp, g, t, p, odd column; odd row, h, q -> tile, warp, odd row, g; chunk, p, q, h, t, odd column
     return a.permute([0, 2, 7, 3, 1, 5, 9, 8, 4, 6]).reshape([T * 64, CHUNKS * P * 32])
+
+
+@gluon.jit
+def operand(
+    weights, PIECE: gl.constexpr, PIECES: gl.constexpr, ACC: gl.constexpr,
+    T: gl.constexpr, C: gl.constexpr, ELEMENT: gl.constexpr, SCALE: gl.constexpr,
+):  # fmt: skip
+    """`decode` of (codes, their further bits, scales), as the matrix unit takes it."""
+    words, more, scale = weights
+    return gl.convert_layout(
+        decode(words, more, scale, PIECE, PIECES, T, C, ELEMENT, SCALE),
+        gl.DotOperandLayout(0, ACC, 2),
+        assert_trivial=True,
+    )
 
 
 @gluon.jit

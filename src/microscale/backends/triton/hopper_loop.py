@@ -10,12 +10,12 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warpgroup_mma_wait
 
 from microscale.backends.triton.hopper_decode import (
     accumulator,
     bits_of,
-    decode,
+    operand,
     scales_layout,
     slots,
     words_layout,
@@ -52,7 +52,7 @@ def buffers(T: gl.constexpr, C: gl.constexpr, STAGES: gl.constexpr, ELEMENT: gl.
 
 
 @gluon.jit
-def _tile_of(i, first, second, TILES, T: gl.constexpr):
+def tile_of(i, first, second, TILES, T: gl.constexpr):
     """The tile that a program's i-th is; past the end a program repeats the last one, and stores nothing of it."""
     if T > 1:
         tile = gl.where(i < T // 2, first + i, second + i - T // 2)
@@ -69,7 +69,7 @@ def _pointers(
     """[T * C * ROWS, WIDTH] of step 0: from word FIRST of STRIDE, of each tile and chunk."""
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, WIDTH], [32, 1], [gl.num_warps(), 1], [1, 0])
     i = gl.arange(0, T * C * ROWS, gl.SliceLayout(1, LAYOUT))
-    tile = _tile_of(i // (C * ROWS), first, second, TILES, T)
+    tile = tile_of(i // (C * ROWS), first, second, TILES, T)
     offset = tile * (CHUNKS * STRIDE) + i // ROWS % C * STRIDE + FIRST + i % ROWS * WIDTH
     within = gl.arange(0, WIDTH, gl.SliceLayout(0, LAYOUT))
     return words + matrix * TILES * CHUNKS * STRIDE + offset[:, None] + within[None, :]
@@ -98,7 +98,7 @@ def pointers(
         WORDS: gl.constexpr = scale_words(SCALE)
         LAYOUT: gl.constexpr = gl.BlockedLayout([4], [32], [gl.num_warps()], [0])
         j = gl.arange(0, T * C * 32 * WORDS, LAYOUT)
-        tile = _tile_of(j // (C * 32 * WORDS), first, second, TILES, T)
+        tile = tile_of(j // (C * 32 * WORDS), first, second, TILES, T)
         sp = scales + matrix * TILES * CHUNKS * (32 * WORDS)
         sp = sp + tile * (CHUNKS * 32 * WORDS) + j % (C * 32 * WORDS)
     return cp, dp, sp
@@ -147,33 +147,18 @@ def copy_weights(
 
 @gluon.jit
 def _copy_tokens(
-    xs, bars, x, where, step, slot, STEPS, K, BLOCK_M: gl.constexpr, C: gl.constexpr,
-    EVEN: gl.constexpr, PARTS: gl.constexpr, BULK: gl.constexpr,
-):  # fmt: skip
-    """Tokens of one step into a slot: with `copy_weights`' copies, or in BULK, which the slot's barrier counts."""
-    if BULK:
-        inside = step < STEPS
-        mbarrier.expect(bars.index(slot), BLOCK_M * C * 128, pred=inside)
-        tma.async_copy_global_to_shared(
-            x, [where, step * (C * 64)], bars.index(slot), xs.index(slot), pred=inside
-        )
+    xs, token_pointers, step, slot, STEPS, K, C: gl.constexpr, EVEN: gl.constexpr, PARTS: gl.constexpr
+):
+    if EVEN:
+        mask = step < STEPS
     else:
-        if EVEN:
-            mask = step < STEPS
-        else:
-            WARPS: gl.constexpr = gl.num_warps()
-            TOKENS: gl.constexpr = gl.BlockedLayout([1, 8], [4 // C, 8 * C], [WARPS, 1], [1, 0])
-            mask = (step * (C * 64) + gl.arange(0, C * 64, gl.SliceLayout(0, TOKENS)) < K)[None, :]
-        for p in gl.static_range(PARTS):
-            async_copy.async_copy_global_to_shared(
-                xs.index(slot * PARTS + p), where + (p * K + step * (C * 64)), mask=mask
-            )
-
-
-@gluon.jit
-def _await_tokens(bars, step, slot, STEPS, STAGES: gl.constexpr, BULK: gl.constexpr):
-    if BULK:
-        mbarrier.wait(bars.index(slot), step // STAGES % 2, pred=step < STEPS)
+        WARPS: gl.constexpr = gl.num_warps()
+        TOKENS: gl.constexpr = gl.BlockedLayout([1, 8], [4 // C, 8 * C], [WARPS, 1], [1, 0])
+        mask = (step * (C * 64) + gl.arange(0, C * 64, gl.SliceLayout(0, TOKENS)) < K)[None, :]
+    for p in gl.static_range(PARTS):
+        async_copy.async_copy_global_to_shared(
+            xs.index(slot * PARTS + p), token_pointers + (p * K + step * (C * 64)), mask=mask
+        )
 
 
 @gluon.jit
@@ -191,18 +176,6 @@ def _load(held, slot, T: gl.constexpr, C: gl.constexpr, ELEMENT: gl.constexpr, S
 
 
 @gluon.jit
-def _operand(
-    loaded, HALF: gl.constexpr, ACC: gl.constexpr,
-    T: gl.constexpr, C: gl.constexpr, ELEMENT: gl.constexpr, SCALE: gl.constexpr,
-):  # fmt: skip
-    """What `_load` returns, as the matrix unit takes it: a half of the columns, or all (HALF = 2)."""
-    words, more, scale = loaded
-    return gl.convert_layout(
-        decode(words, more, scale, HALF, T, C, ELEMENT, SCALE), gl.DotOperandLayout(0, ACC, 2), assert_trivial=True
-    )
-
-
-@gluon.jit
 def _multiply(w, xs, slot, acc, HALF: gl.constexpr, C: gl.constexpr, PARTS: gl.constexpr, FRESH: gl.constexpr):
     """Starts acc + w @ the slot's tokens, or FRESH w @ them: PARTS groups of instructions."""
     sums = acc
@@ -215,35 +188,36 @@ def _multiply(w, xs, slot, acc, HALF: gl.constexpr, C: gl.constexpr, PARTS: gl.c
 
 
 @gluon.jit
-def _next(slot, STAGES: gl.constexpr):
+def next_slot(slot, STAGES: gl.constexpr):
     return gl.where(slot == STAGES - 1, 0, slot + 1)
 
 
 @gluon.jit
 def _refill(
-    xs, bars, held, x, where, at, step, slot, STEPS, CHUNKS, K, PENDING: gl.constexpr, BLOCK_M: gl.constexpr,
+    xs, held, token_pointers, at, step, slot, STEPS, CHUNKS, K, PENDING: gl.constexpr,
     T: gl.constexpr, C: gl.constexpr, ELEMENT: gl.constexpr, SCALE: gl.constexpr, EVEN: gl.constexpr,
-    PARTS: gl.constexpr, BULK: gl.constexpr,
+    PARTS: gl.constexpr,
 ):  # fmt: skip
     """`step` into a slot that this thread is done with; all but the last PENDING steps asked for are here then."""
     async_copy.wait_group(PENDING)
     # Here for all threads, and all are done with the slot.
     gl.thread_barrier()
-    _copy_tokens(xs, bars, x, where, step, slot, STEPS, K, BLOCK_M, C, EVEN, PARTS, BULK)
     copy_weights(held, at, step, slot, STEPS, CHUNKS, T, C, ELEMENT, SCALE, EVEN)
+    _copy_tokens(xs, token_pointers, step, slot, STEPS, K, C, EVEN, PARTS)
     async_copy.commit_group()
 
 
 @gluon.jit
-def _block_scales(sp, step, STEPS, first, second, TILES, T: gl.constexpr, ACC: gl.constexpr):
+def block_scales(sp, step, STEPS, first, second, TILES, T: gl.constexpr, ACC: gl.constexpr):
     """Of a step's 128 columns, float32 [T * 64]: two tiles of rows share one."""
     i = gl.arange(0, T * 64, gl.SliceLayout(1, ACC))
-    tile = _tile_of(i // 64, first, second, TILES, T)
+    tile = tile_of(i // 64, first, second, TILES, T)
     return gl.load(sp + tile // 2 * STEPS + gl.minimum(step, STEPS - 1))
 
 
 @gluon.jit
-def _added(part, scale, acc):
+def add_block(part, scale, acc):
+    """acc + part [rows, tokens] * scale [rows]."""
     # Spelt as fma: whether a compiler joins a product and a sum must not depend on the sizes.
     return gl.fma(part, gl.broadcast(scale[:, None], part)[0], acc)
 
@@ -253,13 +227,12 @@ def product(
     x, rows, held, at, first, second, TILES, STEPS, CHUNKS, K,
     ELEMENT: gl.constexpr, SCALE: gl.constexpr, EVEN: gl.constexpr,
     BLOCK_M: gl.constexpr, T: gl.constexpr, C: gl.constexpr,
-    STAGES: gl.constexpr, OVERLAP: gl.constexpr, ODD: gl.constexpr, PARTS: gl.constexpr, BULK: gl.constexpr,
+    STAGES: gl.constexpr, OVERLAP: gl.constexpr, ODD: gl.constexpr, PARTS: gl.constexpr,
 ):  # fmt: skip
     """float32 [T * 64, BLOCK_M], slots of rows. The weights of the first STAGES - 1 steps are on their way.
 
     Args:
-        x: bfloat16 [*, PARTS, K], activations as a sum of parts; rows: int64 [BLOCK_M]. BULK: a descriptor of
-            [*, K] in blocks of [BLOCK_M, C * 64], and the first row.
+        x: bfloat16 [*, PARTS, K], activations as a sum of parts; rows: int64 [BLOCK_M].
         held, at: as in `copy_weights`; first, second, TILES: as in `pointers`.
     """
     WARPS: gl.constexpr = gl.num_warps()
@@ -270,15 +243,9 @@ def product(
     APART: gl.constexpr = SCALE == "f32"
     sp = at[2]
     xs = gl.allocate_shared_memory(gl.bfloat16, [STAGES * PARTS, BLOCK_M, C * 64], XS)
-    bars, where = xs, rows
-    if BULK:
-        bars = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-        for s in gl.static_range(STAGES):
-            mbarrier.init(bars.index(s), count=1)
-    else:
-        where = x + rows[:, None] * (PARTS * K) + gl.arange(0, C * 64, gl.SliceLayout(0, TOKENS))[None, :]
+    tp = x + rows[:, None] * (PARTS * K) + gl.arange(0, C * 64, gl.SliceLayout(0, TOKENS))[None, :]
     for s in gl.static_range(STAGES - 1):
-        _copy_tokens(xs, bars, x, where, s, s, STEPS, K, BLOCK_M, C, EVEN, PARTS, BULK)
+        _copy_tokens(xs, tp, s, s, STEPS, K, C, EVEN, PARTS)
         async_copy.commit_group()
     acc = gl.zeros([T * 64, BLOCK_M], gl.float32, ACC)
     slot, free = 0, STAGES - 1
@@ -288,40 +255,37 @@ def product(
         # beside must come between two of them. Two steps a turn, so that no register is copied while a product reads it.
         async_copy.wait_group(STAGES - 2)
         gl.thread_barrier()
-        _await_tokens(bars, 0, 0, STEPS, STAGES, BULK)
         loaded = _load(held, 0, T, C, ELEMENT, SCALE)
-        even0 = _operand(loaded, 0, ACC, T, C, ELEMENT, SCALE)
-        even1 = _operand(loaded, 1, ACC, T, C, ELEMENT, SCALE)
+        even0 = operand(loaded, 0, 2, ACC, T, C, ELEMENT, SCALE)
+        even1 = operand(loaded, 1, 2, ACC, T, C, ELEMENT, SCALE)
         odd0, odd1 = even0, even1
         for turn in range(STEPS // 2):
             ahead = 2 * turn + STAGES - 1
             sums = _multiply(even0, xs, slot, acc, 0, C, PARTS, False)
             acc, odd0, odd1 = warpgroup_mma_wait(PARTS, deps=[sums, odd0, odd1])
             _refill(
-                xs, bars, held, x, where, at, ahead, free, STEPS, CHUNKS, K, STAGES - 3,
-                BLOCK_M, T, C, ELEMENT, SCALE, EVEN, PARTS, BULK,
+                xs, held, tp, at, ahead, free, STEPS, CHUNKS, K, STAGES - 3,
+                T, C, ELEMENT, SCALE, EVEN, PARTS,
             )  # fmt: skip
             free = slot
-            slot = _next(slot, STAGES)
-            _await_tokens(bars, 2 * turn + 1, slot, STEPS, STAGES, BULK)
+            slot = next_slot(slot, STAGES)
             loaded = _load(held, slot, T, C, ELEMENT, SCALE)
-            odd0 = _operand(loaded, 0, ACC, T, C, ELEMENT, SCALE)
+            odd0 = operand(loaded, 0, 2, ACC, T, C, ELEMENT, SCALE)
             acc = _multiply(even1, xs, free, acc, 1, C, PARTS, False)
-            odd1 = _operand(loaded, 1, ACC, T, C, ELEMENT, SCALE)
+            odd1 = operand(loaded, 1, 2, ACC, T, C, ELEMENT, SCALE)
             sums = _multiply(odd0, xs, slot, acc, 0, C, PARTS, False)
             acc, even0, even1 = warpgroup_mma_wait(PARTS, deps=[sums, even0, even1])
             _refill(
-                xs, bars, held, x, where, at, ahead + 1, free, STEPS, CHUNKS, K, STAGES - 3,
-                BLOCK_M, T, C, ELEMENT, SCALE, EVEN, PARTS, BULK,
+                xs, held, tp, at, ahead + 1, free, STEPS, CHUNKS, K, STAGES - 3,
+                T, C, ELEMENT, SCALE, EVEN, PARTS,
             )  # fmt: skip
             free = slot
-            slot = _next(slot, STAGES)
-            _await_tokens(bars, 2 * turn + 2, slot, STEPS, STAGES, BULK)
+            slot = next_slot(slot, STAGES)
             loaded = _load(held, slot, T, C, ELEMENT, SCALE)
-            even0 = _operand(loaded, 0, ACC, T, C, ELEMENT, SCALE)
+            even0 = operand(loaded, 0, 2, ACC, T, C, ELEMENT, SCALE)
             sums = _multiply(odd1, xs, free, acc, 1, C, PARTS, False)
             acc = warpgroup_mma_wait(2 * PARTS, deps=[sums])
-            even1 = _operand(loaded, 1, ACC, T, C, ELEMENT, SCALE)
+            even1 = operand(loaded, 1, 2, ACC, T, C, ELEMENT, SCALE)
         if ODD:
             acc = _multiply(even0, xs, slot, acc, 0, C, PARTS, False)
             acc = _multiply(even1, xs, slot, acc, 1, C, PARTS, False)
@@ -330,59 +294,52 @@ def product(
         # A step is decoded while the one before it is multiplied.
         async_copy.wait_group(STAGES - 2)
         gl.thread_barrier()
-        even = _operand(_load(held, 0, T, C, ELEMENT, SCALE), 2, ACC, T, C, ELEMENT, SCALE)
+        even = operand(_load(held, 0, T, C, ELEMENT, SCALE), 0, 1, ACC, T, C, ELEMENT, SCALE)
         for turn in range(STEPS // 2):
             ahead = 2 * turn + STAGES - 1
-            scale = _block_scales(sp, 2 * turn, STEPS, first, second, TILES, T, ACC)
-            _await_tokens(bars, 2 * turn, slot, STEPS, STAGES, BULK)
+            scale = block_scales(sp, 2 * turn, STEPS, first, second, TILES, T, ACC)
             sums = _multiply(even, xs, slot, acc, 2, C, PARTS, True)
             _refill(
-                xs, bars, held, x, where, at, ahead, free, STEPS, CHUNKS, K, STAGES - 3,
-                BLOCK_M, T, C, ELEMENT, SCALE, EVEN, PARTS, BULK,
+                xs, held, tp, at, ahead, free, STEPS, CHUNKS, K, STAGES - 3,
+                T, C, ELEMENT, SCALE, EVEN, PARTS,
             )  # fmt: skip
             free = slot
-            slot = _next(slot, STAGES)
-            odd = _operand(_load(held, slot, T, C, ELEMENT, SCALE), 2, ACC, T, C, ELEMENT, SCALE)
+            slot = next_slot(slot, STAGES)
+            odd = operand(_load(held, slot, T, C, ELEMENT, SCALE), 0, 1, ACC, T, C, ELEMENT, SCALE)
             sums, even = warpgroup_mma_wait(0, deps=[sums, even])
-            acc = _added(sums, scale, acc)
-            scale = _block_scales(sp, 2 * turn + 1, STEPS, first, second, TILES, T, ACC)
-            _await_tokens(bars, 2 * turn + 1, slot, STEPS, STAGES, BULK)
+            acc = add_block(sums, scale, acc)
+            scale = block_scales(sp, 2 * turn + 1, STEPS, first, second, TILES, T, ACC)
             sums = _multiply(odd, xs, slot, acc, 2, C, PARTS, True)
             _refill(
-                xs, bars, held, x, where, at, ahead + 1, free, STEPS, CHUNKS, K, STAGES - 3,
-                BLOCK_M, T, C, ELEMENT, SCALE, EVEN, PARTS, BULK,
+                xs, held, tp, at, ahead + 1, free, STEPS, CHUNKS, K, STAGES - 3,
+                T, C, ELEMENT, SCALE, EVEN, PARTS,
             )  # fmt: skip
             free = slot
-            slot = _next(slot, STAGES)
-            even = _operand(_load(held, slot, T, C, ELEMENT, SCALE), 2, ACC, T, C, ELEMENT, SCALE)
+            slot = next_slot(slot, STAGES)
+            even = operand(_load(held, slot, T, C, ELEMENT, SCALE), 0, 1, ACC, T, C, ELEMENT, SCALE)
             sums, odd = warpgroup_mma_wait(0, deps=[sums, odd])
-            acc = _added(sums, scale, acc)
+            acc = add_block(sums, scale, acc)
         if ODD:
-            scale = _block_scales(sp, STEPS - 1, STEPS, first, second, TILES, T, ACC)
-            _await_tokens(bars, STEPS - 1, slot, STEPS, STAGES, BULK)
+            scale = block_scales(sp, STEPS - 1, STEPS, first, second, TILES, T, ACC)
             sums = _multiply(even, xs, slot, acc, 2, C, PARTS, True)
             sums, even = warpgroup_mma_wait(0, deps=[sums, even])
-            acc = _added(sums, scale, acc)
+            acc = add_block(sums, scale, acc)
     else:
         for step in range(STEPS):
             ahead = step + STAGES - 1
             _refill(
-                xs, bars, held, x, where, at, ahead, free, STEPS, CHUNKS, K, STAGES - 2,
-                BLOCK_M, T, C, ELEMENT, SCALE, EVEN, PARTS, BULK,
+                xs, held, tp, at, ahead, free, STEPS, CHUNKS, K, STAGES - 2,
+                T, C, ELEMENT, SCALE, EVEN, PARTS,
             )  # fmt: skip
             if APART:
-                scale = _block_scales(sp, step, STEPS, first, second, TILES, T, ACC)
-            w = _operand(_load(held, slot, T, C, ELEMENT, SCALE), 2, ACC, T, C, ELEMENT, SCALE)
-            _await_tokens(bars, step, slot, STEPS, STAGES, BULK)
+                scale = block_scales(sp, step, STEPS, first, second, TILES, T, ACC)
+            w = operand(_load(held, slot, T, C, ELEMENT, SCALE), 0, 1, ACC, T, C, ELEMENT, SCALE)
             sums = warpgroup_mma_wait(0, deps=[_multiply(w, xs, slot, acc, 2, C, PARTS, APART)])
             if APART:
-                acc = _added(sums, scale, acc)
+                acc = add_block(sums, scale, acc)
             else:
                 acc = sums
             free = slot
-            slot = _next(slot, STAGES)
+            slot = next_slot(slot, STAGES)
     async_copy.wait_group(0)
-    if BULK:
-        for s in gl.static_range(STAGES):
-            mbarrier.invalidate(bars.index(s))
     return acc

@@ -15,7 +15,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from microscale.activations import Activation
 from microscale.backends.triton import activation as _activation
-from microscale.backends.triton import routing, tiles
+from microscale.backends.triton import hopper_bulk, routing, tiles
 from microscale.backends.triton.fragments import ROWS, Fragments
 from microscale.backends.triton.hopper import PARTS, as_parts, in_blocks
 from microscale.backends.triton.hopper_decode import accumulator, finish, in_order, slots, store_layout
@@ -58,7 +58,7 @@ def _routes(order, place, DIRECT: gl.constexpr):
 
 @gluon.jit
 def _first(
-    h, x, row_scale, bias, order, topk_weights, held, at, expert, block, first, second, start, end,
+    h, x, codes, scales, row_scale, bias, order, topk_weights, held, at, expert, block, first, second, start, end,
     top_k, N, WIDTH, K, TILES, CHUNKS, STEPS, alpha, beta, limit,
     ELEMENT: gl.constexpr, SCALE: gl.constexpr, EVEN: gl.constexpr, ROW_SCALE: gl.constexpr, HAS_BIAS: gl.constexpr,
     KIND: gl.constexpr, GATED: gl.constexpr, INTERLEAVED: gl.constexpr, HAS_LIMIT: gl.constexpr,
@@ -70,15 +70,18 @@ def _first(
     WARPS: gl.constexpr = gl.num_warps()
     OUT: gl.constexpr = T * 32 if GATED else T * 64
     if BULK:  # x is in the order of the routes
-        token = start
+        acc = hopper_bulk.product(
+            x, start, codes, scales, expert, first, second, TILES, STEPS, CHUNKS,
+            ELEMENT, SCALE, BLOCK_M, T, C, STAGES, ODD,
+        )  # fmt: skip
     else:
         TOKENS: gl.constexpr = gl.BlockedLayout([1, 8], [4 // C, 8 * C], [WARPS, 1], [1, 0])
         place = gl.minimum(start + gl.arange(0, BLOCK_M, gl.SliceLayout(1, TOKENS)), end - 1)
         token = (_routes(order, place, DIRECT) // top_k).to(gl.int64)
-    acc = product(
-        x, token, held, at, first, second, TILES, STEPS, CHUNKS, K,
-        ELEMENT, SCALE, EVEN, BLOCK_M, T, C, STAGES, OVERLAP, ODD, PARTS, BULK,
-    )  # fmt: skip
+        acc = product(
+            x, token, held, at, first, second, TILES, STEPS, CHUNKS, K,
+            ELEMENT, SCALE, EVEN, BLOCK_M, T, C, STAGES, OVERLAP, ODD, PARTS,
+        )  # fmt: skip
     ACC: gl.constexpr = accumulator(BLOCK_M, WARPS)
     if WEIGHT_ON_INPUT:
         place = gl.minimum(start + gl.arange(0, BLOCK_M, gl.SliceLayout(0, ACC)), end - 1)
@@ -132,21 +135,23 @@ def _first_kernel(
         else:
             first = block * T
             second = first + T // 2
-        held = buffers(T, C, STAGES, ELEMENT, SCALE)
-        at = pointers(codes, scales, expert, first, second, TILES, CHUNKS, T, C, ELEMENT, SCALE)
-        for s in gl.static_range(STAGES - 1):
-            copy_weights(held, at, s, s, STEPS, CHUNKS, T, C, ELEMENT, SCALE, EVEN)
+        held, at = codes, codes
+        if not BULK:
+            held = buffers(T, C, STAGES, ELEMENT, SCALE)
+            at = pointers(codes, scales, expert, first, second, TILES, CHUNKS, T, C, ELEMENT, SCALE)
+            for s in gl.static_range(STAGES - 1):
+                copy_weights(held, at, s, s, STEPS, CHUNKS, T, C, ELEMENT, SCALE, EVEN)
         start, end = _span(tile, expert, tile_starts, ends, DIRECT)
         if TAIL and end - start <= BLOCK_M // 2:
             _first(
-                h, x_half, row_scale, bias, order, topk_weights, held, at, expert, block, first, second,
+                h, x_half, codes, scales, row_scale, bias, order, topk_weights, held, at, expert, block, first, second,
                 start, end, top_k, N, WIDTH, K, TILES, CHUNKS, STEPS, alpha, beta, limit,
                 ELEMENT, SCALE, EVEN, ROW_SCALE, HAS_BIAS, KIND, GATED, INTERLEAVED, HAS_LIMIT, WEIGHT_ON_INPUT, DIRECT,
                 BLOCK_M // 2, T, C, STAGES, OVERLAP, ODD, PARTS, BULK,
             )  # fmt: skip
         else:
             _first(
-                h, x, row_scale, bias, order, topk_weights, held, at, expert, block, first, second,
+                h, x, codes, scales, row_scale, bias, order, topk_weights, held, at, expert, block, first, second,
                 start, end, top_k, N, WIDTH, K, TILES, CHUNKS, STEPS, alpha, beta, limit,
                 ELEMENT, SCALE, EVEN, ROW_SCALE, HAS_BIAS, KIND, GATED, INTERLEAVED, HAS_LIMIT, WEIGHT_ON_INPUT, DIRECT,
                 BLOCK_M, T, C, STAGES, OVERLAP, ODD, PARTS, BULK,
@@ -155,7 +160,7 @@ def _first_kernel(
 
 @gluon.jit
 def _second(
-    shares, h, row_scale, bias, order, topk_weights, held, at, expert, first, start, end,
+    shares, h, codes, scales, row_scale, bias, order, topk_weights, held, at, expert, first, start, end,
     N, K, TILES, CHUNKS, STEPS,
     ELEMENT: gl.constexpr, SCALE: gl.constexpr, EVEN: gl.constexpr, ROW_SCALE: gl.constexpr, HAS_BIAS: gl.constexpr,
     WEIGHT_ON_INPUT: gl.constexpr, DIRECT: gl.constexpr,
@@ -165,14 +170,17 @@ def _second(
     """A tile of `_second_kernel`, of at most BLOCK_M tokens."""
     WARPS: gl.constexpr = gl.num_warps()
     if BULK:
-        rows = start
+        acc = hopper_bulk.product(
+            h, start, codes, scales, expert, first, first + T // 2, TILES, STEPS, CHUNKS,
+            ELEMENT, SCALE, BLOCK_M, T, C, STAGES, ODD,
+        )  # fmt: skip
     else:
         TOKENS: gl.constexpr = gl.BlockedLayout([1, 8], [4 // C, 8 * C], [WARPS, 1], [1, 0])
         rows = gl.minimum(start + gl.arange(0, BLOCK_M, gl.SliceLayout(1, TOKENS)), end - 1).to(gl.int64)
-    acc = product(
-        h, rows, held, at, first, first + T // 2, TILES, STEPS, CHUNKS, K,
-        ELEMENT, SCALE, EVEN, BLOCK_M, T, C, STAGES, OVERLAP, ODD, PARTS, BULK,
-    )  # fmt: skip
+        acc = product(
+            h, rows, held, at, first, first + T // 2, TILES, STEPS, CHUNKS, K,
+            ELEMENT, SCALE, EVEN, BLOCK_M, T, C, STAGES, OVERLAP, ODD, PARTS,
+        )  # fmt: skip
     ACC: gl.constexpr = accumulator(BLOCK_M, WARPS)
     rows = gl.minimum(slots(first, first + T // 2, T, gl.SliceLayout(1, ACC)), N - 1)
     acc = finish(acc, row_scale, bias, expert * N + rows, ROW_SCALE, HAS_BIAS)
@@ -203,23 +211,25 @@ def _second_kernel(
     expert = _expert(tile, tile_experts, expert_map, experts, known, DIRECT, HAS_MAP)
     if expert >= 0:
         first = gl.program_id(0) % blocks * T
-        held = buffers(T, C, STAGES, ELEMENT, SCALE)
-        at = pointers(codes, scales, expert, first, first + T // 2, TILES, CHUNKS, T, C, ELEMENT, SCALE)
-        for s in gl.static_range(STAGES - 1):
-            copy_weights(held, at, s, s, STEPS, CHUNKS, T, C, ELEMENT, SCALE, EVEN)
+        held, at = codes, codes
+        if not BULK:
+            held = buffers(T, C, STAGES, ELEMENT, SCALE)
+            at = pointers(codes, scales, expert, first, first + T // 2, TILES, CHUNKS, T, C, ELEMENT, SCALE)
+            for s in gl.static_range(STAGES - 1):
+                copy_weights(held, at, s, s, STEPS, CHUNKS, T, C, ELEMENT, SCALE, EVEN)
         start, end = _span(tile, expert, tile_starts, ends, DIRECT)
         if PDL:
             gdc_wait()
             gdc_launch_dependents()
         if TAIL and end - start <= BLOCK_M // 2:
             _second(
-                shares, h_half, row_scale, bias, order, topk_weights, held, at, expert, first, start, end,
+                shares, h_half, codes, scales, row_scale, bias, order, topk_weights, held, at, expert, first, start, end,
                 N, K, TILES, CHUNKS, STEPS, ELEMENT, SCALE, EVEN, ROW_SCALE, HAS_BIAS, WEIGHT_ON_INPUT, DIRECT,
                 BLOCK_M // 2, T, C, STAGES, OVERLAP, ODD, PARTS, BULK,
             )  # fmt: skip
         else:
             _second(
-                shares, h, row_scale, bias, order, topk_weights, held, at, expert, first, start, end,
+                shares, h, codes, scales, row_scale, bias, order, topk_weights, held, at, expert, first, start, end,
                 N, K, TILES, CHUNKS, STEPS, ELEMENT, SCALE, EVEN, ROW_SCALE, HAS_BIAS, WEIGHT_ON_INPUT, DIRECT,
                 BLOCK_M, T, C, STAGES, OVERLAP, ODD, PARTS, BULK,
             )  # fmt: skip
@@ -232,10 +242,13 @@ def refuse(w13: Fragments, activation: Activation) -> bool:
     return activation.gated and not activation.interleaved and w13.shape[1] // 2 % ROWS != 0
 
 
-@gluon.jit(do_not_specialize=["top_k", "K"])
-def _in_order_kernel(ordered, x, order, ends, top_k, experts, K, BLOCK: gl.constexpr):
+@gluon.jit(do_not_specialize=["top_k", "experts"])
+def _in_order_kernel(ordered, x, order, ends, top_k, experts, K, BLOCK: gl.constexpr, PDL: gl.constexpr):
     """ordered[place, K] = x[token of the route at that place]; places without a route keep what they have."""
     place = gl.program_id(0)
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
     if place < gl.load(ends + experts - 1):
         token = (gl.load(order + place) // top_k).to(gl.int64)
         LAYOUT: gl.constexpr = gl.BlockedLayout([8], [32], [gl.num_warps()], [0])
@@ -245,13 +258,14 @@ def _in_order_kernel(ordered, x, order, ends, top_k, experts, K, BLOCK: gl.const
             gl.store(ordered + place.to(gl.int64) * K + k, value, mask=k < K)
 
 
-def in_order_of(table: Table, x: Tensor, top_k: int, experts: int) -> Tensor:
+def in_order_of(table: Table, x: Tensor, top_k: int, experts: int, pdl: bool) -> Tensor:
     """bfloat16 [M, K] -> [routes, K], the tokens in the table's order, for a cut with `bulk`."""
     routes, k = x.shape[0] * top_k, x.shape[1]
     ordered = torch.empty(routes, k, dtype=x.dtype, device=x.device)
     _in_order_kernel[(routes,)](
-        ordered, as_parts(x), table.order, table.ends, top_k, experts, k, BLOCK=1024, num_warps=4
-    )
+        ordered, as_parts(x), table.order, table.ends, top_k, experts, k,
+        BLOCK=1024, PDL=pdl, num_warps=4, launch_pdl=pdl,
+    )  # fmt: skip
     return ordered
 
 
@@ -374,7 +388,7 @@ def moe(
         else:
             table = routing.route(ids, expert_map, experts, cut13.block_m, pdl)
         if cut13.bulk:
-            x_first = in_order_of(table, x, top_k, experts)
+            x_first = in_order_of(table, x, top_k, experts, pdl)
         else:
             x_first = x
         h = first(x_first, weights, w13, b13, activation, table, cut13, weight_on_input, pdl, expert_map, direct)

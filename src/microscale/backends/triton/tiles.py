@@ -115,7 +115,11 @@ class Cut:
             "ODD": steps % 2 == 1,
             "ROW_SCALE": w.row_scale is not None,
             "num_warps": self.warps,
-        }
+        } | ({"maxnreg": 128} if self._twice(w.format) else {})
+
+    def _twice(self, fmt: Format) -> bool:
+        """Whether two programs fit a multiprocessor if the compiler is held to half of its registers each."""
+        return self.bulk and self.warps == 8 and self.block_m * self.tiles == 256 and fmt.element.bits == 4
 
     def sizes(self, w: Fragments) -> tuple[int, int, int]:
         """Of the matrix: tiles, chunks, and the steps that these are cut into."""
@@ -124,6 +128,8 @@ class Cut:
     def shared(self, fmt: Format, parts: int) -> int:
         """Bytes of shared memory that the loop takes, for weights of a format and activations of `parts` parts."""
         scales = 0 if fmt.scale == "f32" else 4096 // fmt.block[1]
+        if self.bulk:  # codes go straight to registers
+            return self.stages * (self.chunks * 128 * self.block_m + 8)
         return self.stages * self.chunks * (
             self.tiles * (512 * fmt.element.bits + scales) + 128 * parts * self.block_m
         )
