@@ -42,7 +42,7 @@ def _linear_kernel(
     if BULK:
         acc = hopper_bulk.product(
             x, block_m * BLOCK_M, codes, scales, matrix, first, second, TILES, STEPS, CHUNKS,
-            ELEMENT, SCALE, BLOCK_M, T, C, STAGES, ODD,
+            ELEMENT, SCALE, BLOCK_M, T, C, STAGES, ODD, BULK,
         )  # fmt: skip
     else:
         held = buffers(T, C, STAGES, ELEMENT, SCALE)

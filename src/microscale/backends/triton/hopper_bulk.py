@@ -29,6 +29,43 @@ def pieces_of(C):
     return 4 if C == 4 else 2 * C
 
 
+@gluon.constexpr_function
+def _lines_layout(COUNT, WARPS):
+    """Of COUNT lines of memory, a share for each warp; what a share leaves of a warp repeats it."""
+    share = max(COUNT // WARPS, 1)
+    lanes = [1 << i if 1 << i < share else 0 for i in range(5)]
+    warps = [share << i if share << i < COUNT else 0 for i in range(WARPS.bit_length() - 1)]
+    return gl.DistributedLinearLayout(
+        [[32 << i] for i in range(max(share // 32, 1).bit_length() - 1)],
+        [[b] for b in lanes],
+        [[b] for b in warps],
+        [],
+        [COUNT],
+    )
+
+
+@gluon.jit
+def _fetch(
+    words, matrix, first, second, TILES, CHUNKS, step, STRIDE: gl.constexpr, LINES: gl.constexpr,
+    T: gl.constexpr, C: gl.constexpr,
+):  # fmt: skip
+    """Asks for what `_words` will read of a step, STRIDE words of each tile and chunk, to be in the cache by then."""
+    i = gl.arange(0, T * C * LINES, _lines_layout(T * C * LINES, gl.num_warps()))
+    tile = tile_of(i // (C * LINES), first, second, TILES, T)
+    chunk = gl.minimum(step * C + i // LINES % C, CHUNKS - 1)
+    within = gl.minimum(i % LINES * 32, STRIDE - 32)
+    pointer = words + matrix * TILES * CHUNKS * STRIDE + (tile * (CHUNKS * STRIDE) + chunk * STRIDE + within)
+    gl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1];\nmov.b32 $0, 0;", "=r,l", [pointer], dtype=gl.int32, is_pure=False, pack=1
+    )
+
+
+@gluon.constexpr_function
+def _lines(ELEMENT):
+    """Of 128 bytes in a tile's codes; a power of two."""
+    return 16 if bits_of(ELEMENT) == 4 else 32
+
+
 @gluon.jit
 def _words(
     codes, matrix, first, second, TILES, CHUNKS, step, STRIDE: gl.constexpr, FIRST: gl.constexpr,
@@ -90,9 +127,9 @@ def _multiply(w, xs, slot, acc, PIECE: gl.constexpr, C: gl.constexpr, FRESH: gl.
 
 @gluon.jit
 def _advance(
-    acc, now, before, weights, xs, bars, x, row, where, step, slot, STEPS, K_BLOCKS,
+    acc, now, before, weights, xs, bars, x, row, where, step, slot, STEPS,
     ACC: gl.constexpr, BLOCK_M: gl.constexpr, T: gl.constexpr, C: gl.constexpr, STAGES: gl.constexpr,
-    ELEMENT: gl.constexpr, SCALE: gl.constexpr,
+    ELEMENT: gl.constexpr, SCALE: gl.constexpr, AHEAD: gl.constexpr,
 ):  # fmt: skip
     """Multiplies a step and decodes the next one beside it.
 
@@ -116,6 +153,12 @@ def _advance(
     _expect(bars, ahead, free, STEPS, BLOCK_M, C)
     gl.thread_barrier()  # all are done with the slot
     _copy(xs, bars, x, row, ahead, free, STEPS, C)
+    if AHEAD > 1:
+        BITS: gl.constexpr = bits_of(ELEMENT)
+        _fetch(codes, matrix, first, second, TILES, CHUNKS, step + AHEAD, 128 * BITS, _lines(ELEMENT), T, C)
+        if not APART:
+            WORDS: gl.constexpr = scale_words(SCALE)
+            _fetch(scales, matrix, first, second, TILES, CHUNKS, step + AHEAD, 32 * WORDS, WORDS, T, C)
     following = next_slot(slot, STAGES)
     mbarrier.wait(bars.index(following), (step + 1) // STAGES % 2, pred=step + 1 < STEPS)
     after = (operand(weights, 0, PIECES, ACC, T, C, ELEMENT, SCALE),)
@@ -134,7 +177,7 @@ def _advance(
 def product(
     x, row, codes, scales, matrix, first, second, TILES, STEPS, CHUNKS,
     ELEMENT: gl.constexpr, SCALE: gl.constexpr, BLOCK_M: gl.constexpr, T: gl.constexpr, C: gl.constexpr,
-    STAGES: gl.constexpr, ODD: gl.constexpr,
+    STAGES: gl.constexpr, ODD: gl.constexpr, AHEAD: gl.constexpr,
 ):  # fmt: skip
     """float32 [T * 64, BLOCK_M], slots of rows.
 
@@ -170,13 +213,13 @@ def product(
     for turn in range(STEPS // 2):
         step = 2 * turn
         acc, odd, slot = _advance(
-            acc, even, odd, odd_weights, xs, bars, x, row, where, step, slot, STEPS, STEPS,
-            ACC, BLOCK_M, T, C, STAGES, ELEMENT, SCALE,
+            acc, even, odd, odd_weights, xs, bars, x, row, where, step, slot, STEPS,
+            ACC, BLOCK_M, T, C, STAGES, ELEMENT, SCALE, AHEAD,
         )  # fmt: skip
         odd_weights = _weights(codes, scales, matrix, first, second, TILES, CHUNKS, step + 3, T, C, ELEMENT, SCALE)
         acc, even, slot = _advance(
-            acc, odd, even, even_weights, xs, bars, x, row, where, step + 1, slot, STEPS, STEPS,
-            ACC, BLOCK_M, T, C, STAGES, ELEMENT, SCALE,
+            acc, odd, even, even_weights, xs, bars, x, row, where, step + 1, slot, STEPS,
+            ACC, BLOCK_M, T, C, STAGES, ELEMENT, SCALE, AHEAD,
         )  # fmt: skip
         even_weights = _weights(codes, scales, matrix, first, second, TILES, CHUNKS, step + 4, T, C, ELEMENT, SCALE)
     if ODD:

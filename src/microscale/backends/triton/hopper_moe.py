@@ -72,7 +72,7 @@ def _first(
     if BULK:  # x is in the order of the routes
         acc = hopper_bulk.product(
             x, start, codes, scales, expert, first, second, TILES, STEPS, CHUNKS,
-            ELEMENT, SCALE, BLOCK_M, T, C, STAGES, ODD,
+            ELEMENT, SCALE, BLOCK_M, T, C, STAGES, ODD, BULK,
         )  # fmt: skip
     else:
         TOKENS: gl.constexpr = gl.BlockedLayout([1, 8], [4 // C, 8 * C], [WARPS, 1], [1, 0])
@@ -172,7 +172,7 @@ def _second(
     if BULK:
         acc = hopper_bulk.product(
             h, start, codes, scales, expert, first, first + T // 2, TILES, STEPS, CHUNKS,
-            ELEMENT, SCALE, BLOCK_M, T, C, STAGES, ODD,
+            ELEMENT, SCALE, BLOCK_M, T, C, STAGES, ODD, BULK,
         )  # fmt: skip
     else:
         TOKENS: gl.constexpr = gl.BlockedLayout([1, 8], [4 // C, 8 * C], [WARPS, 1], [1, 0])

@@ -93,10 +93,10 @@ class Cut:
     stages: int
     overlap: bool = False
     tail: bool = False
-    bulk: bool = False
+    bulk: int = 0
 
     def __str__(self) -> str:
-        flags = ("o" if self.overlap else "") + ("h" if self.tail else "") + ("b" if self.bulk else "")
+        flags = ("o" if self.overlap else "") + ("h" if self.tail else "") + (f"b{self.bulk}" if self.bulk else "")
         return f"m{self.block_m}t{self.tiles}c{self.chunks}w{self.warps}s{self.stages}{flags}"
 
     def constants(self, w: Fragments) -> dict[str, Any]:
@@ -119,7 +119,7 @@ class Cut:
 
     def _twice(self, fmt: Format) -> bool:
         """Whether two programs fit a multiprocessor if the compiler is held to half of its registers each."""
-        return self.bulk and self.warps == 8 and self.block_m * self.tiles == 256 and fmt.element.bits == 4
+        return self.bulk > 0 and self.warps == 8 and self.block_m * self.tiles == 256 and fmt.element.bits == 4
 
     def sizes(self, w: Fragments) -> tuple[int, int, int]:
         """Of the matrix: tiles, chunks, and the steps that these are cut into."""
