@@ -15,7 +15,7 @@ from torch import Tensor
 
 from microscale.activations import Activation
 from microscale.backends import autograd, emulation
-from microscale.backends.triton import fragments, gemm, layout, tiles
+from microscale.backends.triton import cuts, fragments, gemm, layout, tiles
 from microscale.backends.triton import moe as experts
 from microscale.backends.triton.fallback import attempt
 from microscale.backends.triton.fragments import Fragments
@@ -65,7 +65,7 @@ def linear(
         if isinstance(w, Fragments):
             from microscale.backends.triton import hopper
 
-            cut = tiles.linear_cut(w.format, rows.shape[0], n, hopper.PARTS[x.dtype])
+            cut = cuts.linear_cut(w.format, rows.shape[0], w.tiles, hopper.PARTS[x.dtype])
             return attempt(
                 lambda: hopper.linear(rows, w, bias, cut),
                 lambda: gemm.linear(rows, w.plain, bias),
@@ -113,10 +113,11 @@ def moe(
             from microscale.backends.triton import hopper, hopper_moe
 
             if not hopper_moe.refuse(w13, activation):
-                (tokens, top_k), (count, rows, _) = topk_ids.shape, w13.shape
-                cuts = tiles.moe_cuts((w13.format, w2.format), tokens, top_k, count, rows, hopper.PARTS[x.dtype])
-                own = partial(hopper_moe.moe, x, topk_ids, topk_weights, w13, w2, *rest, cuts)
-                what = ("moe", w13.format.name, w13.shape, activation, x.dtype, *cuts)
+                tokens, top_k = topk_ids.shape
+                formats = (w13.format, w2.format)
+                pair = cuts.moe_cuts(formats, tokens, top_k, w13.shape[0], hopper.PARTS[x.dtype])
+                own = partial(hopper_moe.moe, x, topk_ids, topk_weights, w13, w2, *rest, pair)
+                what = ("moe", w13.format.name, w13.shape, activation, x.dtype, *pair)
                 return attempt(own, plain, *what)
         return plain()
 

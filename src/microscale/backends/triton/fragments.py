@@ -36,7 +36,8 @@ class Fragments:
     Attributes:
         format, shape, rule: as in the `QuantTensor`, [N, K] or [E, N, K].
         codes: int32 [E, ceil(N / 64), ceil(K / 64), 128 * bits of a code].
-        scales: int32 [E, ceil(N / 64), ceil(K / 64), 32], NVFP4 64; block FP8: float32 [E, ceil(N / 128), ceil(K / 128)].
+        scales: int32 [E, ceil(N / 64), ceil(K / 64), 32], NVFP4 64; block FP8: float32 [E, ceil(N / 128),
+            ceil(K / 128)].
         row_scale: float32 [E, N], the tensor scale spread over rows times `NVFP4_REST`; None without one.
         tensor_scale: as it came, for `unpack`.
     """
@@ -167,7 +168,10 @@ def _codes(packed: Tensor, element: Element) -> Tensor:
     if words(element.name) == 4:
         w = packed.view(tiles, chunks, 2, 4, 8, 4, 4).movedim(2, 5)
     else:
-        parts = packed[..., :512].unflatten(2, (4, 8, 4, 2, 2)), packed[..., 512:].unflatten(2, (4, 8, 4, 2, -1))
+        parts = (
+            packed[..., :512].unflatten(2, (4, 8, 4, 2, 2)),
+            packed[..., 512:].unflatten(2, (4, 8, 4, 2, -1)),
+        )
         w = torch.cat(parts, -1)
     c = torch.zeros(*w.shape[:-1], 8, 2, dtype=torch.uint8, device=w.device)
     for pair, half, word, mask, shift in places(element.name):

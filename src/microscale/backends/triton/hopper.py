@@ -13,11 +13,11 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from microscale.backends.triton import hopper_bulk, tiles
+from microscale.backends.triton import cuts, hopper_bulk, tiles
+from microscale.backends.triton.cuts import Cut
 from microscale.backends.triton.fragments import Fragments
 from microscale.backends.triton.hopper_decode import accumulator, finish, in_order, slots, store_layout
 from microscale.backends.triton.hopper_loop import buffers, copy_weights, pointers, product
-from microscale.backends.triton.tiles import Cut
 
 PARTS = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}
 
@@ -69,11 +69,12 @@ def linear(x: Tensor, w: Fragments, bias: Tensor | None, cut: Cut | None = None)
     """[M, K] in bfloat16, float16 or float32 -> [M, N] in x's dtype; M and N at least 1."""
     m, (n, k) = x.shape[0], w.shape
     parts = PARTS[x.dtype]
-    cut = cut or tiles.linear_cut(w.format, m, n, parts)
+    cut = cut or cuts.linear_cut(w.format, m, w.tiles, parts)
     y = torch.empty(m, n, dtype=x.dtype, device=x.device)
+    tokens = in_blocks(as_parts(x), cut) if cut.bulk else as_parts(x)
     with tiles.on(x.device):
         _linear_kernel[(-(-w.tiles // cut.tiles) * -(-m // cut.block_m),)](
-            y, in_blocks(as_parts(x), cut) if cut.bulk else as_parts(x), w.codes, w.scales, w.row_scale, bias, m, n, k, *cut.sizes(w),
+            y, tokens, w.codes, w.scales, w.row_scale, bias, m, n, k, *cut.sizes(w),
             HAS_BIAS=bias is not None, GROUP=8, PARTS=parts, **cut.constants(w),
         )  # fmt: skip
     return y

@@ -3,7 +3,7 @@ registers, two steps ahead. The same sums in the same order as `hopper_loop`'s, 
 
 A warp that starts a product waits until the one before it has begun, and then has that one's time for other work. So
 a step is cut into pieces, and between the products of two of them a piece of the next step is decoded. What all warps
-wait for, once a step, is that the oldest slot of tokens is free.
+wait for, once a step, is that the oldest slot of tokens is free. Tuples are joined by +, which is what Gluon knows.
 """
 
 from __future__ import annotations
@@ -12,7 +12,13 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 
-from microscale.backends.triton.hopper_decode import accumulator, bits_of, operand, scales_layout, words_layout
+from microscale.backends.triton.hopper_decode import (
+    accumulator,
+    bits_of,
+    operand,
+    scales_layout,
+    words_layout,
+)
 from microscale.backends.triton.hopper_loop import (
     add_block,
     block_scales,
@@ -101,7 +107,9 @@ def _weights(
         j = gl.arange(0, T * C * SIZE, scales_layout(T, C, gl.num_warps(), scale_words(SCALE)))
         tile = tile_of(j // (C * SIZE), first, second, TILES, T)
         chunk = gl.minimum(step * C + j // SIZE % C, CHUNKS - 1)
-        scale = gl.load(scales + matrix * TILES * CHUNKS * SIZE + tile * (CHUNKS * SIZE) + chunk * SIZE + j % SIZE)
+        scale = gl.load(
+            scales + matrix * TILES * CHUNKS * SIZE + tile * (CHUNKS * SIZE) + chunk * SIZE + j % SIZE
+        )
     return words, more, scale
 
 
@@ -146,7 +154,7 @@ def _advance(
     if APART:
         scale = block_scales(scales, step, STEPS, first, second, TILES, T, ACC)
     else:
-        done = warpgroup_mma_wait(1, deps=(sums,) + before)
+        done = warpgroup_mma_wait(1, deps=(sums,) + before)  # noqa: RUF005
         sums = done[0]
     free = gl.where(slot == 0, STAGES - 1, slot - 1)
     ahead = step + STAGES - 1
@@ -164,9 +172,10 @@ def _advance(
     after = (operand(weights, 0, PIECES, ACC, T, C, ELEMENT, SCALE),)
     for i in gl.static_range(1, PIECES):
         sums = _multiply(now[i], xs, slot, sums, i, C, False)
-        after = after + (operand(weights, i, PIECES, ACC, T, C, ELEMENT, SCALE),)
+        piece = operand(weights, i, PIECES, ACC, T, C, ELEMENT, SCALE)
+        after = after + (piece,)  # type: ignore[assignment]  # noqa: RUF005
     if APART:
-        done = warpgroup_mma_wait(0, deps=(sums,) + now)
+        done = warpgroup_mma_wait(0, deps=(sums,) + now)  # noqa: RUF005
         acc = add_block(done[0], scale, acc)
     else:
         acc = warpgroup_mma_wait(PIECES, deps=[sums])
@@ -203,7 +212,8 @@ def product(
     odd_weights = _weights(codes, scales, matrix, first, second, TILES, CHUNKS, 1, T, C, ELEMENT, SCALE)
     even = (operand(weights, 0, PIECES, ACC, T, C, ELEMENT, SCALE),)
     for i in gl.static_range(1, PIECES):
-        even = even + (operand(weights, i, PIECES, ACC, T, C, ELEMENT, SCALE),)
+        piece = operand(weights, i, PIECES, ACC, T, C, ELEMENT, SCALE)
+        even = even + (piece,)  # type: ignore[assignment]  # noqa: RUF005
     even_weights = _weights(codes, scales, matrix, first, second, TILES, CHUNKS, 2, T, C, ELEMENT, SCALE)
     acc = gl.zeros([T * 64, BLOCK_M], gl.float32, ACC)
     odd = even
@@ -216,25 +226,29 @@ def product(
             acc, even, odd, odd_weights, xs, bars, x, row, where, step, slot, STEPS,
             ACC, BLOCK_M, T, C, STAGES, ELEMENT, SCALE, AHEAD,
         )  # fmt: skip
-        odd_weights = _weights(codes, scales, matrix, first, second, TILES, CHUNKS, step + 3, T, C, ELEMENT, SCALE)
+        odd_weights = _weights(
+            codes, scales, matrix, first, second, TILES, CHUNKS, step + 3, T, C, ELEMENT, SCALE
+        )
         acc, even, slot = _advance(
             acc, odd, even, even_weights, xs, bars, x, row, where, step + 1, slot, STEPS,
             ACC, BLOCK_M, T, C, STAGES, ELEMENT, SCALE, AHEAD,
         )  # fmt: skip
-        even_weights = _weights(codes, scales, matrix, first, second, TILES, CHUNKS, step + 4, T, C, ELEMENT, SCALE)
+        even_weights = _weights(
+            codes, scales, matrix, first, second, TILES, CHUNKS, step + 4, T, C, ELEMENT, SCALE
+        )
     if ODD:
         sums = _multiply(even[0], xs, slot, acc, 0, C, APART)
         for i in gl.static_range(1, PIECES):
             sums = _multiply(even[i], xs, slot, sums, i, C, False)
         if APART:
             scale = block_scales(scales, STEPS - 1, STEPS, first, second, TILES, T, ACC)
-            done = warpgroup_mma_wait(0, deps=(sums,) + even)
+            done = warpgroup_mma_wait(0, deps=(sums,) + even)  # noqa: RUF005
             acc = add_block(done[0], scale, acc)
         else:
-            done = warpgroup_mma_wait(0, deps=(sums,) + even + odd)
+            done = warpgroup_mma_wait(0, deps=(sums,) + even + odd)  # noqa: RUF005
             acc = done[0]
     else:
-        done = warpgroup_mma_wait(0, deps=(acc,) + even + odd)
+        done = warpgroup_mma_wait(0, deps=(acc,) + even + odd)  # noqa: RUF005
         acc = done[0]
     gl.thread_barrier()
     for s in gl.static_range(STAGES):

@@ -98,7 +98,7 @@ def _unpacking(element: str, given: list[str]) -> str:
 def _text(element: str, scale: str) -> str:
     """Inline assembly of a group of 16 codes. $0 to $7 are its results; then come two registers of each operand."""
     count = words(element)
-    given = ["$8", "$9"] + ["$10", "$11"][: count - 2]
+    given = ["$8", "$9", "$10", "$11"][:count]
     spread = {"e8m0": _E8M0, "e4m3": _E4M3, "f32": _NONE}[scale].format("$10" if count == 2 else "$12")
     lines = ["{", ".reg .b32 a, b, c, d, e, f, u, v, z, s, t, even0, odd0, even1, odd1;", ".reg .b16 p, q;"]
     lines += [_unpacking(element, given), spread, _SPREAD]
@@ -142,7 +142,8 @@ def words_layout(T, C, WARPS, ROWS, WIDTH):
     chunk, tile = _bases(C, ROWS), _bases(T, ROWS * C)
     split = (WARPS // 4).bit_length() - 1
     return gl.DistributedLinearLayout(
-        [[0, b] for b in _bases(WIDTH, 1)] + [[b, 0] for b in _bases(ROWS // 128, 128) + chunk + tile[split:]],
+        [[0, b] for b in _bases(WIDTH, 1)]
+        + [[b, 0] for b in _bases(ROWS // 128, 128) + chunk + tile[split:]],
         [[1 << i, 0] for i in range(5)],
         [[32, 0], [64, 0]] + [[b, 0] for b in tile[:split]],
         [],
@@ -209,13 +210,15 @@ def _halves(scale_words, T: gl.constexpr, C: gl.constexpr, SCALE: gl.constexpr):
 
 @gluon.jit
 def _piece(groups, PIECE: gl.constexpr, PIECES: gl.constexpr, T: gl.constexpr, C: gl.constexpr):
-    """Of groups [T * C * 32, 4, 2, 2] those of one of PIECES equal parts of the columns, C times 1 or 2 or, if that is 4, a half."""
+    """Of groups [T * C * 32, 4, 2, 2] those of one of PIECES equal parts of the columns: 1, 2, C or 2 C."""
     if PIECES == 2 * C:
         first, second = groups.permute([0, 1, 3, 2]).split()
         groups = first if PIECE % 2 == 0 else second
     if PIECES > 1 and C > 1:
         CHUNK: gl.constexpr = PIECE * C // PIECES
-        first, second = groups.reshape([T, 2, C * 16, groups.numel // (T * C * 32)]).permute([0, 2, 3, 1]).split()
+        first, second = (
+            groups.reshape([T, 2, C * 16, groups.numel // (T * C * 32)]).permute([0, 2, 3, 1]).split()
+        )
         groups = first if CHUNK * 2 // C == 0 else second
         if C == 4 and PIECES >= 4:
             first, second = groups.reshape([T, 2, 32, groups.numel // (T * 64)]).permute([0, 2, 3, 1]).split()
@@ -257,7 +260,11 @@ def decode(
         if BITS == 4:
             given = [_piece(first, PIECE, PIECES, T, C), _piece(s, PIECE, PIECES, T, C)]
         else:
-            given = [_piece(first, PIECE, PIECES, T, C), _piece(second, PIECE, PIECES, T, C), _piece(s, PIECE, PIECES, T, C)]
+            given = [
+                _piece(first, PIECE, PIECES, T, C),
+                _piece(second, PIECE, PIECES, T, C),
+                _piece(s, PIECE, PIECES, T, C),
+            ]
     o = gl.inline_asm_elementwise(
         _assembly(ELEMENT, SCALE), _constraints(ELEMENT, SCALE), given,
         dtype=(gl.bfloat16,) * 8, is_pure=True, pack=2,

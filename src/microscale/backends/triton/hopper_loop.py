@@ -17,7 +17,6 @@ from microscale.backends.triton.hopper_decode import (
     bits_of,
     operand,
     scales_layout,
-    slots,
     words_layout,
 )
 
@@ -35,7 +34,9 @@ def scale_words(SCALE):
 
 
 @gluon.jit
-def buffers(T: gl.constexpr, C: gl.constexpr, STAGES: gl.constexpr, ELEMENT: gl.constexpr, SCALE: gl.constexpr):
+def buffers(
+    T: gl.constexpr, C: gl.constexpr, STAGES: gl.constexpr, ELEMENT: gl.constexpr, SCALE: gl.constexpr
+):
     """Shared memory for the codes, their further bits and the scales of STAGES steps."""
     ROWS: gl.constexpr = T * C * wide_rows(ELEMENT)
     cs = gl.allocate_shared_memory(gl.int32, [STAGES, ROWS, 4], gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
@@ -86,9 +87,7 @@ def pointers(
         matrix: int64, the expert; first, second: number of the first tile, and of the one that half way follows.
     """
     BITS: gl.constexpr = bits_of(ELEMENT)
-    cp = _pointers(
-        codes, matrix, first, second, TILES, CHUNKS, 128 * BITS, 0, T, C, wide_rows(ELEMENT), 4
-    )
+    cp = _pointers(codes, matrix, first, second, TILES, CHUNKS, 128 * BITS, 0, T, C, wide_rows(ELEMENT), 4)
     dp, sp = cp, scales
     if BITS == 6:
         dp = _pointers(codes, matrix, first, second, TILES, CHUNKS, 768, 512, T, C, 128, 2)
@@ -176,7 +175,9 @@ def _load(held, slot, T: gl.constexpr, C: gl.constexpr, ELEMENT: gl.constexpr, S
 
 
 @gluon.jit
-def _multiply(w, xs, slot, acc, HALF: gl.constexpr, C: gl.constexpr, PARTS: gl.constexpr, FRESH: gl.constexpr):
+def _multiply(
+    w, xs, slot, acc, HALF: gl.constexpr, C: gl.constexpr, PARTS: gl.constexpr, FRESH: gl.constexpr
+):
     """Starts acc + w @ the slot's tokens, or FRESH w @ them: PARTS groups of instructions."""
     sums = acc
     for p in gl.static_range(PARTS):
@@ -252,7 +253,7 @@ def product(
     if OVERLAP and not APART:
         # While halves of a step are multiplied, those of the next one are decoded, each into the registers of a half
         # that is done. A warp that starts a product waits until the one before it has begun, so what a half is decoded
-        # beside must come between two of them. Two steps a turn, so that no register is copied while a product reads it.
+        # beside must come between two of them. Two steps a turn, so that no register is copied while it is read.
         async_copy.wait_group(STAGES - 2)
         gl.thread_barrier()
         loaded = _load(held, 0, T, C, ELEMENT, SCALE)

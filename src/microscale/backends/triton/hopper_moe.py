@@ -16,12 +16,12 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from microscale.activations import Activation
 from microscale.backends.triton import activation as _activation
 from microscale.backends.triton import hopper_bulk, routing, tiles
+from microscale.backends.triton.cuts import Cut, moe_cuts
 from microscale.backends.triton.fragments import ROWS, Fragments
 from microscale.backends.triton.hopper import PARTS, as_parts, in_blocks
 from microscale.backends.triton.hopper_decode import accumulator, finish, in_order, slots, store_layout
 from microscale.backends.triton.hopper_loop import buffers, copy_weights, pointers, product
 from microscale.backends.triton.routing import Table
-from microscale.backends.triton.tiles import Cut
 from microscale.backends.triton.total import total
 
 activate = gluon.jit(_activation.activate.fn)
@@ -118,7 +118,8 @@ def _first_kernel(
     KIND: gl.constexpr, GATED: gl.constexpr, INTERLEAVED: gl.constexpr, HAS_LIMIT: gl.constexpr,
     WEIGHT_ON_INPUT: gl.constexpr, DIRECT: gl.constexpr, HAS_MAP: gl.constexpr,
     BLOCK_M: gl.constexpr, T: gl.constexpr, C: gl.constexpr, STAGES: gl.constexpr,
-    OVERLAP: gl.constexpr, ODD: gl.constexpr, PARTS: gl.constexpr, BULK: gl.constexpr, TAIL: gl.constexpr, PDL: gl.constexpr,
+    OVERLAP: gl.constexpr, ODD: gl.constexpr, PARTS: gl.constexpr, BULK: gl.constexpr,
+    TAIL: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """h[sorted route, WIDTH] = activation(w13[e] @ x[token] + b13[e])."""
     blocks = gl.cdiv(WIDTH, T * 32 if GATED else T * 64)
@@ -202,7 +203,8 @@ def _second_kernel(
     ELEMENT: gl.constexpr, SCALE: gl.constexpr, EVEN: gl.constexpr, ROW_SCALE: gl.constexpr, HAS_BIAS: gl.constexpr,
     WEIGHT_ON_INPUT: gl.constexpr, DIRECT: gl.constexpr, HAS_MAP: gl.constexpr,
     BLOCK_M: gl.constexpr, T: gl.constexpr, C: gl.constexpr, STAGES: gl.constexpr,
-    OVERLAP: gl.constexpr, ODD: gl.constexpr, PARTS: gl.constexpr, BULK: gl.constexpr, TAIL: gl.constexpr, PDL: gl.constexpr,
+    OVERLAP: gl.constexpr, ODD: gl.constexpr, PARTS: gl.constexpr, BULK: gl.constexpr,
+    TAIL: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """shares[route, N] = routing weight * (w2[e] @ h[sorted route] + b2[e])."""
     blocks = gl.cdiv(TILES, T)
@@ -223,8 +225,9 @@ def _second_kernel(
             gdc_launch_dependents()
         if TAIL and end - start <= BLOCK_M // 2:
             _second(
-                shares, h_half, codes, scales, row_scale, bias, order, topk_weights, held, at, expert, first, start, end,
-                N, K, TILES, CHUNKS, STEPS, ELEMENT, SCALE, EVEN, ROW_SCALE, HAS_BIAS, WEIGHT_ON_INPUT, DIRECT,
+                shares, h_half, codes, scales, row_scale, bias, order, topk_weights, held, at,
+                expert, first, start, end, N, K, TILES, CHUNKS, STEPS,
+                ELEMENT, SCALE, EVEN, ROW_SCALE, HAS_BIAS, WEIGHT_ON_INPUT, DIRECT,
                 BLOCK_M // 2, T, C, STAGES, OVERLAP, ODD, PARTS, BULK,
             )  # fmt: skip
         else:
@@ -373,11 +376,11 @@ def moe(
     """As `moe.moe`; each expert's share, like the intermediate, is rounded once to x's dtype.
 
     Args:
-        cuts: of w13 and w2, with the same block_m and tail; `tiles.moe_cuts` by default.
+        cuts: of w13 and w2, with the same block_m and tail; `cuts.moe_cuts` by default.
         direct: no routing, for one token; the default there.
     """
-    (m, top_k), (experts, rows, _) = topk_ids.shape, w13.shape
-    cut13, cut2 = cuts or tiles.moe_cuts((w13.format, w2.format), m, top_k, experts, rows, PARTS[x.dtype])
+    (m, top_k), experts = topk_ids.shape, w13.shape[0]
+    cut13, cut2 = cuts or moe_cuts((w13.format, w2.format), m, top_k, experts, PARTS[x.dtype])
     direct = m == 1 if direct is None else direct
     # Between float16 and wider activations and the kernels that read them stand others, which do not start early.
     pdl = pdl and x.dtype == torch.bfloat16
@@ -391,6 +394,8 @@ def moe(
             x_first = in_order_of(table, x, top_k, experts, pdl)
         else:
             x_first = x
-        h = first(x_first, weights, w13, b13, activation, table, cut13, weight_on_input, pdl, expert_map, direct)
+        h = first(
+            x_first, weights, w13, b13, activation, table, cut13, weight_on_input, pdl, expert_map, direct
+        )
         shares = second(h, weights, w2, b2, table, cut2, weight_on_input, pdl, expert_map, direct)
         return total(shares, ids, expert_map, experts, x.dtype, pdl)

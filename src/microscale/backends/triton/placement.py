@@ -1,8 +1,8 @@
 """Where the bits of codes lie in the words that a thread of Hopper's kernels reads, for each element.
 
 A group of 16 codes is eight pairs of neighbours along K, and a pair becomes two bfloat16 in one register: sign to bit
-15, exponent and fraction to where bfloat16 keeps its own, which is the value times 2^(bias - 127). `LANDS` says on which
-bit of a bfloat16 each bit of a code must land, `_source` from where: a word of the group, rotated left, and masked.
+15, exponent and fraction to where bfloat16 keeps its own, which is the value times 2^(bias - 127). `LANDS` says on
+which bit of a bfloat16 each bit of a code must land, `_source` from where: a word of the group, rotated left.
 What lands in place, or by one rotation, costs least, so most of a code's bits lie that way:
 
     4 bits  words 0 and 1: three pairs in place, 6 bits further down, and rotated by 10;
