@@ -132,27 +132,60 @@ def test_the_hopper_kernels_decode_what_fragments_holds(layout: Any, name: str) 
     assert torch.equal(values, dequantize(w, torch.float64))
 
 
-def test_the_instructions_for_4_bits_are_those_of_the_table(layout: Any) -> None:
-    """They save a step that two pairs share, so they are written out: the bits must come from the same places."""
-    decode = import_module("microscale.backends.triton.hopper_decode")
-    moves = import_module("microscale.backends.triton.placement").moves("e2m1")
-    w = torch.randint(2**32, (2, 1000), dtype=torch.int64)
-    held = {"w0": w[0], "w1": w[1]}
-    for line in decode._FOUR.format("w0", "w1").strip().splitlines():
-        name, *given = [p.strip() for p in line.strip(";").split(" ", 1)[1].split(",")]
-        values = [held[g] if g in held else int(g, 0) for g in given]
-        a, b = values[0], values[1]
-        if line.startswith("shl"):
-            held[name] = a << b & 0xFFFFFFFF
-        elif line.startswith("shf"):
-            held[name] = (a << values[2] | a >> 32 - values[2]) & 0xFFFFFFFF
-        elif line.startswith("lop3"):
-            held[name] = a & b | ~a & values[2]
+def bf16_pair_sum(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """add.rn.bf16x2 of 32-bit words held in int64, for sums that are exact."""
+
+    def floats(v: torch.Tensor) -> torch.Tensor:
+        v = v & 0xFFFF0000
+        return (v - (v >> 31 << 32)).int().view(torch.float32)
+
+    def bits(v: torch.Tensor) -> torch.Tensor:
+        found = v.contiguous().view(torch.int32).long()
+        assert (found & 0xFFFF == 0).all()  # exact in bfloat16
+        return found >> 16 & 0xFFFF
+
+    return bits(floats(a << 16) + floats(b << 16)) | bits(floats(a) + floats(b)) << 16
+
+
+def executed(text: str, held: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The PTX instructions that unpacking is made of, on words in int64."""
+    for line in filter(None, text.splitlines()):
+        operation, rest = line.strip(";").split(" ", 1)
+        name, *words = [word.strip() for word in rest.split(",")]
+        a, b, *more = [held[w] if w in held else torch.tensor(int(w, 0)) for w in words]
+        if operation == "shl.b32":
+            found = a << b
+        elif operation == "shf.l.wrap.b32":
+            assert torch.equal(a, b)
+            found = a << more[0] | a >> 32 - more[0]
+        elif operation == "and.b32":
+            found = a & b
+        elif operation == "lop3.b32":
+            found = torch.zeros_like(a | b | more[0])
+            for i in range(8):
+                if int(more[1]) >> i & 1:
+                    found |= (a if i & 4 else ~a) & (b if i & 2 else ~b) & (more[0] if i & 1 else ~more[0])
         else:
-            assert line.startswith("and")
-            held[name] = a & b
-    for pair, name in enumerate(decode._PAIRS):
-        wanted = sum((w[i] << left | w[i] >> 32 - left) & mask for i, left, mask in moves[pair])
+            assert operation == "add.rn.bf16x2", line
+            found = bf16_pair_sum(a, b)
+        held[name] = found & 0xFFFFFFFF
+    return held
+
+
+@pytest.mark.parametrize("element", sorted({fmt.element.name for fmt in FORMATS.values()}))
+def test_the_instructions_bring_codes_to_bfloat16(layout: Any, element: str) -> None:
+    """As `placement` says, for random words; the instructions for 4 bits are written out, and must agree with it."""
+    decode = import_module("microscale.backends.triton.hopper_decode")
+    placement = import_module("microscale.backends.triton.placement")
+    names = [f"w{i}" for i in range(placement.words(element))]
+    words = torch.randint(2**32, (len(names), 1000), dtype=torch.int64)
+    held = executed(decode._unpacking(element, names), dict(zip(names, words, strict=True)))
+    for pair, name in zip(placement.moves(element), decode._PAIRS, strict=True):
+        wanted = sum((words[i] << left | words[i] >> 32 - left) & 0xFFFFFFFF & mask for i, left, mask in pair)
+        if element == "int8":  # integers from -128 to 127 as bfloat16, both halves
+            halves = torch.stack((wanted & 0xFF, wanted >> 16 & 0xFF))
+            values = (halves - (halves >> 7 << 8)).bfloat16().view(torch.int16).long() & 0xFFFF
+            wanted = values[0] | values[1] << 16
         assert torch.equal(held[name], wanted), name
 
 
@@ -293,23 +326,21 @@ def for_hopper(kernel: Any, arguments: dict[str, Any], cut: Any) -> Any:
 
 
 @pytest.mark.parametrize(
-    "block_m, overlap, parts, direct, tail, bulk",
+    "name, activation, block_m, overlap, parts, direct, tail, bulk",
     [
-        (8, False, 1, True, False, 0),
-        (128, True, 1, False, True, 0),
-        (64, True, 3, False, False, 0),
-        (64, True, 1, False, True, 4),
-    ],
-)
-@pytest.mark.parametrize(
-    "name, activation",
-    [
-        ("mxfp4", ACTIVATIONS[0]),
-        ("nvfp4", ACTIVATIONS[1]),
-        ("mxfp8_e5m2", ACTIVATIONS[2]),
-        ("mxfp6_e3m2", ACTIVATIONS[0]),
-        ("mxint8", ACTIVATIONS[1]),
-        ("fp8_block128", ACTIVATIONS[0]),
+        ("mxfp4", ACTIVATIONS[0], 8, False, 1, True, False, 0),
+        ("mxfp4", ACTIVATIONS[0], 64, True, 1, False, True, 4),
+        ("nvfp4", ACTIVATIONS[1], 128, True, 1, False, True, 0),
+        ("nvfp4", ACTIVATIONS[1], 64, True, 3, False, False, 0),
+        ("nvfp4", ACTIVATIONS[2], 64, True, 1, False, True, 1),
+        ("mxfp8_e5m2", ACTIVATIONS[2], 32, True, 1, False, True, 0),
+        ("mxfp8_e4m3", ACTIVATIONS[1], 64, True, 1, False, True, 4),
+        ("mxfp6_e3m2", ACTIVATIONS[0], 8, False, 1, True, False, 0),
+        ("mxfp6_e2m3", ACTIVATIONS[0], 64, True, 1, False, True, 4),
+        ("mxint8", ACTIVATIONS[1], 16, True, 2, False, False, 0),
+        ("fp8_block128", ACTIVATIONS[0], 64, True, 1, False, True, 0),
+        ("fp8_block128", ACTIVATIONS[1], 8, False, 1, True, False, 0),
+        ("fp8_block128", ACTIVATIONS[0], 64, True, 1, False, True, 4),
     ],
 )
 def test_the_hopper_kernels_keep_weights_in_registers(

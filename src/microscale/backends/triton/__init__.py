@@ -1,9 +1,10 @@
 """One source of kernels for CUDA, ROCm and XPU: every format, exact in the weights, activations in 16 or 32 bits.
 
 `layout` packs and unpacks, `decode` turns codes and scales into numbers in registers, `gemm` has the loop over K and
-linear, `moe` the experts, `routing` sorts their routes, `total` adds up their shares, `tiles` has the sizes. On Hopper
-4-bit weights have a layout and kernels of their own: `fragments`, and `hopper`, `hopper_moe` over `hopper_loop` and
-`hopper_decode`; `fallback` if those do not compile.
+linear, `moe` the experts, `routing` sorts their routes, `total` adds up their shares, `tiles` has the sizes. Hopper has
+a layout and kernels of its own: `placement` and `fragments`, `hopper` and `hopper_moe` over `hopper_loop` or, for many
+tokens, `hopper_bulk`, both over `hopper_decode`; `cuts` chooses their sizes, and `fallback` takes over if they do not
+compile.
 """
 
 from __future__ import annotations
@@ -25,8 +26,9 @@ from microscale.formats import Format
 from microscale.operands import check_linear, check_moe
 from microscale.quant import QuantTensor
 
-__all__ = ["Packed", "linear", "moe", "pack", "unpack"]
+__all__ = ["REPACKS", "Packed", "linear", "moe", "pack", "unpack"]
 
+REPACKS = True  # see `contract.Contract`
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -95,8 +97,8 @@ def moe(
 ) -> Tensor:
     """See `contract.Contract.moe`. Never waits for the device: a token with an id out of range becomes NaN.
 
-    Numerics: as `linear`; the intermediate is rounded once to x's dtype, and the sum over experts is float32. On
-    Hopper, 4-bit experts round each token's share of an expert to x's dtype too, before that sum.
+    Numerics: as `linear`; the intermediate is rounded once to x's dtype, and the sum over experts is float32. Hopper's
+    own kernels round each token's share of an expert to x's dtype too, before that sum.
     """
     check_moe(x, topk_ids, topk_weights, w13.shape, w2.shape, activation, b13, b2, weight_on_input)
     _check(x, act)
