@@ -255,6 +255,24 @@ def test_each_row_of_the_tables_says_what_it_took(layout: Any) -> None:
             assert all(0 < us < 1e5 for us in row["us"].values())
 
 
+def test_the_tuner_tries_what_fits_and_keeps_the_fastest(layout: Any) -> None:
+    cuts = import_module("microscale.backends.triton.cuts")
+    tune = import_module("microscale.bench.tune")
+    assert set(tune.FORMAT_OF) == set(cuts.table())
+    for name, word in tune.FORMAT_OF.items():
+        fmt = FORMATS[word]
+        assert cuts.group(fmt) == name
+        for tokens in (1, 8, 16, 32, 64, 128, 256, 2048):
+            found = tune.candidates(fmt, tokens, tail=True)
+            assert len(found) == len(set(found)) >= 2
+            for cut in found:
+                assert cut.shared(fmt, 1) <= cuts.HOPPER_SHARED
+                assert fmt.scale != "f32" or cut.chunks == 2
+                assert cut.overlap or not cut.bulk
+    times = {"a": {"x": 1.0, "y": 4.0}, "b": {"x": 1.5, "y": 2.0}, "c": {"x": 3.0, "y": 2.0}}
+    assert tune._best(times) == "b"
+
+
 # w13's activations: kind, gated, interleaved, with a bias.
 ACTIVATIONS = (("swiglu_oai", True, True, True), ("silu", True, False, False), ("silu", False, False, True))
 

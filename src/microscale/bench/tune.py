@@ -45,7 +45,9 @@ _SHAPES = {
 
 def candidates(fmt: Format, tokens: float, tail: bool) -> list[Cut]:
     """Cuts for up to `tokens` tokens a matrix: blocks of as many, or half as many."""
-    sizes = [m for m in _SHAPES if tokens / 2 <= m <= max(tokens, 8)] or [max(_SHAPES)]
+    largest = 128 if fmt.scale == "f32" else max(_SHAPES)  # its second sums leave no room for more
+    tokens = min(tokens, largest)
+    sizes = [m for m in _SHAPES if tokens / 2 <= m <= max(tokens, 8)]
     found = []
     for m in sizes:
         for (t, c, w, s, bulk), overlap in itertools.product(_SHAPES[m], (False, True)):
