@@ -431,13 +431,13 @@ def test_every_cut_of_the_tables_compiles(layout: Any) -> None:
 
 
 def test_the_kernel_that_puts_tokens_in_order_compiles(layout: Any) -> None:
-    experts = import_module("microscale.backends.triton.hopper_moe")
+    ordering = import_module("microscale.backends.triton.ordering")
     given = {
         **dict.fromkeys(("ordered", "x"), "*bf16"),
         **dict.fromkeys(("order", "ends"), "*i32"),
         **dict.fromkeys(("top_k", "experts", "K"), "i32"),
     }
-    made = compiled(experts._in_order_kernel, "sm_90", given | {"BLOCK": 1024, "PDL": True}, {}, ("K",))
+    made = compiled(ordering._in_order_kernel, "sm_90", given | {"BLOCK": 1024, "PDL": True}, {}, ("K",))
     assert "ld.global.v4.b32" in made.asm["ptx"]
 
 

@@ -21,6 +21,7 @@ from microscale.backends.triton.fragments import ROWS, Fragments
 from microscale.backends.triton.hopper import PARTS, as_parts, in_blocks
 from microscale.backends.triton.hopper_decode import accumulator, finish, in_order, slots, store_layout
 from microscale.backends.triton.hopper_loop import buffers, copy_weights, pointers, product
+from microscale.backends.triton.ordering import tokens_in_order
 from microscale.backends.triton.routing import Table
 from microscale.backends.triton.total import total
 
@@ -245,33 +246,6 @@ def refuse(w13: Fragments, activation: Activation) -> bool:
     return activation.gated and not activation.interleaved and w13.shape[1] // 2 % ROWS != 0
 
 
-@gluon.jit(do_not_specialize=["top_k", "experts"])
-def _in_order_kernel(ordered, x, order, ends, top_k, experts, K, BLOCK: gl.constexpr, PDL: gl.constexpr):
-    """ordered[place, K] = x[token of the route at that place]; places without a route keep what they have."""
-    place = gl.program_id(0)
-    if PDL:
-        gdc_wait()
-        gdc_launch_dependents()
-    if place < gl.load(ends + experts - 1):
-        token = (gl.load(order + place) // top_k).to(gl.int64)
-        LAYOUT: gl.constexpr = gl.BlockedLayout([8], [32], [gl.num_warps()], [0])
-        for start in range(0, K, BLOCK):
-            k = start + gl.arange(0, BLOCK, LAYOUT)
-            value = gl.load(x + token * K + k, mask=k < K)
-            gl.store(ordered + place.to(gl.int64) * K + k, value, mask=k < K)
-
-
-def in_order_of(table: Table, x: Tensor, top_k: int, experts: int, pdl: bool) -> Tensor:
-    """bfloat16 [M, K] -> [routes, K], the tokens in the table's order, for a cut with `bulk`."""
-    routes, k = x.shape[0] * top_k, x.shape[1]
-    ordered = torch.empty(routes, k, dtype=x.dtype, device=x.device)
-    _in_order_kernel[(routes,)](
-        ordered, as_parts(x), table.order, table.ends, top_k, experts, k,
-        BLOCK=1024, PDL=pdl, num_warps=4, launch_pdl=pdl,
-    )  # fmt: skip
-    return ordered
-
-
 def _tokens(x: Tensor, cut: Cut) -> tuple[Tensor | TensorDescriptor, Tensor | TensorDescriptor]:
     """What the kernels read them from, and what they read half a tile from."""
     parts = as_parts(x)
@@ -391,7 +365,7 @@ def moe(
         else:
             table = routing.route(ids, expert_map, experts, cut13.block_m, pdl)
         if cut13.bulk:
-            x_first = in_order_of(table, x, top_k, experts, pdl)
+            x_first = tokens_in_order(table, x, top_k, experts, pdl)
         else:
             x_first = x
         h = first(
