@@ -351,11 +351,12 @@ def moe(
 
     Args:
         cuts: of w13 and w2, with the same block_m and tail; `cuts.moe_cuts` by default.
-        direct: no routing, for one token; the default there.
+        direct: no routing, for one token; the default there, but for cuts with `bulk`.
     """
     (m, top_k), experts = topk_ids.shape, w13.shape[0]
     cut13, cut2 = cuts or moe_cuts((w13.format, w2.format), m, top_k, experts, PARTS[x.dtype])
-    direct = m == 1 if direct is None else direct
+    # Bulk copies are for tokens in the order that routing finds.
+    direct = (m == 1 if direct is None else direct) and not (cut13.bulk or cut2.bulk)
     # Between float16 and wider activations and the kernels that read them stand others, which do not start early.
     pdl = pdl and x.dtype == torch.bfloat16
     ids, weights = topk_ids.contiguous(), topk_weights.contiguous()
