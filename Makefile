@@ -6,13 +6,18 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 # What the installation is made from: a change builds the C++ core again.
 PARTS := pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*.* csrc/kernels/*.*)
 
-.PHONY: run test lint check docs clean
+.PHONY: run test test-gpu lint check docs clean
 
 run: $(VENV)/.run
 	@$(BIN)/microscale run
 
 test: $(VENV)/.dev lint
 	$(BIN)/python -m pytest
+
+# On a machine with a GPU, torch, triton, pytest and nothing else of ours: no build, no .venv.
+test-gpu:
+	PYTHONPATH=src $(PYTHON) -m pytest -q -p no:cacheprovider tests/backends/triton_on_device.py
+	PYTHONPATH=src $(PYTHON) bench/gpu_kernels.py --formats all --only qwen3-30b-a3b 5120x2880 --tokens 1 32 512
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -5,17 +5,19 @@ MICROSCALE_TEST_EVERY_CUT=1 compiles each cut in every combination of options, w
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from dataclasses import replace
-from importlib import import_module
-from itertools import product
+from importlib import import_module, resources
+from itertools import cycle, product
 from typing import Any
 
 import pytest
 import torch
 from triton_ahead import compiled, random_bytes
 
+from microscale.formats import FORMATS
 from microscale.quant import dequantize
 
 
@@ -27,13 +29,27 @@ def layout() -> Any:
     return layout
 
 
-@pytest.mark.parametrize("name", ["mxfp4", "nvfp4"])
+def suitable_bytes(name: str, shape: tuple[int, ...]) -> Any:
+    """Random bytes that Hopper's layout can hold: no infinities or NaNs, and scales in its range."""
+    layout = import_module("microscale.backends.triton.layout")
+    w = random_bytes(name, shape)
+    element = w.format.element
+    special = [c for c, v in enumerate(element.values) if abs(v) == float("inf") or v != v]
+    if special:
+        w.codes[torch.isin(w.codes, torch.tensor(special, dtype=torch.uint8))] = 1
+    if w.format.scale == "e8m0":
+        least, greatest = layout.exponent_range(element, torch.bfloat16)
+        w.scales.clamp_(min=least, max=greatest)
+    elif w.format.scale == "e4m3":
+        w.scales.clamp_(max=126)
+    return w
+
+
+@pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("shape", [(1, 32), (65, 96), (130, 160), (2, 64, 64), (3, 200, 352)])
 def test_unpack_is_the_exact_inverse_of_fragments(layout: Any, name: str, shape: tuple[int, ...]) -> None:
     fragments = import_module("microscale.backends.triton.fragments")
-    w = random_bytes(name, shape)
-    assert not fragments.suits(replace(w, scales=w.scales | 0xFF))
-    w.scales.clamp_(max=128 if name == "mxfp4" else 126)
+    w = suitable_bytes(name, shape)
     assert fragments.suits(w)
     packed = fragments.pack(w)
     with pytest.warns(UserWarning, match="kept a second time"):
@@ -45,42 +61,132 @@ def test_unpack_is_the_exact_inverse_of_fragments(layout: Any, name: str, shape:
         assert (back.tensor_scale is None) == (w.tensor_scale is None)
 
 
-def test_fragments_are_for_bytes_that_the_layout_can_hold(layout: Any) -> None:
+@pytest.mark.parametrize("name", FORMATS)
+def test_fragments_are_for_bytes_that_the_layout_can_hold(layout: Any, name: str) -> None:
     fragments = import_module("microscale.backends.triton.fragments")
-    assert not fragments.suits(random_bytes("mxfp8_e4m3", (64, 64)))
-    w = random_bytes("mxfp4", (64, 48))
-    w.scales.fill_(120)
-    assert not fragments.suits(w)
+    w = suitable_bytes(name, (64, 64))
+    element = w.format.element
+    assert fragments.suits(w)
+    for code, value in enumerate(element.values):
+        if abs(value) == float("inf") or value != value:
+            codes = w.codes.clone()
+            codes[-1, -1] = code
+            assert not fragments.suits(replace(w, codes=codes)), code
+    if w.format.scale == "f32":
+        return
+    codes = torch.full_like(w.codes, 0x55)  # no zero among them
+    least, greatest = layout.exponent_range(element, torch.bfloat16) if w.format.scale == "e8m0" else (0, 126)
+    for scale, good in (
+        (least, True),
+        (greatest, True),
+        (greatest + 1, False),
+        (255, False),
+        (least - 1, False),
+    ):
+        if scale >= 0:
+            scales = torch.full_like(w.scales, least)
+            scales[-1, -1] = scale
+            assert fragments.suits(replace(w, codes=codes, scales=scales)) == good, scale
+    # Where there are only zeros a scale of 0 does no harm.
+    assert fragments.suits(replace(w, codes=torch.zeros_like(codes), scales=torch.zeros_like(w.scales)))
+    short = random_bytes(name, (64, 48))
+    short.codes.zero_()
+    assert not fragments.suits(short)
 
 
-def test_the_hopper_kernels_decode_what_fragments_holds(layout: Any) -> None:
-    """The kernel's shifts and masks, bit for bit, on integers: every code comes out where wgmma wants it."""
+@pytest.mark.parametrize("name", [n for n, f in FORMATS.items() if f.scale != "e4m3"])
+def test_the_hopper_kernels_decode_what_fragments_holds(layout: Any, name: str) -> None:
+    """The kernel's rotations and masks, bit for bit, on integers: every code comes out where wgmma wants it."""
     fragments = import_module("microscale.backends.triton.fragments")
-    w = random_bytes("mxfp4", (128, 128))
-    w.scales.fill_(127)
-    words = fragments.pack(w).codes.view(2, 2, 4, 8, 4, 2, 2).long() & 0xFFFFFFFF
+    placement = import_module("microscale.backends.triton.placement")
+    w = suitable_bytes(name, (128, 128))
+    w.scales.fill_(1 if w.scales.is_floating_point() else 127)
+    element = w.format.element
+    packed = fragments.pack(w).codes[0].long() & 0xFFFFFFFF
+    if element.bits == 8:
+        words = packed.view(2, 2, 2, 4, 8, 4, 4).movedim(2, 5)
+    else:
+        rest = packed[..., 512:].unflatten(2, (4, 8, 4, 2, -1))
+        words = torch.cat((packed[..., :512].unflatten(2, (4, 8, 4, 2, 2)), rest), -1)
 
     def rotated(v: torch.Tensor, left: int) -> torch.Tensor:
         return (v << left | v >> 32 - left) & 0xFFFFFFFF
 
-    zero, one = words.unbind(-1)
-    rest = zero & 0x0C180C18 | one << 2 & 0xFFFFFFFF & ~0x0C180C18
-    pairs = [
-        zero,
-        zero << 6,
-        rotated(zero, 10),
-        one,
-        one << 6,
-        rotated(one, 10),
-        rest << 2,
-        rotated(rest, 12),
+    found = [
+        sum(rotated(words[..., word], left) & mask for word, left, mask in pair)
+        for pair in placement.moves(element.name)
     ]
-    bits = torch.stack(pairs, -1) & 0x81C081C0
-    halves = torch.stack((bits << 16, bits & 0xFFFF0000), -1) & 0xFFFFFFFF
-    found = (halves - (halves >> 31 << 32)).int().view(torch.float32).double() * 2.0**126
+    bits = torch.stack(found, -1)
+    halves = torch.stack((bits << 16 & 0xFFFFFFFF, bits & 0xFFFF0000), -1)
+    if element.exponent_bits:
+        values = (halves - (halves >> 31 << 32)).int().view(torch.float32).double() * 2.0 ** (
+            127 - element.bias
+        )
+    else:  # as the two bfloat16 that the kernel adds
+        code = halves >> 16
+        values = ((0x4300 | code & 0x7F) << 16).int().view(torch.float32).double()
+        values += ((0xC300 | code & 0x80) - 0x10000 << 16).int().view(torch.float32).double()
+        values *= 2.0**-element.mantissa_bits
     # tile, chunk, warp, g, t, p, (q, h, odd row), odd column -> rows, columns
-    found = found.unflatten(-2, (2, 2, 2)).permute(0, 2, 3, 8, 1, 5, 6, 7, 4, 9).reshape(128, 128)
-    assert torch.equal(found, dequantize(w, torch.float64))
+    values = values.unflatten(-2, (2, 2, 2)).permute(0, 2, 3, 8, 1, 5, 6, 7, 4, 9).reshape(128, 128)
+    assert torch.equal(values, dequantize(w, torch.float64))
+
+
+def bf16_pair_sum(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """add.rn.bf16x2 of 32-bit words held in int64, for sums that are exact."""
+
+    def floats(v: torch.Tensor) -> torch.Tensor:
+        v = v & 0xFFFF0000
+        return (v - (v >> 31 << 32)).int().view(torch.float32)
+
+    def bits(v: torch.Tensor) -> torch.Tensor:
+        found = v.contiguous().view(torch.int32).long()
+        assert (found & 0xFFFF == 0).all()  # exact in bfloat16
+        return found >> 16 & 0xFFFF
+
+    return bits(floats(a << 16) + floats(b << 16)) | bits(floats(a) + floats(b)) << 16
+
+
+def executed(text: str, held: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The PTX instructions that unpacking is made of, on words in int64."""
+    for line in filter(None, text.splitlines()):
+        operation, rest = line.strip(";").split(" ", 1)
+        name, *words = [word.strip() for word in rest.split(",")]
+        a, b, *more = [held[w] if w in held else torch.tensor(int(w, 0)) for w in words]
+        if operation == "shl.b32":
+            found = a << b
+        elif operation == "shf.l.wrap.b32":
+            assert torch.equal(a, b)
+            found = a << more[0] | a >> 32 - more[0]
+        elif operation == "and.b32":
+            found = a & b
+        elif operation == "lop3.b32":
+            found = torch.zeros_like(a | b | more[0])
+            for i in range(8):
+                if int(more[1]) >> i & 1:
+                    found |= (a if i & 4 else ~a) & (b if i & 2 else ~b) & (more[0] if i & 1 else ~more[0])
+        else:
+            assert operation == "add.rn.bf16x2", line
+            found = bf16_pair_sum(a, b)
+        held[name] = found & 0xFFFFFFFF
+    return held
+
+
+@pytest.mark.parametrize("element", sorted({fmt.element.name for fmt in FORMATS.values()}))
+def test_the_instructions_bring_codes_to_bfloat16(layout: Any, element: str) -> None:
+    """As `placement` says, for random words; the instructions for 4 bits are written out, and must agree with it."""
+    decode = import_module("microscale.backends.triton.hopper_decode")
+    placement = import_module("microscale.backends.triton.placement")
+    names = [f"w{i}" for i in range(placement.words(element))]
+    words = torch.randint(2**32, (len(names), 1000), dtype=torch.int64)
+    held = executed(decode._unpacking(element, names), dict(zip(names, words, strict=True)))
+    for pair, name in zip(placement.moves(element), decode._PAIRS, strict=True):
+        wanted = sum((words[i] << left | words[i] >> 32 - left) & 0xFFFFFFFF & mask for i, left, mask in pair)
+        if element == "int8":  # integers from -128 to 127 as bfloat16, both halves
+            halves = torch.stack((wanted & 0xFF, wanted >> 16 & 0xFF))
+            values = (halves - (halves >> 7 << 8)).bfloat16().view(torch.int16).long() & 0xFFFF
+            wanted = values[0] | values[1] << 16
+        assert torch.equal(held[name], wanted), name
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
@@ -110,32 +216,73 @@ def test_wider_activations_are_sums_of_bfloat16(layout: Any, dtype: torch.dtype)
 
 
 def test_every_number_of_tokens_has_a_cut_that_fits(layout: Any) -> None:
-    tiles = import_module("microscale.backends.triton.tiles")
+    cuts = import_module("microscale.backends.triton.cuts")
 
-    def check(cut: Any, parts: int) -> None:
-        # A step's codes, NVFP4's scales and the tokens.
-        step = cut.chunks * (cut.tiles * (2048 + 256) + 128 * parts * cut.block_m)
-        assert cut.stages * step <= 227 << 10
+    def check(cut: Any, fmt: Any, parts: int) -> None:
+        assert cuts.Cut.parse(str(cut)) == cut
+        assert cut.shared(fmt, parts) <= cuts.HOPPER_SHARED
         assert cut.stages >= 3
         assert cut.warps == 4 or cut.tiles >= 2
-        assert parts == 1 or cut.chunks == 1
+        assert parts == 1 or cut.chunks == 1 or fmt.scale == "f32"
+        assert fmt.scale != "f32" or cut.chunks == 2
+        assert not cut.bulk or (parts == 1 and cut.overlap)
 
-    for tokens in (1, 2, 8, 9, 31, 64, 127, 300, 2048, 20000):
-        for parts in (1, 2, 3):
-            check(tiles.linear_cut(tokens, 5120, parts), parts)
-            for experts, top_k in ((8, 2), (32, 4), (128, 8)):
-                for rows in (768, 5760):
-                    first, second = tiles.moe_cuts(tokens, top_k, experts, rows, parts)
+    for fmt in FORMATS.values():
+        for tokens in (1, 2, 8, 9, 31, 64, 127, 300, 2048, 20000):
+            for parts in (1, 2, 3):
+                for tiles in (1, 80, 128):
+                    check(cuts.linear_cut(fmt, tokens, tiles, parts), fmt, parts)
+                for experts, top_k in ((8, 2), (32, 4), (128, 8)):
+                    first, second = cuts.moe_cuts((fmt, fmt), tokens, top_k, experts, parts)
                     assert (first.block_m, first.tail) == (second.block_m, second.tail)
                     assert first.tiles >= 2  # gates and ups that lie apart
                     assert not first.tail or first.block_m >= 16
                     assert tokens > 1 or first.block_m == 8  # routes that are tiles of their own
-                    check(first, parts)
-                    check(second, parts)
+                    assert tokens > 1 or not (first.bulk or second.bulk)
+                    check(first, fmt, parts)
+                    check(second, fmt, parts)
+
+
+def test_each_row_of_the_tables_says_what_it_took(layout: Any) -> None:
+    cuts = import_module("microscale.backends.triton.cuts")
+    text = (resources.files("microscale.backends.triton") / "cuts.json").read_text("utf-8")
+    for name, rows in json.loads(text)["tables"]["sm_90"].items():
+        assert name in {cuts.group(fmt) for fmt in FORMATS.values()}
+        assert rows["linear"][-1]["tokens"] is None
+        assert (rows["moe"][-1]["routes"], rows["moe"][-1]["each"]) == (None, None)
+        for row in rows["linear"] + rows["moe"]:
+            assert row["us"], row
+            assert all(0 < us < 1e5 for us in row["us"].values())
+
+
+def test_the_tuner_tries_what_fits_and_keeps_the_fastest(layout: Any) -> None:
+    cuts = import_module("microscale.backends.triton.cuts")
+    tune = import_module("microscale.bench.tune")
+    assert set(tune.FORMAT_OF) == set(cuts.table())
+    for name, word in tune.FORMAT_OF.items():
+        fmt = FORMATS[word]
+        assert cuts.group(fmt) == name
+        for tokens in (1, 8, 16, 32, 64, 128, 256, 2048):
+            found = tune.candidates(fmt, tokens, tail=True)
+            assert len(found) == len(set(found)) >= 2
+            for cut in found:
+                assert cut.shared(fmt, 1) <= cuts.HOPPER_SHARED
+                assert fmt.scale != "f32" or cut.chunks == 2
+                assert cut.overlap or not cut.bulk
+    times = {"a": {"x": 1.0, "y": 4.0}, "b": {"x": 1.5, "y": 2.0}, "c": {"x": 3.0, "y": 2.0}}
+    assert tune._best(times) == "b"
 
 
 # w13's activations: kind, gated, interleaved, with a bias.
 ACTIVATIONS = (("swiglu_oai", True, True, True), ("silu", True, False, False), ("silu", False, False, True))
+
+
+def in_blocks(cut: Any, half: bool) -> str:
+    """The type of a descriptor for bulk copies."""
+    from triton.experimental.gluon import language as gl
+
+    block = [cut.block_m // 2 if half else cut.block_m, 64 * cut.chunks]
+    return f"tensordesc<bf16{block},{gl.NVMMASharedLayout.get_default_for(block, gl.bfloat16)!r}>"
 
 
 def given(
@@ -148,14 +295,18 @@ def given(
 ) -> dict[str, Any]:
     """What the three kernels are called with, as the host code does."""
     kind, gated, interleaved, _ = activation
+    whole, half = (in_blocks(cut, False), in_blocks(cut, cut.tail)) if cut.bulk else ("*bf16", "*bf16")
     ids = "*i64" if direct else "*i32"
     return cut.constants(packed) | {
-        **dict.fromkeys(("codes", "scales"), "*i32"),
+        "codes": "*i32",
+        "scales": "*fp32" if packed.format.scale == "f32" else "*i32",
         **dict.fromkeys(("tile_experts", "tile_starts", "ends", "order"), ids),
         **dict.fromkeys(("M", "N", "K", "WIDTH", "TILES", "CHUNKS", "STEPS", "top_k"), "i32"),
         **dict.fromkeys(("experts", "known"), "i32"),
         **dict.fromkeys(("alpha", "beta", "limit"), "fp32"),
-        **dict.fromkeys(("x", "y", "h", "shares"), "*bf16"),
+        **dict.fromkeys(("y", "shares"), "*bf16"),
+        "whole": whole,
+        "half": half,
         "bias": bias,
         "HAS_BIAS": bias is not None,
         "topk_weights": "*fp32",
@@ -176,74 +327,118 @@ def given(
 
 
 def packed_weights(name: str, k: int) -> Any:
-    w = random_bytes(name, (2, 128, k))
-    w.scales.fill_(120)
-    return import_module("microscale.backends.triton.fragments").pack(w)
+    return import_module("microscale.backends.triton.fragments").pack(suitable_bytes(name, (2, 128, k)))
 
 
 def modules() -> list[Any]:
-    return [import_module(f"microscale.backends.triton.{n}") for n in ("hopper", "hopper_moe", "tiles")]
+    return [import_module(f"microscale.backends.triton.{n}") for n in ("hopper", "hopper_moe", "cuts")]
 
 
 def for_hopper(kernel: Any, arguments: dict[str, Any], cut: Any) -> Any:
-    return compiled(kernel, "sm_90", arguments, {"num_warps": cut.warps}, ("K", "N", "WIDTH"))
+    """The tokens that a kernel reads come in bulk if its cut says so, h of `_first_kernel` being what it writes."""
+    options = {"num_warps": cut.warps} | {k: arguments[k] for k in ("maxnreg",) if k in arguments}
+    read = "h" if kernel.fn.__name__ == "_second_kernel" else "x"
+    arguments = {"x": "*bf16", "h": "*bf16"} | arguments
+    arguments[read], arguments[f"{read}_half"] = arguments["whole"], arguments["half"]
+    return compiled(kernel, "sm_90", arguments, options, ("K", "N", "WIDTH"))
 
 
 @pytest.mark.parametrize(
-    "block_m, overlap, parts, direct, tail",
-    [(8, False, 1, True, False), (128, True, 1, False, True), (64, True, 3, False, False)],
+    "name, activation, block_m, overlap, parts, direct, tail, bulk",
+    [
+        ("mxfp4", ACTIVATIONS[0], 8, False, 1, True, False, 0),
+        ("mxfp4", ACTIVATIONS[0], 64, True, 1, False, True, 4),
+        ("nvfp4", ACTIVATIONS[1], 128, True, 1, False, True, 0),
+        ("nvfp4", ACTIVATIONS[1], 64, True, 3, False, False, 0),
+        ("nvfp4", ACTIVATIONS[2], 64, True, 1, False, True, 1),
+        ("mxfp8_e5m2", ACTIVATIONS[2], 32, True, 1, False, True, 0),
+        ("mxfp8_e4m3", ACTIVATIONS[1], 64, True, 1, False, True, 4),
+        ("mxfp6_e3m2", ACTIVATIONS[0], 8, False, 1, True, False, 0),
+        ("mxfp6_e2m3", ACTIVATIONS[0], 64, True, 1, False, True, 4),
+        ("mxint8", ACTIVATIONS[1], 16, True, 2, False, False, 0),
+        ("fp8_block128", ACTIVATIONS[0], 64, True, 1, False, True, 0),
+        ("fp8_block128", ACTIVATIONS[1], 8, False, 1, True, False, 0),
+        ("fp8_block128", ACTIVATIONS[0], 64, True, 1, False, True, 4),
+    ],
 )
-@pytest.mark.parametrize("name, activation", [("mxfp4", ACTIVATIONS[0]), ("nvfp4", ACTIVATIONS[1])])
 def test_the_hopper_kernels_keep_weights_in_registers(
     layout: Any, name: str, activation: tuple[str, bool, bool, bool],
-    block_m: int, overlap: bool, parts: int, direct: bool, tail: bool,
+    block_m: int, overlap: bool, parts: int, direct: bool, tail: bool, bulk: int,
 ) -> None:  # fmt: skip
-    hopper, experts, tiles = modules()
-    cut = tiles.Cut(block_m, 2, 2 if parts == 1 else 1, 8, 4, overlap, tail)
+    hopper, experts, cuts = modules()
+    apart = name == "fp8_block128"  # its sums of a step are waited for
+    cut = cuts.Cut(block_m, 2, 2 if parts == 1 or apart else 1, 8, 3, overlap, tail, bulk)
     arguments = given(packed_weights(name, 160), cut, activation, parts, direct, "*bf16")
     for kernel in (hopper._linear_kernel, experts._first_kernel, experts._second_kernel):
         ptx = for_hopper(kernel, arguments, cut).asm["ptx"]
         products = re.findall(r"wgmma\.mma_async\S* \{[^}]*\}, (\S)", ptx)
         # A brace: the left operand is a list of registers.
         assert set(products) == {"{"}
-        if overlap:  # one product waits for the one before it, so that two are under way
+        if overlap and not apart:  # one product waits for the one before it, so that two are under way
             assert f"wgmma.wait_group.sync.aligned {parts};" in re.sub(r"\s+", " ", ptx)
+        # Tokens by bulk copies, and codes by loads of 16 bytes.
+        assert ("cp.async.bulk.tensor" in ptx) == (bulk > 0)
+        if bulk:
+            assert "ld.global.v4.b32" in ptx
+            assert "cp.async.cg" not in ptx
 
 
-def table_kernels() -> list[tuple[Any, Any, int]]:
-    """(kernel, cut, parts of the activations): what the tables can select."""
-    hopper, experts, tiles = modules()
-    rows = [row for table in tiles.MOE.values() for row in table]
-    found = [(hopper._linear_kernel, cut, 1) for table in tiles.LINEAR.values() for _, cut in table]
-    found += [(experts._first_kernel, row[3], 1) for row in rows]
-    found += [(experts._second_kernel, row[4], 1) for row in rows]
-    in_parts = [(tiles._in_parts(tokens), parts) for tokens in (8, 16, 32, 64) for parts in (2, 3)]
-    kernels = (experts._first_kernel, experts._second_kernel, hopper._linear_kernel)
-    found += [(kernel, *rest) for kernel in kernels for rest in in_parts]
-    return list(dict.fromkeys(found))
+def table_kernels() -> list[tuple[Any, Any, int, str]]:
+    """(kernel, cut, parts of the activations, format): what the tables can select, formats of a group taking turns."""
+    hopper, experts, cuts = modules()
+    found = []
+    for name, (linear, moe) in cuts.table().items():
+        formats = [fmt for fmt in FORMATS.values() if cuts.group(fmt) == name]
+        turn = cycle(formats)
+        kernels = [(hopper._linear_kernel, row.cut) for row in linear]
+        kernels += [(experts._first_kernel, row.first) for row in moe]
+        kernels += [(experts._second_kernel, row.second) for row in moe]
+        for kernel, cut in dict.fromkeys(kernels):
+            fmt = next(turn)
+            found.append((kernel, cut.fitted(fmt, 1), 1, fmt.name))
+        for kernel in (experts._first_kernel, experts._second_kernel, hopper._linear_kernel):
+            for tokens, parts in product((8, 64), (2, 3)):
+                fmt = next(turn)
+                found.append((kernel, cuts._in_parts(tokens).fitted(fmt, parts), parts, fmt.name))
+    return found
 
 
 def test_every_cut_of_the_tables_compiles(layout: Any) -> None:
     """By default each kernel once, with formats, activations, sizes and single tokens taking turns."""
-    hopper, experts, _ = modules()
+    hopper, experts, cuts = modules()
+    errors = import_module("triton.errors").TritonError
     failed = []
-    for i, (kernel, cut, parts) in enumerate(table_kernels()):
+    for i, (kernel, cut, parts, own) in enumerate(table_kernels()):
         # w2 and linear know of an activation only whether there is a bias.
         activations = ACTIVATIONS if kernel is experts._first_kernel else ACTIVATIONS[:2]
         # A single token has no more than 8 rows, and a linear no routes.
         direct = (False, True) if cut.block_m == 8 and kernel is not hopper._linear_kernel else (False,)
-        options = list(product(("mxfp4", "nvfp4"), activations, (192, 512), direct))
-        if os.environ.get("MICROSCALE_TEST_EVERY_CUT") != "1":
+        options = list(product(activations, (192, 512), direct))
+        names = [own]
+        if os.environ.get("MICROSCALE_TEST_EVERY_CUT") == "1":
+            names = [n for n, fmt in FORMATS.items() if cuts.group(fmt) == cuts.group(FORMATS[own])]
+        else:
             options = [options[5 * i % len(options)]]
-        for name, activation, k, single in options:
+        for name, (activation, k, single) in product(names, options):
             bias = "*bf16" if activation[3] else None
             arguments = given(packed_weights(name, k), cut, activation, parts, single, bias)
             try:
                 assert for_hopper(kernel, arguments, cut).metadata.shared <= 227 << 10
-            except (AssertionError, RuntimeError) as error:
-                what = ("PARTS", "SCALE", "EVEN", "KIND", "GATED", "HAS_BIAS", "DIRECT")
-                failed.append((kernel.__name__, str(cut), {w: arguments[w] for w in what}, str(error)))
+            except (AssertionError, RuntimeError, errors) as error:
+                what = ("PARTS", "ELEMENT", "EVEN", "KIND", "GATED", "HAS_BIAS", "DIRECT")
+                failed.append((kernel.__name__, str(cut), {w: arguments[w] for w in what}, str(error)[:300]))
     assert not failed
+
+
+def test_the_kernel_that_puts_tokens_in_order_compiles(layout: Any) -> None:
+    ordering = import_module("microscale.backends.triton.ordering")
+    given = {
+        **dict.fromkeys(("ordered", "x"), "*bf16"),
+        **dict.fromkeys(("order", "ends"), "*i32"),
+        **dict.fromkeys(("top_k", "experts", "K"), "i32"),
+    }
+    made = compiled(ordering._in_order_kernel, "sm_90", given | {"BLOCK": 1024, "PDL": True}, {}, ("K",))
+    assert "ld.global.v4.b32" in made.asm["ptx"]
 
 
 def test_what_does_not_compile_is_left_to_the_kernels_for_every_target(layout: Any) -> None:

@@ -35,7 +35,7 @@ def compiled(
     from triton.compiler import ASTSource
     from triton.experimental.gluon._runtime import GluonASTSource
 
-    words = ("*", "i32", "fp32")
+    words = ("*", "i32", "fp32", "tensordesc")
     types = {
         n: v for n, v in given.items() if isinstance(v, str) and v.startswith(words) and n in kernel.arg_names
     }

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -169,6 +170,20 @@ def test_help(cli: Cli) -> None:
     assert result.exit_code == 0
     assert "--json" in result.stdout
     assert "kernels" in cli("bench", "--help").stdout
+
+
+def test_tune_asks_for_known_groups_and_a_hopper_gpu(cli: Cli) -> None:
+    result = cli("bench", "tune", "--group", "5 bits")
+    assert result.exit_code == 2
+    assert "unknown group of formats '5 bits'" in result.stderr
+    result = cli("bench", "tune", "--op", "attention")
+    assert result.exit_code == 2
+    assert "unknown kind of layer 'attention'" in result.stderr
+    if not torch.cuda.is_available():
+        result = cli("bench", "tune")
+        assert result.exit_code == 2
+        why = "needs a Hopper GPU" if find_spec("triton") else "needs the package triton"
+        assert f"bench tune {why}" in result.stderr
 
 
 @pytest.mark.skipif(detect().level == "amx", reason="this CPU has AMX, so the peer is not refused")

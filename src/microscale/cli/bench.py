@@ -30,7 +30,7 @@ DENSE = ("bf16", "fp16")  # weights of linears that are not packed
 
 @bench.callback()
 def _group() -> None:
-    """Makes `kernels` a command of its own though it is the only one."""
+    """What `bench` by itself prints."""
 
 
 @bench.command()
@@ -314,3 +314,40 @@ def _plot(path: Path, document: dict[str, Any]) -> None:
         series.setdefault(" ".join(words), []).append(point)
     title = f"{document['machine']['cpu']}, {document['threads']} threads, {level}"
     draw(path, title, Ceilings(ceilings["read_rate"], ceilings["flop_rate"]), series)
+
+
+@bench.command()
+def tune(
+    group: Annotated[
+        str, typer.Option(help="Formats, with commas between: 4 bits, 6 or 8 bits, block; all.")
+    ] = "all",
+    op: Annotated[str, typer.Option(help="Only linear, or only moe; all.")] = "all",
+    out: Annotated[Path | None, typer.Option(help="Write the tables here instead of to stdout.")] = None,
+) -> None:
+    """Measure again how Hopper's kernels are best cut, and write the tables that choose: minutes, and one for each cut
+    that has not been compiled yet. Every cut's numbers are checked; src/microscale/backends/triton/cuts.json is where
+    the tables belong.
+
+    microscale bench tune --out cuts.json
+    """
+    import json
+
+    from microscale.cli.output import known, say
+
+    groups = ["4 bits", "6 or 8 bits", "block"]
+    chosen = groups if group == "all" else [g.strip() for g in group.split(",")]
+    for name in chosen:
+        known(name, groups, "group of formats")
+    known(op, ("all", "linear", "moe"), "kind of layer")
+    try:
+        from microscale.bench.tune import tune as measure
+    except ImportError as error:
+        raise MicroscaleError(f"bench tune needs the package triton: {error}") from error
+    document = measure(
+        chosen, ["linear", "moe"] if op == "all" else [op], lambda line: say(line, style="dim", stderr=True)
+    )
+    text = json.dumps(document, indent=1) + "\n"
+    if out is None:
+        typer.echo(text, nl=False)
+    else:
+        out.write_text(text, "utf-8")

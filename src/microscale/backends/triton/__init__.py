@@ -1,9 +1,10 @@
 """One source of kernels for CUDA, ROCm and XPU: every format, exact in the weights, activations in 16 or 32 bits.
 
 `layout` packs and unpacks, `decode` turns codes and scales into numbers in registers, `gemm` has the loop over K and
-linear, `moe` the experts, `routing` sorts their routes, `total` adds up their shares, `tiles` has the sizes. On Hopper
-4-bit weights have a layout and kernels of their own: `fragments`, and `hopper`, `hopper_moe` over `hopper_loop` and
-`hopper_decode`; `fallback` if those do not compile.
+linear, `moe` the experts, `routing` sorts their routes, `total` adds up their shares, `tiles` has the sizes. Hopper has
+a layout and kernels of its own: `placement` and `fragments`, `hopper` and `hopper_moe` over `hopper_loop` or, for many
+tokens, `hopper_bulk`, both over `hopper_decode`; `cuts` chooses their sizes, and `fallback` takes over if they do not
+compile.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from microscale.activations import Activation
 from microscale.backends import autograd, emulation
-from microscale.backends.triton import fragments, gemm, layout, tiles
+from microscale.backends.triton import cuts, fragments, gemm, layout, tiles
 from microscale.backends.triton import moe as experts
 from microscale.backends.triton.fallback import attempt
 from microscale.backends.triton.fragments import Fragments
@@ -25,8 +26,9 @@ from microscale.formats import Format
 from microscale.operands import check_linear, check_moe
 from microscale.quant import QuantTensor
 
-__all__ = ["Packed", "linear", "moe", "pack", "unpack"]
+__all__ = ["REPACKS", "Packed", "linear", "moe", "pack", "unpack"]
 
+REPACKS = True  # see `contract.Contract`
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -65,7 +67,7 @@ def linear(
         if isinstance(w, Fragments):
             from microscale.backends.triton import hopper
 
-            cut = tiles.linear_cut(rows.shape[0], n, hopper.PARTS[x.dtype])
+            cut = cuts.linear_cut(w.format, rows.shape[0], w.tiles, hopper.PARTS[x.dtype])
             return attempt(
                 lambda: hopper.linear(rows, w, bias, cut),
                 lambda: gemm.linear(rows, w.plain, bias),
@@ -95,8 +97,8 @@ def moe(
 ) -> Tensor:
     """See `contract.Contract.moe`. Never waits for the device: a token with an id out of range becomes NaN.
 
-    Numerics: as `linear`; the intermediate is rounded once to x's dtype, and the sum over experts is float32. On
-    Hopper, 4-bit experts round each token's share of an expert to x's dtype too, before that sum.
+    Numerics: as `linear`; the intermediate is rounded once to x's dtype, and the sum over experts is float32. Hopper's
+    own kernels round each token's share of an expert to x's dtype too, before that sum.
     """
     check_moe(x, topk_ids, topk_weights, w13.shape, w2.shape, activation, b13, b2, weight_on_input)
     _check(x, act)
@@ -113,10 +115,11 @@ def moe(
             from microscale.backends.triton import hopper, hopper_moe
 
             if not hopper_moe.refuse(w13, activation):
-                (tokens, top_k), (count, rows, _) = topk_ids.shape, w13.shape
-                cuts = tiles.moe_cuts(tokens, top_k, count, rows, hopper.PARTS[x.dtype])
-                own = partial(hopper_moe.moe, x, topk_ids, topk_weights, w13, w2, *rest, cuts)
-                what = ("moe", w13.format.name, w13.shape, activation, x.dtype, *cuts)
+                tokens, top_k = topk_ids.shape
+                formats = (w13.format, w2.format)
+                pair = cuts.moe_cuts(formats, tokens, top_k, w13.shape[0], hopper.PARTS[x.dtype])
+                own = partial(hopper_moe.moe, x, topk_ids, topk_weights, w13, w2, *rest, pair)
+                what = ("moe", w13.format.name, w13.shape, activation, x.dtype, *pair)
                 return attempt(own, plain, *what)
         return plain()
 

@@ -1,4 +1,4 @@
-"""Linear on Hopper (sm_90) for E2M1 weights, in Gluon: layouts are given, so that decoded weights go from registers
+"""Linear on Hopper (sm_90), in Gluon: layouts are given, so that decoded weights go from registers
 into the matrix unit and nothing decoded passes through shared memory. See `hopper_loop`.
 
 The matrix unit takes bfloat16. Wider activations go in as the exact sum of two (float16) or three (float32) bfloat16
@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from microscale.backends.triton import tiles
+from microscale.backends.triton import cuts, hopper_bulk, tiles
+from microscale.backends.triton.cuts import Cut
 from microscale.backends.triton.fragments import Fragments
 from microscale.backends.triton.hopper_decode import accumulator, finish, in_order, slots, store_layout
 from microscale.backends.triton.hopper_loop import buffers, copy_weights, pointers, product
-from microscale.backends.triton.tiles import Cut
 
 PARTS = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}
 
@@ -24,12 +25,11 @@ PARTS = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}
 @gluon.jit(do_not_specialize=["M", "TILES", "CHUNKS", "STEPS"])
 def _linear_kernel(
     y, x, codes, scales, row_scale, bias, M, N, K, TILES, CHUNKS, STEPS,
-    SCALE: gl.constexpr, EVEN: gl.constexpr, ROW_SCALE: gl.constexpr, HAS_BIAS: gl.constexpr,
+    ELEMENT: gl.constexpr, SCALE: gl.constexpr, EVEN: gl.constexpr, ROW_SCALE: gl.constexpr, HAS_BIAS: gl.constexpr,
     GROUP: gl.constexpr, BLOCK_M: gl.constexpr, T: gl.constexpr, C: gl.constexpr, STAGES: gl.constexpr,
-    OVERLAP: gl.constexpr, ODD: gl.constexpr, PARTS: gl.constexpr,
+    OVERLAP: gl.constexpr, ODD: gl.constexpr, PARTS: gl.constexpr, BULK: gl.constexpr,
 ):  # fmt: skip
     WARPS: gl.constexpr = gl.num_warps()
-    WORDS: gl.constexpr = 1 if SCALE == "e8m0" else 2
     # GROUP blocks of tokens take turns with the rows, so that both are found in the cache.
     blocks_n, blocks_m = gl.cdiv(TILES, T), gl.cdiv(M, BLOCK_M)
     group = gl.program_id(0) // (blocks_n * GROUP)
@@ -38,17 +38,24 @@ def _linear_kernel(
     block_n, block_m = within // height, group * GROUP + within % height
     first = block_n * T
     second = first + T // 2
-    cs, ss = buffers(T, C, STAGES, WORDS)
     matrix = gl.to_tensor(0).to(gl.int64)
-    cp, sp = pointers(codes, scales, matrix, first, second, TILES, CHUNKS, T, C, WORDS)
-    for s in gl.static_range(STAGES - 1):
-        copy_weights(cs, ss, cp, sp, s, s, STEPS, CHUNKS, T, C, WORDS, EVEN)
-    TOKENS: gl.constexpr = gl.BlockedLayout([1, 8], [4 // C, 8 * C], [WARPS, 1], [1, 0])
-    m = block_m * BLOCK_M + gl.arange(0, BLOCK_M, gl.SliceLayout(1, TOKENS))
-    m = gl.minimum(m, M - 1).to(gl.int64)
-    acc = product(
-        x, m, cs, ss, cp, sp, STEPS, CHUNKS, K, SCALE, EVEN, BLOCK_M, T, C, STAGES, OVERLAP, ODD, PARTS
-    )
+    if BULK:
+        acc = hopper_bulk.product(
+            x, block_m * BLOCK_M, codes, scales, matrix, first, second, TILES, STEPS, CHUNKS,
+            ELEMENT, SCALE, BLOCK_M, T, C, STAGES, ODD, BULK,
+        )  # fmt: skip
+    else:
+        held = buffers(T, C, STAGES, ELEMENT, SCALE)
+        at = pointers(codes, scales, matrix, first, second, TILES, CHUNKS, T, C, ELEMENT, SCALE)
+        for s in gl.static_range(STAGES - 1):
+            copy_weights(held, at, s, s, STEPS, CHUNKS, T, C, ELEMENT, SCALE, EVEN)
+        TOKENS: gl.constexpr = gl.BlockedLayout([1, 8], [4 // C, 8 * C], [WARPS, 1], [1, 0])
+        m = block_m * BLOCK_M + gl.arange(0, BLOCK_M, gl.SliceLayout(1, TOKENS))
+        m = gl.minimum(m, M - 1).to(gl.int64)
+        acc = product(
+            x, m, held, at, first, second, TILES, STEPS, CHUNKS, K,
+            ELEMENT, SCALE, EVEN, BLOCK_M, T, C, STAGES, OVERLAP, ODD, PARTS,
+        )  # fmt: skip
     rows = gl.minimum(slots(first, second, T, gl.SliceLayout(1, accumulator(BLOCK_M, WARPS))), N - 1)
     acc = finish(acc, row_scale, bias, rows, ROW_SCALE, HAS_BIAS)
     STORE: gl.constexpr = store_layout(T * 64, WARPS)
@@ -62,14 +69,22 @@ def linear(x: Tensor, w: Fragments, bias: Tensor | None, cut: Cut | None = None)
     """[M, K] in bfloat16, float16 or float32 -> [M, N] in x's dtype; M and N at least 1."""
     m, (n, k) = x.shape[0], w.shape
     parts = PARTS[x.dtype]
-    cut = cut or tiles.linear_cut(m, n, parts)
+    cut = cut or cuts.linear_cut(w.format, m, w.tiles, parts)
     y = torch.empty(m, n, dtype=x.dtype, device=x.device)
+    tokens = in_blocks(as_parts(x), cut) if cut.bulk else as_parts(x)
     with tiles.on(x.device):
         _linear_kernel[(-(-w.tiles // cut.tiles) * -(-m // cut.block_m),)](
-            y, as_parts(x), w.codes, w.scales, w.row_scale, bias, m, n, k, *cut.sizes(w),
+            y, tokens, w.codes, w.scales, w.row_scale, bias, m, n, k, *cut.sizes(w),
             HAS_BIAS=bias is not None, GROUP=8, PARTS=parts, **cut.constants(w),
         )  # fmt: skip
     return y
+
+
+def in_blocks(x: Tensor, cut: Cut, half: bool = False) -> TensorDescriptor:
+    """bfloat16 [M, K] for bulk copies of a step of a cut's tokens, or of half as many."""
+    block = [cut.block_m // 2 if half else cut.block_m, 64 * cut.chunks]
+    layout = gl.NVMMASharedLayout.get_default_for(block, gl.bfloat16)
+    return TensorDescriptor.from_tensor(x.view(-1, x.shape[-1]), block, layout)
 
 
 def as_parts(x: Tensor) -> Tensor:

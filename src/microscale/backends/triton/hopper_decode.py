@@ -1,73 +1,133 @@
-"""Codes to the left operand of Hopper's matrix unit, in registers: `fragments` says where the bits lie."""
+"""Codes to the left operand of Hopper's matrix unit, in registers: `placement` says where the bits lie."""
 
 from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-# $8 and $9 are the two words of codes, $10 a word of scales.
-_UNPACK = """
-{
-.reg .b32 a, b, c, d, e, f, z, u, v, s, t;
-shl.b32 b, $8, 6;
-shf.l.wrap.b32 c, $8, $8, 10;
-shl.b32 e, $9, 6;
-shf.l.wrap.b32 f, $9, $9, 10;
-shl.b32 z, $9, 2;
-lop3.b32 z, 0x0C180C18, $8, z, 0xCA;
+from microscale.backends.triton.placement import LANDS, moves, words
+
+# Of 16 codes, pairs 0 to 7. The even ones belong to an even row, the odd ones to the row after it; the first four lie
+# in the first half of 32 columns.
+_PAIRS = "abcdefuv"
+_SCALE_OF = ("even0", "odd0") * 2 + ("even1", "odd1") * 2
+
+# Codes of 4 bits, and what 6 bits have in common with them: as `moves` says, but for a step that two pairs share.
+_FOUR = """
+shl.b32 b, {0}, 6;
+shf.l.wrap.b32 c, {0}, {0}, 10;
+shl.b32 e, {1}, 6;
+shf.l.wrap.b32 f, {1}, {1}, 10;
+shl.b32 z, {1}, 2;
+lop3.b32 z, 0x0C180C18, {0}, z, 0xCA;
 shl.b32 u, z, 2;
 shf.l.wrap.b32 v, z, z, 12;
-and.b32 a, $8, 0x81C081C0;
+and.b32 a, {0}, 0x81C081C0;
 and.b32 b, b, 0x81C081C0;
 and.b32 c, c, 0x81C081C0;
-and.b32 d, $9, 0x81C081C0;
+and.b32 d, {1}, 0x81C081C0;
 and.b32 e, e, 0x81C081C0;
 and.b32 f, f, 0x81C081C0;
 and.b32 u, u, 0x81C081C0;
 and.b32 v, v, 0x81C081C0;
 """
-# Pairs alternate between an even and an odd row, and rows between the halves of a scale word.
-_SCALE = """
-.reg .b16 p, q;
-.reg .b32 even0, odd0, even1, odd1;
+# A word of scales has one for an even row and one for the odd row after it.
+_SPREAD = """
 mov.b32 {p, q}, s;
 mov.b32 even0, {p, p};
 mov.b32 odd0, {q, q};
 mov.b32 {p, q}, t;
 mov.b32 even1, {p, p};
 mov.b32 odd1, {q, q};
-mul.rn.bf16x2 $0, a, even0;
-mul.rn.bf16x2 $1, b, odd0;
-mul.rn.bf16x2 $2, c, even0;
-mul.rn.bf16x2 $3, d, odd0;
-mul.rn.bf16x2 $4, e, even1;
-mul.rn.bf16x2 $5, f, odd1;
-mul.rn.bf16x2 $6, u, even1;
-mul.rn.bf16x2 $7, v, odd1;
-}
 """
 # E8M0: the word is two bfloat16 as it is, for both halves of the 32 columns.
-_E8M0 = "mov.b32 s, $10;\nmov.b32 t, $10;\n"
+_E8M0 = "mov.b32 s, {0};\nmov.b32 t, {0};\n"
 # E4M3 in place of a bfloat16's exponent and fraction is its value times 2^-120, subnormals included: times 2^120 it is
 # exact, and times 2^110 it has what codes miss but for `fragments.NVFP4_REST`.
 _E4M3 = """
 .reg .b32 big, rest;
 mov.b32 big, 0x7B807B80;
 mov.b32 rest, 0x76807680;
-and.b32 s, $10, 0x07F007F0;
-shf.r.wrap.b32 t, $10, $10, 7;
+and.b32 s, {0}, 0x07F007F0;
+shf.r.wrap.b32 t, {0}, {0}, 7;
 and.b32 t, t, 0x07F007F0;
 mul.rn.bf16x2 s, s, big;
 mul.rn.bf16x2 t, t, big;
 mul.rn.bf16x2 s, s, rest;
 mul.rn.bf16x2 t, t, rest;
 """
-_ASSEMBLY = {"e8m0": _UNPACK + _E8M0 + _SCALE, "e4m3": _UNPACK + _E4M3 + _SCALE}
+# A scale that waits for the sums leaves the 2^120 that E4M3's bits miss.
+_NONE = "mov.b32 s, 0x7B807B80;\nmov.b32 t, s;\n"
+
+
+def _unpacking(element: str, given: list[str]) -> str:
+    """Instructions that bring eight pairs into a, b, ... v; `given` are the registers of the group's words."""
+    lines = []
+    if element == "int8":
+        # v = u - 128 sign, with u its lower 7 bits, is (128 + u) - (128 + 128 sign): two bfloat16 whose sum is exact.
+        for pair, name in enumerate(_PAIRS):
+            ((word, left, _),) = moves(element)[pair]
+            source = given[word]
+            if left:
+                lines.append(f"shf.l.wrap.b32 {name}, {source}, {source}, {left};")
+                source = name
+            lines += [
+                f"lop3.b32 z, {source}, 0x00800080, 0xC300C300, 0xEA;",
+                f"lop3.b32 {name}, {source}, 0x007F007F, 0x43004300, 0xEA;",
+                f"add.rn.bf16x2 {name}, {name}, z;",
+            ]
+        return "\n".join(lines) + "\n"
+    four = words(element) < 4
+    if four:
+        lines.append(_FOUR.format(*given))
+    for pair, name in enumerate(_PAIRS):
+        for i, (word, left, mask) in enumerate(moves(element)[pair]):
+            if four and word < 2:
+                continue
+            source = given[word]
+            if left:
+                lines.append(f"shf.l.wrap.b32 z, {source}, {source}, {left};")
+                source = "z"
+            if i == 0:
+                lines.append(f"and.b32 {name}, {source}, {mask:#x};")
+            else:
+                lines.append(f"lop3.b32 {name}, {source}, {mask:#x}, {name}, 0xEA;")
+    return "\n".join(lines) + "\n"
+
+
+def _text(element: str, scale: str) -> str:
+    """Inline assembly of a group of 16 codes. $0 to $7 are its results; then come two registers of each operand."""
+    count = words(element)
+    given = ["$8", "$9", "$10", "$11"][:count]
+    spread = {"e8m0": _E8M0, "e4m3": _E4M3, "f32": _NONE}[scale].format("$10" if count == 2 else "$12")
+    lines = ["{", ".reg .b32 a, b, c, d, e, f, u, v, z, s, t, even0, odd0, even1, odd1;", ".reg .b16 p, q;"]
+    lines += [_unpacking(element, given), spread, _SPREAD]
+    lines += [f"mul.rn.bf16x2 ${i}, {_PAIRS[i]}, {_SCALE_OF[i]};" for i in range(8)]
+    return "\n".join([*lines, "}"])
+
+
+_ASSEMBLY = {
+    **{(element, "e8m0"): _text(element, "e8m0") for element in LANDS},
+    ("e2m1", "e4m3"): _text("e2m1", "e4m3"),
+    ("e4m3", "f32"): _text("e4m3", "f32"),
+}
+_BITS = {element: len(lands) for element, lands in LANDS.items()}
 
 
 @gluon.constexpr_function
-def _assembly(SCALE):
-    return _ASSEMBLY[SCALE]
+def _assembly(ELEMENT, SCALE):
+    return _ASSEMBLY[ELEMENT, SCALE]
+
+
+@gluon.constexpr_function
+def _constraints(ELEMENT, SCALE):
+    operands = (_BITS[ELEMENT] > 4) + (SCALE != "f32") + 1
+    return ",".join(["=r"] * 8 + ["r"] * (2 * operands))
+
+
+@gluon.constexpr_function
+def bits_of(ELEMENT):
+    return _BITS[ELEMENT]
 
 
 @gluon.constexpr_function
@@ -77,25 +137,31 @@ def _bases(size, first):
 
 
 @gluon.constexpr_function
-def words_layout(T, C, WARPS, RANK):
-    """Codes as threads hold them: [T * C * 128, 4] (RANK 2), or its [T * C * 32, 4, 2, 2] (RANK 4)."""
-    over_warps = WARPS // 4
-    rows = 128 if RANK == 2 else 32  # of a tile of 64 x 64
-    chunk, tile = _bases(C, rows), _bases(T, rows * C)
-    split = over_warps.bit_length() - 1
-    if RANK == 2:
-        word, threads, warps = [[0, 1], [0, 2]], [[1 << i, 0] for i in range(5)], [[32, 0], [64, 0]]
-    else:
-        word = [[0, 0, 0, 1], [0, 0, 1, 0]]
-        threads = [[0, 1, 0, 0], [0, 2, 0, 0], [1, 0, 0, 0], [2, 0, 0, 0], [4, 0, 0, 0]]
-        warps = [[8, 0, 0, 0], [16, 0, 0, 0]]
-    zeros = [0] * (RANK - 1)
+def words_layout(T, C, WARPS, ROWS, WIDTH):
+    """Words as threads hold them, [T * C * ROWS, WIDTH]; of 256 rows of a tile each thread has two."""
+    chunk, tile = _bases(C, ROWS), _bases(T, ROWS * C)
+    split = (WARPS // 4).bit_length() - 1
     return gl.DistributedLinearLayout(
-        word + [[b, *zeros] for b in chunk + tile[split:]],
-        threads,
-        warps + [[b, *zeros] for b in tile[:split]],
+        [[0, b] for b in _bases(WIDTH, 1)]
+        + [[b, 0] for b in _bases(ROWS // 128, 128) + chunk + tile[split:]],
+        [[1 << i, 0] for i in range(5)],
+        [[32, 0], [64, 0]] + [[b, 0] for b in tile[:split]],
         [],
-        [T * C * 128, 4] if RANK == 2 else [T * C * 32, 4, 2, 2],
+        [T * C * ROWS, WIDTH],
+    )
+
+
+@gluon.constexpr_function
+def groups_layout(T, C, WARPS):
+    """The same for groups of codes: [T * C * 32, 4, 2, 2], of lane rows g, columns t, halves p, two words."""
+    chunk, tile = _bases(C, 32), _bases(T, 32 * C)
+    split = (WARPS // 4).bit_length() - 1
+    return gl.DistributedLinearLayout(
+        [[0, 0, 0, 1], [0, 0, 1, 0]] + [[b, 0, 0, 0] for b in chunk + tile[split:]],
+        [[0, 1, 0, 0], [0, 2, 0, 0], [1, 0, 0, 0], [2, 0, 0, 0], [4, 0, 0, 0]],
+        [[8, 0, 0, 0], [16, 0, 0, 0]] + [[b, 0, 0, 0] for b in tile[:split]],
+        [],
+        [T * C * 32, 4, 2, 2],
     )
 
 
@@ -126,11 +192,9 @@ def store_layout(ROWS, WARPS):
 
 
 @gluon.jit
-def decode(words, scale_words, T: gl.constexpr, C: gl.constexpr, SCALE: gl.constexpr):
-    """Codes int32 [T * C * 128, 4] and their scale words -> bfloat16 [T * 64, C * 64], slots of rows."""
-    WARPS: gl.constexpr = gl.num_warps()
-    WIDE: gl.constexpr = words_layout(T, C, WARPS, 4)
-    w = gl.convert_layout(words.reshape([T * C * 32, 4, 2, 2]), WIDE, assert_trivial=True)
+def _halves(scale_words, T: gl.constexpr, C: gl.constexpr, SCALE: gl.constexpr):
+    """Scale words [T * C * 32, 4, 2, 2] of each group."""
+    WIDE: gl.constexpr = groups_layout(T, C, gl.num_warps())
     if SCALE == "e8m0":
         first = scale_words & 0x7F807F80
         second = ((scale_words << 8) | ((scale_words >> 24) & 0xFF)) & 0x7F807F80
@@ -141,17 +205,92 @@ def decode(words, scale_words, T: gl.constexpr, C: gl.constexpr, SCALE: gl.const
     second = gl.convert_layout(second, WORD, assert_trivial=True)[:, None, None, None]
     # The comparison is about register numbers, so the compiler decides it.
     half = gl.arange(0, 2, gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(3, WIDE))))[None, None, :, None]
-    s = gl.where(half == 0, first, second)
-    w, s = gl.broadcast(w, s)
+    return gl.where(half == 0, first, second)
+
+
+@gluon.jit
+def _piece(groups, PIECE: gl.constexpr, PIECES: gl.constexpr, T: gl.constexpr, C: gl.constexpr):
+    """Of groups [T * C * 32, 4, 2, 2] those of one of PIECES equal parts of the columns: 1, 2, C or 2 C."""
+    if PIECES == 2 * C:
+        first, second = groups.permute([0, 1, 3, 2]).split()
+        groups = first if PIECE % 2 == 0 else second
+    if PIECES > 1 and C > 1:
+        CHUNK: gl.constexpr = PIECE * C // PIECES
+        first, second = (
+            groups.reshape([T, 2, C * 16, groups.numel // (T * C * 32)]).permute([0, 2, 3, 1]).split()
+        )
+        groups = first if CHUNK * 2 // C == 0 else second
+        if C == 4 and PIECES >= 4:
+            first, second = groups.reshape([T, 2, 32, groups.numel // (T * 64)]).permute([0, 2, 3, 1]).split()
+            groups = first if CHUNK % 2 == 0 else second
+    return groups
+
+
+@gluon.jit
+def decode(
+    words, more, scale_words, PIECE: gl.constexpr, PIECES: gl.constexpr,
+    T: gl.constexpr, C: gl.constexpr, ELEMENT: gl.constexpr, SCALE: gl.constexpr,
+):  # fmt: skip
+    """Codes and their scale words -> bfloat16 [T * 64, C * 64], slots of rows, or a piece of its columns.
+
+    Args:
+        words: int32 [T * C * 128, 4], of 8 bits [T * C * 256, 4]; more: of 6 bits [T * C * 128, 2].
+        scale_words: [T * C * 32], NVFP4 [T * C * 64]; "f32": not looked at.
+    """
+    WIDE: gl.constexpr = groups_layout(T, C, gl.num_warps())
+    BITS: gl.constexpr = bits_of(ELEMENT)
+    if BITS == 8:
+        # tile and chunk, p, g, t, word -> g, t, p, word % 2, word // 2
+        w = words.reshape([T * C, 2, 32, 4, 2, 2]).permute([0, 2, 3, 1, 5, 4])
+        first, second = w.reshape([T * C * 32, 4, 2, 2, 2]).split()
+        first = gl.convert_layout(first, WIDE, assert_trivial=True)
+        second = gl.convert_layout(second, WIDE, assert_trivial=True)
+    else:
+        first = gl.convert_layout(words.reshape([T * C * 32, 4, 2, 2]), WIDE, assert_trivial=True)
+        second = first
+        if BITS == 6:
+            second = gl.convert_layout(
+                more.reshape([T * C * 32, 4, 2]), gl.SliceLayout(3, WIDE), assert_trivial=True
+            )
+            first, second = gl.broadcast(first, second[:, :, :, None])
+    if SCALE == "f32":
+        given = [_piece(first, PIECE, PIECES, T, C), _piece(second, PIECE, PIECES, T, C)]
+    else:
+        first, s = gl.broadcast(first, _halves(scale_words, T, C, SCALE))
+        if BITS == 4:
+            given = [_piece(first, PIECE, PIECES, T, C), _piece(s, PIECE, PIECES, T, C)]
+        else:
+            given = [
+                _piece(first, PIECE, PIECES, T, C),
+                _piece(second, PIECE, PIECES, T, C),
+                _piece(s, PIECE, PIECES, T, C),
+            ]
     o = gl.inline_asm_elementwise(
-        _assembly(SCALE), "=r,=r,=r,=r,=r,=r,=r,=r,r,r,r,r", [w, s],
+        _assembly(ELEMENT, SCALE), _constraints(ELEMENT, SCALE), given,
         dtype=(gl.bfloat16,) * 8, is_pure=True, pack=2,
     )  # fmt: skip
     low = gl.join(gl.join(o[0], o[1]), gl.join(o[2], o[3]))
     high = gl.join(gl.join(o[4], o[5]), gl.join(o[6], o[7]))
-    a = gl.join(low, high).reshape([T, C, 4, 8, 4, 2, 2, 2, 2, 2])
+    # A piece of 32 columns is one of a chunk's two p.
+    P: gl.constexpr = 1 if PIECES == 2 * C else 2
+    CHUNKS: gl.constexpr = 2 * C // PIECES // P
+    a = gl.join(low, high).reshape([T, CHUNKS, 4, 8, 4, P, 2, 2, 2, 2])
     # tile, chunk, warp, g, t, p, odd column; odd row, h, q -> tile, warp, odd row, g; chunk, p, q, h, t, odd column
-    return a.permute([0, 2, 7, 3, 1, 5, 9, 8, 4, 6]).reshape([T * 64, C * 64])
+    return a.permute([0, 2, 7, 3, 1, 5, 9, 8, 4, 6]).reshape([T * 64, CHUNKS * P * 32])
+
+
+@gluon.jit
+def operand(
+    weights, PIECE: gl.constexpr, PIECES: gl.constexpr, ACC: gl.constexpr,
+    T: gl.constexpr, C: gl.constexpr, ELEMENT: gl.constexpr, SCALE: gl.constexpr,
+):  # fmt: skip
+    """`decode` of (codes, their further bits, scales), as the matrix unit takes it."""
+    words, more, scale = weights
+    return gl.convert_layout(
+        decode(words, more, scale, PIECE, PIECES, T, C, ELEMENT, SCALE),
+        gl.DotOperandLayout(0, ACC, 2),
+        assert_trivial=True,
+    )
 
 
 @gluon.jit

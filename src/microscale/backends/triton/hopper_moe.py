@@ -10,17 +10,19 @@ import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from microscale.activations import Activation
 from microscale.backends.triton import activation as _activation
-from microscale.backends.triton import routing, tiles
+from microscale.backends.triton import hopper_bulk, routing, tiles
+from microscale.backends.triton.cuts import Cut, moe_cuts
 from microscale.backends.triton.fragments import ROWS, Fragments
-from microscale.backends.triton.hopper import PARTS, as_parts
+from microscale.backends.triton.hopper import PARTS, as_parts, in_blocks
 from microscale.backends.triton.hopper_decode import accumulator, finish, in_order, slots, store_layout
 from microscale.backends.triton.hopper_loop import buffers, copy_weights, pointers, product
+from microscale.backends.triton.ordering import tokens_in_order
 from microscale.backends.triton.routing import Table
-from microscale.backends.triton.tiles import Cut
 from microscale.backends.triton.total import total
 
 activate = gluon.jit(_activation.activate.fn)
@@ -57,24 +59,30 @@ def _routes(order, place, DIRECT: gl.constexpr):
 
 @gluon.jit
 def _first(
-    h, x, row_scale, bias, order, topk_weights, cs, ss, cp, sp, expert, block, first, second, start, end,
-    top_k, N, WIDTH, K, CHUNKS, STEPS, alpha, beta, limit,
-    SCALE: gl.constexpr, EVEN: gl.constexpr, ROW_SCALE: gl.constexpr, HAS_BIAS: gl.constexpr,
+    h, x, codes, scales, row_scale, bias, order, topk_weights, held, at, expert, block, first, second, start, end,
+    top_k, N, WIDTH, K, TILES, CHUNKS, STEPS, alpha, beta, limit,
+    ELEMENT: gl.constexpr, SCALE: gl.constexpr, EVEN: gl.constexpr, ROW_SCALE: gl.constexpr, HAS_BIAS: gl.constexpr,
     KIND: gl.constexpr, GATED: gl.constexpr, INTERLEAVED: gl.constexpr, HAS_LIMIT: gl.constexpr,
     WEIGHT_ON_INPUT: gl.constexpr, DIRECT: gl.constexpr,
     BLOCK_M: gl.constexpr, T: gl.constexpr, C: gl.constexpr, STAGES: gl.constexpr,
-    OVERLAP: gl.constexpr, ODD: gl.constexpr, PARTS: gl.constexpr,
+    OVERLAP: gl.constexpr, ODD: gl.constexpr, PARTS: gl.constexpr, BULK: gl.constexpr,
 ):  # fmt: skip
     """A tile of `_first_kernel`, of at most BLOCK_M tokens."""
     WARPS: gl.constexpr = gl.num_warps()
     OUT: gl.constexpr = T * 32 if GATED else T * 64
-    TOKENS: gl.constexpr = gl.BlockedLayout([1, 8], [4 // C, 8 * C], [WARPS, 1], [1, 0])
-    place = gl.minimum(start + gl.arange(0, BLOCK_M, gl.SliceLayout(1, TOKENS)), end - 1)
-    token = (_routes(order, place, DIRECT) // top_k).to(gl.int64)
-    acc = product(
-        x, token, cs, ss, cp, sp, STEPS, CHUNKS, K,
-        SCALE, EVEN, BLOCK_M, T, C, STAGES, OVERLAP, ODD, PARTS,
-    )  # fmt: skip
+    if BULK:  # x is in the order of the routes
+        acc = hopper_bulk.product(
+            x, start, codes, scales, expert, first, second, TILES, STEPS, CHUNKS,
+            ELEMENT, SCALE, BLOCK_M, T, C, STAGES, ODD, BULK,
+        )  # fmt: skip
+    else:
+        TOKENS: gl.constexpr = gl.BlockedLayout([1, 8], [4 // C, 8 * C], [WARPS, 1], [1, 0])
+        place = gl.minimum(start + gl.arange(0, BLOCK_M, gl.SliceLayout(1, TOKENS)), end - 1)
+        token = (_routes(order, place, DIRECT) // top_k).to(gl.int64)
+        acc = product(
+            x, token, held, at, first, second, TILES, STEPS, CHUNKS, K,
+            ELEMENT, SCALE, EVEN, BLOCK_M, T, C, STAGES, OVERLAP, ODD, PARTS,
+        )  # fmt: skip
     ACC: gl.constexpr = accumulator(BLOCK_M, WARPS)
     if WEIGHT_ON_INPUT:
         place = gl.minimum(start + gl.arange(0, BLOCK_M, gl.SliceLayout(0, ACC)), end - 1)
@@ -105,16 +113,16 @@ def _first(
 
 @gluon.jit(do_not_specialize=["top_k", "TILES", "CHUNKS", "STEPS", "experts", "known"])
 def _first_kernel(
-    h, x, codes, scales, row_scale, bias, tile_experts, tile_starts, ends, order, expert_map, topk_weights,
+    h, x, x_half, codes, scales, row_scale, bias, tile_experts, tile_starts, ends, order, expert_map, topk_weights,
     top_k, experts, known, N, WIDTH, K, TILES, CHUNKS, STEPS, alpha, beta, limit,
-    SCALE: gl.constexpr, EVEN: gl.constexpr, ROW_SCALE: gl.constexpr, HAS_BIAS: gl.constexpr,
+    ELEMENT: gl.constexpr, SCALE: gl.constexpr, EVEN: gl.constexpr, ROW_SCALE: gl.constexpr, HAS_BIAS: gl.constexpr,
     KIND: gl.constexpr, GATED: gl.constexpr, INTERLEAVED: gl.constexpr, HAS_LIMIT: gl.constexpr,
     WEIGHT_ON_INPUT: gl.constexpr, DIRECT: gl.constexpr, HAS_MAP: gl.constexpr,
     BLOCK_M: gl.constexpr, T: gl.constexpr, C: gl.constexpr, STAGES: gl.constexpr,
-    OVERLAP: gl.constexpr, ODD: gl.constexpr, PARTS: gl.constexpr, TAIL: gl.constexpr, PDL: gl.constexpr,
+    OVERLAP: gl.constexpr, ODD: gl.constexpr, PARTS: gl.constexpr, BULK: gl.constexpr,
+    TAIL: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """h[sorted route, WIDTH] = activation(w13[e] @ x[token] + b13[e])."""
-    WORDS: gl.constexpr = 1 if SCALE == "e8m0" else 2
     blocks = gl.cdiv(WIDTH, T * 32 if GATED else T * 64)
     tile = gl.program_id(0) // blocks
     block = gl.program_id(0) % blocks
@@ -129,44 +137,52 @@ def _first_kernel(
         else:
             first = block * T
             second = first + T // 2
-        cs, ss = buffers(T, C, STAGES, WORDS)
-        cp, sp = pointers(codes, scales, expert, first, second, TILES, CHUNKS, T, C, WORDS)
-        for s in gl.static_range(STAGES - 1):
-            copy_weights(cs, ss, cp, sp, s, s, STEPS, CHUNKS, T, C, WORDS, EVEN)
+        held, at = codes, codes
+        if not BULK:
+            held = buffers(T, C, STAGES, ELEMENT, SCALE)
+            at = pointers(codes, scales, expert, first, second, TILES, CHUNKS, T, C, ELEMENT, SCALE)
+            for s in gl.static_range(STAGES - 1):
+                copy_weights(held, at, s, s, STEPS, CHUNKS, T, C, ELEMENT, SCALE, EVEN)
         start, end = _span(tile, expert, tile_starts, ends, DIRECT)
         if TAIL and end - start <= BLOCK_M // 2:
             _first(
-                h, x, row_scale, bias, order, topk_weights, cs, ss, cp, sp, expert, block, first, second,
-                start, end, top_k, N, WIDTH, K, CHUNKS, STEPS, alpha, beta, limit,
-                SCALE, EVEN, ROW_SCALE, HAS_BIAS, KIND, GATED, INTERLEAVED, HAS_LIMIT, WEIGHT_ON_INPUT, DIRECT,
-                BLOCK_M // 2, T, C, STAGES, OVERLAP, ODD, PARTS,
+                h, x_half, codes, scales, row_scale, bias, order, topk_weights, held, at, expert, block, first, second,
+                start, end, top_k, N, WIDTH, K, TILES, CHUNKS, STEPS, alpha, beta, limit,
+                ELEMENT, SCALE, EVEN, ROW_SCALE, HAS_BIAS, KIND, GATED, INTERLEAVED, HAS_LIMIT, WEIGHT_ON_INPUT, DIRECT,
+                BLOCK_M // 2, T, C, STAGES, OVERLAP, ODD, PARTS, BULK,
             )  # fmt: skip
         else:
             _first(
-                h, x, row_scale, bias, order, topk_weights, cs, ss, cp, sp, expert, block, first, second,
-                start, end, top_k, N, WIDTH, K, CHUNKS, STEPS, alpha, beta, limit,
-                SCALE, EVEN, ROW_SCALE, HAS_BIAS, KIND, GATED, INTERLEAVED, HAS_LIMIT, WEIGHT_ON_INPUT, DIRECT,
-                BLOCK_M, T, C, STAGES, OVERLAP, ODD, PARTS,
+                h, x, codes, scales, row_scale, bias, order, topk_weights, held, at, expert, block, first, second,
+                start, end, top_k, N, WIDTH, K, TILES, CHUNKS, STEPS, alpha, beta, limit,
+                ELEMENT, SCALE, EVEN, ROW_SCALE, HAS_BIAS, KIND, GATED, INTERLEAVED, HAS_LIMIT, WEIGHT_ON_INPUT, DIRECT,
+                BLOCK_M, T, C, STAGES, OVERLAP, ODD, PARTS, BULK,
             )  # fmt: skip
 
 
 @gluon.jit
 def _second(
-    shares, h, row_scale, bias, order, topk_weights, cs, ss, cp, sp, expert, first, start, end,
-    N, K, CHUNKS, STEPS,
-    SCALE: gl.constexpr, EVEN: gl.constexpr, ROW_SCALE: gl.constexpr, HAS_BIAS: gl.constexpr,
+    shares, h, codes, scales, row_scale, bias, order, topk_weights, held, at, expert, first, start, end,
+    N, K, TILES, CHUNKS, STEPS,
+    ELEMENT: gl.constexpr, SCALE: gl.constexpr, EVEN: gl.constexpr, ROW_SCALE: gl.constexpr, HAS_BIAS: gl.constexpr,
     WEIGHT_ON_INPUT: gl.constexpr, DIRECT: gl.constexpr,
     BLOCK_M: gl.constexpr, T: gl.constexpr, C: gl.constexpr, STAGES: gl.constexpr,
-    OVERLAP: gl.constexpr, ODD: gl.constexpr, PARTS: gl.constexpr,
+    OVERLAP: gl.constexpr, ODD: gl.constexpr, PARTS: gl.constexpr, BULK: gl.constexpr,
 ):  # fmt: skip
     """A tile of `_second_kernel`, of at most BLOCK_M tokens."""
     WARPS: gl.constexpr = gl.num_warps()
-    TOKENS: gl.constexpr = gl.BlockedLayout([1, 8], [4 // C, 8 * C], [WARPS, 1], [1, 0])
-    place = gl.minimum(start + gl.arange(0, BLOCK_M, gl.SliceLayout(1, TOKENS)), end - 1).to(gl.int64)
-    acc = product(
-        h, place, cs, ss, cp, sp, STEPS, CHUNKS, K,
-        SCALE, EVEN, BLOCK_M, T, C, STAGES, OVERLAP, ODD, PARTS,
-    )  # fmt: skip
+    if BULK:
+        acc = hopper_bulk.product(
+            h, start, codes, scales, expert, first, first + T // 2, TILES, STEPS, CHUNKS,
+            ELEMENT, SCALE, BLOCK_M, T, C, STAGES, ODD, BULK,
+        )  # fmt: skip
+    else:
+        TOKENS: gl.constexpr = gl.BlockedLayout([1, 8], [4 // C, 8 * C], [WARPS, 1], [1, 0])
+        rows = gl.minimum(start + gl.arange(0, BLOCK_M, gl.SliceLayout(1, TOKENS)), end - 1).to(gl.int64)
+        acc = product(
+            h, rows, held, at, first, first + T // 2, TILES, STEPS, CHUNKS, K,
+            ELEMENT, SCALE, EVEN, BLOCK_M, T, C, STAGES, OVERLAP, ODD, PARTS,
+        )  # fmt: skip
     ACC: gl.constexpr = accumulator(BLOCK_M, WARPS)
     rows = gl.minimum(slots(first, first + T // 2, T, gl.SliceLayout(1, ACC)), N - 1)
     acc = finish(acc, row_scale, bias, expert * N + rows, ROW_SCALE, HAS_BIAS)
@@ -183,40 +199,43 @@ def _second(
 
 @gluon.jit(do_not_specialize=["TILES", "CHUNKS", "STEPS", "experts", "known"])
 def _second_kernel(
-    shares, h, codes, scales, row_scale, bias, tile_experts, tile_starts, ends, order, expert_map, topk_weights,
+    shares, h, h_half, codes, scales, row_scale, bias, tile_experts, tile_starts, ends, order, expert_map, topk_weights,
     experts, known, N, K, TILES, CHUNKS, STEPS,
-    SCALE: gl.constexpr, EVEN: gl.constexpr, ROW_SCALE: gl.constexpr, HAS_BIAS: gl.constexpr,
+    ELEMENT: gl.constexpr, SCALE: gl.constexpr, EVEN: gl.constexpr, ROW_SCALE: gl.constexpr, HAS_BIAS: gl.constexpr,
     WEIGHT_ON_INPUT: gl.constexpr, DIRECT: gl.constexpr, HAS_MAP: gl.constexpr,
     BLOCK_M: gl.constexpr, T: gl.constexpr, C: gl.constexpr, STAGES: gl.constexpr,
-    OVERLAP: gl.constexpr, ODD: gl.constexpr, PARTS: gl.constexpr, TAIL: gl.constexpr, PDL: gl.constexpr,
+    OVERLAP: gl.constexpr, ODD: gl.constexpr, PARTS: gl.constexpr, BULK: gl.constexpr,
+    TAIL: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """shares[route, N] = routing weight * (w2[e] @ h[sorted route] + b2[e])."""
-    WORDS: gl.constexpr = 1 if SCALE == "e8m0" else 2
     blocks = gl.cdiv(TILES, T)
     tile = gl.program_id(0) // blocks
     # The list of tiles, or the ids, are older than the kernel before this one, whose programs have waited for them.
     expert = _expert(tile, tile_experts, expert_map, experts, known, DIRECT, HAS_MAP)
     if expert >= 0:
         first = gl.program_id(0) % blocks * T
-        cs, ss = buffers(T, C, STAGES, WORDS)
-        cp, sp = pointers(codes, scales, expert, first, first + T // 2, TILES, CHUNKS, T, C, WORDS)
-        for s in gl.static_range(STAGES - 1):
-            copy_weights(cs, ss, cp, sp, s, s, STEPS, CHUNKS, T, C, WORDS, EVEN)
+        held, at = codes, codes
+        if not BULK:
+            held = buffers(T, C, STAGES, ELEMENT, SCALE)
+            at = pointers(codes, scales, expert, first, first + T // 2, TILES, CHUNKS, T, C, ELEMENT, SCALE)
+            for s in gl.static_range(STAGES - 1):
+                copy_weights(held, at, s, s, STEPS, CHUNKS, T, C, ELEMENT, SCALE, EVEN)
         start, end = _span(tile, expert, tile_starts, ends, DIRECT)
         if PDL:
             gdc_wait()
             gdc_launch_dependents()
         if TAIL and end - start <= BLOCK_M // 2:
             _second(
-                shares, h, row_scale, bias, order, topk_weights, cs, ss, cp, sp, expert, first, start, end,
-                N, K, CHUNKS, STEPS, SCALE, EVEN, ROW_SCALE, HAS_BIAS, WEIGHT_ON_INPUT, DIRECT,
-                BLOCK_M // 2, T, C, STAGES, OVERLAP, ODD, PARTS,
+                shares, h_half, codes, scales, row_scale, bias, order, topk_weights, held, at,
+                expert, first, start, end, N, K, TILES, CHUNKS, STEPS,
+                ELEMENT, SCALE, EVEN, ROW_SCALE, HAS_BIAS, WEIGHT_ON_INPUT, DIRECT,
+                BLOCK_M // 2, T, C, STAGES, OVERLAP, ODD, PARTS, BULK,
             )  # fmt: skip
         else:
             _second(
-                shares, h, row_scale, bias, order, topk_weights, cs, ss, cp, sp, expert, first, start, end,
-                N, K, CHUNKS, STEPS, SCALE, EVEN, ROW_SCALE, HAS_BIAS, WEIGHT_ON_INPUT, DIRECT,
-                BLOCK_M, T, C, STAGES, OVERLAP, ODD, PARTS,
+                shares, h, codes, scales, row_scale, bias, order, topk_weights, held, at, expert, first, start, end,
+                N, K, TILES, CHUNKS, STEPS, ELEMENT, SCALE, EVEN, ROW_SCALE, HAS_BIAS, WEIGHT_ON_INPUT, DIRECT,
+                BLOCK_M, T, C, STAGES, OVERLAP, ODD, PARTS, BULK,
             )  # fmt: skip
     elif PDL:
         gdc_wait()
@@ -225,6 +244,12 @@ def _second_kernel(
 def refuse(w13: Fragments, activation: Activation) -> bool:
     """Gates and ups that lie apart must both begin at a tile."""
     return activation.gated and not activation.interleaved and w13.shape[1] // 2 % ROWS != 0
+
+
+def _tokens(x: Tensor, cut: Cut) -> tuple[Tensor | TensorDescriptor, Tensor | TensorDescriptor]:
+    """What the kernels read them from, and what they read half a tile from."""
+    parts = as_parts(x)
+    return (in_blocks(parts, cut), in_blocks(parts, cut, half=cut.tail)) if cut.bulk else (parts, parts)
 
 
 def first(
@@ -243,6 +268,7 @@ def first(
     """[M, H] -> [routes, I] in the table's order.
 
     Args:
+        x: for a cut with `bulk` [routes, H] in that order.
         direct: there is one token, and the table's `tile_experts` are its ids.
     """
     experts, rows, hidden = w.shape
@@ -250,7 +276,7 @@ def first(
     h = torch.empty(weights.numel(), inner, dtype=x.dtype, device=x.device)
     per_block = cut.tiles * (32 if activation.gated else 64)
     _first_kernel[(table.count * -(-inner // per_block),)](
-        h, as_parts(x), w.codes, w.scales, w.row_scale, bias,
+        h, *_tokens(x, cut), w.codes, w.scales, w.row_scale, bias,
         table.tile_experts, table.tile_starts, table.ends, table.order, expert_map, weights,
         weights.shape[1], experts, experts if expert_map is None else expert_map.numel(),
         rows, inner, hidden, *cut.sizes(w),
@@ -290,7 +316,7 @@ def second(
     experts, n, inner = w.shape
     shares = torch.empty(weights.numel(), n, dtype=h.dtype, device=h.device)
     _second_kernel[(table.count * -(-w.tiles // cut.tiles),)](
-        shares, as_parts(h), w.codes, w.scales, w.row_scale, bias,
+        shares, *_tokens(h, cut), w.codes, w.scales, w.row_scale, bias,
         table.tile_experts, table.tile_starts, table.ends, table.order, expert_map, weights,
         experts, experts if expert_map is None else expert_map.numel(), n, inner, *cut.sizes(w),
         HAS_BIAS=bias is not None,
@@ -324,12 +350,13 @@ def moe(
     """As `moe.moe`; each expert's share, like the intermediate, is rounded once to x's dtype.
 
     Args:
-        cuts: of w13 and w2, with the same block_m and tail; `tiles.moe_cuts` by default.
-        direct: no routing, for one token; the default there.
+        cuts: of w13 and w2, with the same block_m and tail; `cuts.moe_cuts` by default.
+        direct: no routing, for one token; the default there, but for cuts with `bulk`.
     """
-    (m, top_k), (experts, rows, _) = topk_ids.shape, w13.shape
-    cut13, cut2 = cuts or tiles.moe_cuts(m, top_k, experts, rows, PARTS[x.dtype])
-    direct = m == 1 if direct is None else direct
+    (m, top_k), experts = topk_ids.shape, w13.shape[0]
+    cut13, cut2 = cuts or moe_cuts((w13.format, w2.format), m, top_k, experts, PARTS[x.dtype])
+    # Bulk copies are for tokens in the order that routing finds.
+    direct = (m == 1 if direct is None else direct) and not (cut13.bulk or cut2.bulk)
     # Between float16 and wider activations and the kernels that read them stand others, which do not start early.
     pdl = pdl and x.dtype == torch.bfloat16
     ids, weights = topk_ids.contiguous(), topk_weights.contiguous()
@@ -338,6 +365,12 @@ def moe(
             table = Table(ids, ids, ids, ids, top_k)
         else:
             table = routing.route(ids, expert_map, experts, cut13.block_m, pdl)
-        h = first(x, weights, w13, b13, activation, table, cut13, weight_on_input, pdl, expert_map, direct)
+        if cut13.bulk:
+            x_first = tokens_in_order(table, x, top_k, experts, pdl)
+        else:
+            x_first = x
+        h = first(
+            x_first, weights, w13, b13, activation, table, cut13, weight_on_input, pdl, expert_map, direct
+        )
         shares = second(h, weights, w2, b2, table, cut2, weight_on_input, pdl, expert_map, direct)
         return total(shares, ids, expert_map, experts, x.dtype, pdl)

@@ -144,7 +144,7 @@ def pack(w: QuantTensor) -> Packed:
         _pack_scales(w.scales.reshape(experts, *w.scales.shape[-2:]), fmt, groups),
         row_scale,
         w.tensor_scale,
-        _exponents(w),
+        scale_range(w),
     )
 
 
@@ -204,7 +204,7 @@ def _pack_scales(scales: Tensor, fmt: Format, groups: int) -> Tensor:
     return scales.transpose(1, 2).contiguous()
 
 
-def _exponents(w: QuantTensor) -> tuple[int, int]:
+def scale_range(w: QuantTensor) -> tuple[int, int]:
     """Least and greatest E8M0 byte that multiplies anything; NaN scales apart, they are exact in every dtype."""
     fmt = w.format
     if fmt.scale != "e8m0" or w.scales.numel() == 0:

@@ -5,14 +5,12 @@ from __future__ import annotations
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cache
-from math import inf
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
-from microscale.backends.triton.fragments import Fragments
 from microscale.backends.triton.layout import Packed
 
 # Triton's interpreter keeps bfloat16 as integers and multiplies those, so on CPUs it is given float32 instead.
@@ -69,83 +67,6 @@ class Tiles:
         return {"BLOCK_M": self.block_m, "BLOCK_N": self.block_n}
 
 
-@dataclass(frozen=True)
-class Cut:
-    """How Hopper's kernels cut a product into programs and steps. Decides the speed only: no sum depends on it.
-
-    Attributes:
-        block_m: tokens of a program, 8 to 256.
-        tiles: of 64 rows in a program.
-        chunks: of 64 columns in a step; 1 for activations of several parts, whose sums take turns by the step.
-        warps: 4, or 8 and at least two tiles.
-        stages: steps whose weights and tokens are in shared memory; at least 3.
-        overlap: decode the next step while the matrix unit works.
-        tail: experts' last tiles of at most half the tokens take the time of half the tokens; block_m at least 16.
-    """
-
-    block_m: int
-    tiles: int
-    chunks: int
-    warps: int
-    stages: int
-    overlap: bool = False
-    tail: bool = False
-
-    def __str__(self) -> str:
-        flags = ("o" if self.overlap else "") + ("h" if self.tail else "")
-        return f"m{self.block_m}t{self.tiles}c{self.chunks}w{self.warps}s{self.stages}{flags}"
-
-    def constants(self, w: Fragments) -> dict[str, Any]:
-        """Compile-time arguments of the kernels."""
-        steps = self.sizes(w)[2]
-        return {
-            "SCALE": w.format.scale,
-            "EVEN": w.shape[-1] % (64 * self.chunks) == 0,
-            "BLOCK_M": self.block_m,
-            "T": self.tiles,
-            "C": self.chunks,
-            "STAGES": self.stages,
-            "OVERLAP": self.overlap,
-            "ODD": steps % 2 == 1,
-            "ROW_SCALE": w.row_scale is not None,
-            "num_warps": self.warps,
-        }
-
-    def sizes(self, w: Fragments) -> tuple[int, int, int]:
-        """Of the matrix: tiles, chunks, and the steps that these are cut into."""
-        return w.tiles, w.chunks, -(-w.chunks // self.chunks)
-
-
-# What one H200 was fastest with (torch 2.11, triton 3.6, MXFP4): gpt-oss-20b, -120b and Qwen3-30B-A3B, and matrices of
-# 8192 x 8192 and 5120 x 2880, at 1 to 8192 tokens; see docs/benchmarks-gpu.md. Of the cuts that were timed only those
-# are here whose numbers were checked on an H200 too.
-# linear: tokens up to which a row holds, and the cut.
-LINEAR: dict[str, tuple[tuple[float, Cut], ...]] = {
-    "sm_90": (
-        (8, Cut(8, 1, 4, 4, 4, True)),
-        (32, Cut(32, 1, 2, 4, 6)),
-        (64, Cut(64, 1, 1, 4, 6, True)),  # checked as the tail of 128 tokens
-        (128, Cut(64, 2, 1, 4, 6, True)),
-        (256, Cut(128, 2, 1, 8, 5, True)),
-        (inf, Cut(256, 2, 1, 8, 4, True)),
-    )
-}
-# MoE: routes up to which a row holds, in all and for each expert hit, rows of w13 from which, the cuts of w13 and w2.
-MOE: dict[str, tuple[tuple[float, float, int, Cut, Cut], ...]] = {
-    "sm_90": (
-        (4, inf, 0, Cut(8, 2, 2, 4, 4), Cut(8, 1, 4, 4, 4, True)),
-        (8, inf, 0, Cut(8, 2, 2, 4, 4, True), Cut(8, 1, 4, 4, 4, True)),
-        (inf, 6, 0, Cut(8, 2, 2, 4, 4), Cut(8, 2, 2, 4, 4)),
-        (inf, 12, 0, Cut(16, 2, 2, 4, 4), Cut(16, 2, 2, 4, 4)),
-        (inf, 48, 0, Cut(32, 2, 1, 4, 6, True, True), Cut(32, 2, 1, 4, 6, True, True)),
-        (inf, 96, 0, Cut(64, 2, 1, 4, 6, True, True), Cut(64, 2, 1, 4, 6, True, True)),
-        (inf, 192, 0, Cut(128, 2, 1, 4, 5, True, True), Cut(128, 2, 1, 4, 5, True, True)),
-        (inf, 512, 4096, Cut(128, 2, 1, 8, 5, True, True), Cut(128, 2, 1, 4, 5, True, True)),
-        (inf, inf, 0, Cut(128, 2, 1, 4, 5, True, True), Cut(128, 2, 1, 4, 5, True, True)),
-    )
-}
-
-
 def choose(w: Packed, dtype: torch.dtype, tokens: int, device: torch.device) -> Tiles:
     """Tiles for a product in which about `tokens` tokens meet each matrix."""
     chunk = w.constants(dtype)["CHUNK"]
@@ -169,34 +90,6 @@ def sizes(bits: int, chunk: int, itemsize: int, tokens: int, target: Target) -> 
     while stages > 1 and stages * (codes + x) > target.shared:
         stages -= 1
     return Tiles(block_m, block_n, block_n // 16, stages, target.amd)
-
-
-def linear_cut(tokens: int, rows: int, parts: int, arch: str = "sm_90") -> Cut:
-    """For `tokens` tokens and a matrix of `rows` rows; `parts`: of the activations, see `hopper`."""
-    if parts > 1:
-        return _in_parts(tokens)
-    return next(cut for most, cut in LINEAR[arch] if tokens <= most)
-
-
-def moe_cuts(
-    tokens: int, top_k: int, experts: int, rows: int, parts: int, arch: str = "sm_90"
-) -> tuple[Cut, Cut]:
-    """For w13, with `rows` rows an expert, and w2; both have the same block_m and tail."""
-    routes = tokens * top_k
-    each = (
-        routes / min(experts, routes) if tokens > 1 else 1
-    )  # a single token's routes are tiles of their own
-    if parts > 1:
-        cut = _in_parts(each)
-        return cut, cut
-    return next(
-        (a, b) for most, per, least, a, b in MOE[arch] if routes <= most and each <= per and rows >= least
-    )
-
-
-def _in_parts(tokens: float) -> Cut:
-    """Not measured: what shared memory takes three parts of."""
-    return Cut(8 if tokens <= 8 else 16 if tokens <= 16 else 32 if tokens <= 32 else 64, 2, 1, 8, 4, True)
 
 
 def on(device: torch.device) -> AbstractContextManager[Any]:

@@ -1,0 +1,183 @@
+"""How Hopper's kernels cut a product into programs and steps, and which cut for what: `cuts.json`, measured.
+
+`microscale bench tune` writes the file. Only cuts whose numbers were checked on the GPU that timed them are in it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass, replace
+from functools import cache
+from importlib import resources
+from math import inf
+from typing import Any
+
+from microscale.backends.triton.fragments import Fragments
+from microscale.formats import Format
+
+HOPPER_SHARED = 227 << 10  # bytes that a program may use
+_WORD = re.compile(r"m(\d+)t(\d+)c(\d+)w(\d+)s(\d+)(o?)(h?)(?:b(\d+))?")
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How Hopper's kernels cut a product into programs and steps. Decides the speed only: no sum depends on it.
+
+    Attributes:
+        block_m: tokens of a program, 8 to 256.
+        tiles: of 64 rows in a program.
+        chunks: of 64 columns in a step; 1 for activations of several parts, whose sums take turns by the step.
+        warps: 4, or 8 and at least two tiles.
+        stages: steps whose weights and tokens are in shared memory; at least 3.
+        overlap: decode the next step while the matrix unit works.
+        tail: experts' last tiles of at most half the tokens take the time of half the tokens; block_m at least 16.
+        bulk: other than 0: by `hopper_bulk`; from 2 on, codes are asked for so many steps before they are multiplied.
+            One part only, and with `overlap`.
+    """
+
+    block_m: int
+    tiles: int
+    chunks: int
+    warps: int
+    stages: int
+    overlap: bool = False
+    tail: bool = False
+    bulk: int = 0
+
+    def __str__(self) -> str:
+        flags = (
+            ("o" if self.overlap else "")
+            + ("h" if self.tail else "")
+            + (f"b{self.bulk}" if self.bulk else "")
+        )
+        return f"m{self.block_m}t{self.tiles}c{self.chunks}w{self.warps}s{self.stages}{flags}"
+
+    @staticmethod
+    def parse(word: str) -> Cut:
+        """The inverse of str."""
+        found = _WORD.fullmatch(word)
+        if found is None:
+            raise ValueError(f"{word!r} names no cut, as m128t2c1w8s5ohb1 does")
+        m, t, c, w, s, overlap, tail, bulk = found.groups()
+        return Cut(int(m), int(t), int(c), int(w), int(s), overlap == "o", tail == "h", int(bulk or 0))
+
+    def constants(self, w: Fragments) -> dict[str, Any]:
+        """Compile-time arguments of the kernels."""
+        steps = self.sizes(w)[2]
+        return {
+            "ELEMENT": w.format.element.name,
+            "SCALE": w.format.scale,
+            "EVEN": w.shape[-1] % (64 * self.chunks) == 0,
+            "BLOCK_M": self.block_m,
+            "T": self.tiles,
+            "C": self.chunks,
+            "STAGES": self.stages,
+            "OVERLAP": self.overlap,
+            "BULK": self.bulk,
+            "ODD": steps % 2 == 1,
+            "ROW_SCALE": w.row_scale is not None,
+            "num_warps": self.warps,
+        } | ({"maxnreg": 128} if self._twice(w.format) else {})
+
+    def _twice(self, fmt: Format) -> bool:
+        """Whether two programs fit a multiprocessor if the compiler is held to half of its registers each."""
+        return (
+            self.bulk > 0 and self.warps == 8 and self.block_m * self.tiles == 256 and fmt.element.bits == 4
+        )
+
+    def sizes(self, w: Fragments) -> tuple[int, int, int]:
+        """Of the matrix: tiles, chunks, and the steps that these are cut into."""
+        return w.tiles, w.chunks, -(-w.chunks // self.chunks)
+
+    def shared(self, fmt: Format, parts: int) -> int:
+        """Bytes of shared memory that the loop takes, for weights of a format and activations of `parts` parts."""
+        scales = 0 if fmt.scale == "f32" else 4096 // fmt.block[1]
+        if self.bulk:  # codes go straight to registers
+            return self.stages * (self.chunks * 128 * self.block_m + 8)
+        return (
+            self.stages
+            * self.chunks
+            * (self.tiles * (512 * fmt.element.bits + scales) + 128 * parts * self.block_m)
+        )
+
+    def fitted(self, fmt: Format, parts: int) -> Cut:
+        """For a format that it was not measured with: what fits, and for block FP8 a step a block."""
+        cut = self
+        if fmt.scale == "f32":
+            # Sums of a step and of all steps: a thread's registers hold 64 of each.
+            warps = 8 if self.block_m > 64 and self.tiles > 1 else self.warps
+            cut = replace(self, chunks=2, warps=warps)
+        while cut.shared(fmt, parts) > HOPPER_SHARED and cut.stages > 3:
+            cut = replace(cut, stages=cut.stages - 1)
+        return cut
+
+
+@dataclass(frozen=True)
+class LinearRow:
+    """Attributes: tokens up to which it holds; tiles of 64 rows from which; the cut."""
+
+    tokens: float
+    tiles: int
+    cut: Cut
+
+
+@dataclass(frozen=True)
+class MoeRow:
+    """Attributes: routes up to which it holds, in all and for each expert hit; the cuts of w13 and w2."""
+
+    routes: float
+    each: float
+    first: Cut
+    second: Cut
+
+
+def group(fmt: Format) -> str:
+    """Formats of a group take about as long, and share their rows."""
+    return "block" if fmt.scale == "f32" else "4 bits" if fmt.element.bits == 4 else "6 or 8 bits"
+
+
+@cache
+def table(arch: str = "sm_90") -> dict[str, tuple[tuple[LinearRow, ...], tuple[MoeRow, ...]]]:
+    """For each group of formats the rows of linears and of experts, the first that holds being the one."""
+    text = (resources.files("microscale.backends.triton") / "cuts.json").read_text("utf-8")
+    found = {}
+    for name, rows in json.loads(text)["tables"][arch].items():
+        linear = tuple(
+            LinearRow(r["tokens"] or inf, r.get("tiles", 0), Cut.parse(r["cut"])) for r in rows["linear"]
+        )
+        moe = tuple(
+            MoeRow(r["routes"] or inf, r["each"] or inf, Cut.parse(r["w13"]), Cut.parse(r["w2"]))
+            for r in rows["moe"]
+        )
+        found[name] = (linear, moe)
+    return found
+
+
+def linear_cut(fmt: Format, tokens: int, tiles: int, parts: int) -> Cut:
+    """For `tokens` tokens and a matrix of `tiles` times 64 rows; `parts`: of the activations, see `hopper`."""
+    if parts > 1:
+        return _in_parts(tokens).fitted(fmt, parts)
+    rows = table()[group(fmt)][0]
+    return next(r.cut for r in rows if tokens <= r.tokens and tiles >= r.tiles).fitted(fmt, parts)
+
+
+def moe_cuts(
+    fmts: tuple[Format, Format], tokens: int, top_k: int, experts: int, parts: int
+) -> tuple[Cut, Cut]:
+    """For w13 and w2, of these formats; both have the same block_m and tail."""
+    routes = tokens * top_k
+    # A single token's routes are tiles of their own.
+    each = routes / min(experts, routes) if tokens > 1 else 1
+    if parts > 1:
+        cut = _in_parts(each)
+        return cut.fitted(fmts[0], parts), cut.fitted(fmts[1], parts)
+    # Of formats of two groups the first decides.
+    rows = table()[group(fmts[0])][1]
+    row = next(r for r in rows if routes <= r.routes and each <= r.each)
+    return row.first.fitted(fmts[0], parts), row.second.fitted(fmts[1], parts)
+
+
+def _in_parts(tokens: float) -> Cut:
+    """Not measured: what shared memory takes three parts of."""
+    return Cut(8 if tokens <= 8 else 16 if tokens <= 16 else 32 if tokens <= 32 else 64, 2, 1, 8, 4, True)
