@@ -25,7 +25,7 @@ from microscale import _core
 from microscale.backends import cpu
 from microscale.bench import ceilings as ceilings_module
 from microscale.bench.ceilings import Ceilings, Probe
-from microscale.bench.layers import Call, Layers, random_weight, routes
+from microscale.bench.layers import Call, DenseLayers, Layers, random_weight, routes
 from microscale.bench.shapes import SHAPES, parse_shape
 from microscale.bench.timing import FEWEST, LONG, Times, measure
 
@@ -262,3 +262,18 @@ def test_layers_stay_within_memory(generator: torch.Generator) -> None:
     assert len(Layers(shape, fmt, cache=100 * each, memory=5 * each, generator=generator).packed) == 5
     with pytest.raises(BackendError, match="64x64 in mxfp4 takes"):
         Layers(shape, fmt, cache=1, memory=each, generator=generator)
+
+
+def test_dense_layers_are_taken_in_turn_and_stay_within_memory(generator: torch.Generator) -> None:
+    shape, each = parse_shape("64x96"), 2 * 64 * 96
+    layers = DenseLayers(shape, torch.bfloat16, cache=each, memory=3 * each, generator=generator)
+    assert len(layers.weights) == 3
+    calls = [layers.call(2) for _ in range(4)]
+    assert [c.layer for c in calls] == [0, 1, 2, 0]
+    assert {(c.bytes, c.flops) for c in calls} == {(each, 2 * 2 * 64 * 96)}
+    assert len({w.data_ptr() for w in layers.weights}) == 3
+    for call in calls:
+        exact = call.x.double() @ layers.weights[call.layer].double().T
+        assert (call.run().double() - exact).abs().max() <= 2.0**-7 * exact.abs().max()
+    with pytest.raises(BackendError, match=r"64x96 in bf16 takes 0\.0 GB to make, and 0\.0 GB may be used"):
+        DenseLayers(shape, torch.bfloat16, cache=each, memory=2 * each - 1, generator=generator)

@@ -1,5 +1,5 @@
-// ms_dense and ms_attend at every level of this machine against double precision on the same numbers, at addresses that
-// nothing aligns, under sanitizers that see every byte read or written outside of what was given.
+// ms_dense, ms_attend and ms_rms_norm at every level of this machine against double precision on the same numbers, at
+// addresses that nothing aligns, under sanitizers that see every byte read or written outside of what was given.
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -67,6 +67,11 @@ struct Numbers {
 
 double rounding(int dtype) { return std::ldexp(1.01, dtype == MS_BF16 ? -8 : dtype == MS_FP16 ? -11 : -24); }
 
+// Half the distance between subnormal numbers.
+double least(int dtype) { return dtype == MS_FP16 ? std::ldexp(1.0, -25) : std::ldexp(1.0, -134); }
+
+double rounded(int dtype, double v) { return rounding(dtype) * std::abs(v) + least(dtype); }
+
 struct Case {
   int64_t m, n, k;
   int64_t more;  // numbers between the end of a row and the next
@@ -90,7 +95,7 @@ void test_dense(int level, int weights, int dtype, const Case &c) {
         const double product = x.at(i * x_stride + k) * w.at(j * w_stride + k);
         sum += product, magnitude += std::abs(product);
       }
-      const double bound = double(c.k + 2) * std::ldexp(1.0, -24) * magnitude + rounding(dtype) * std::abs(sum);
+      const double bound = double(c.k + 2) * std::ldexp(1.0, -24) * magnitude + rounded(dtype, sum);
       wrong += !(std::abs(y.at(i * c.n + j) - sum) <= bound);
     }
   CHECK_IN(wrong == 0, "level %d weights %d dtype %d [%ld, %ld, %ld]: %d wrong", level, weights, dtype, long(c.m),
@@ -157,13 +162,32 @@ void test_attend(int level, int dtype, int64_t batch, int64_t heads, int64_t key
           // A logit's error moves its weight and the sum of all; exponentials are good to a few units in the last
           // place.
           const double relative = 2 * logit_error + double(2 * tokens + 16) * std::ldexp(1.0, -24);
-          const double bound = relative * magnitude + rounding(dtype) * std::abs(sum);
+          const double bound = relative * magnitude + rounded(dtype, sum);
           const double found = y.at(((b * queries + i) * heads + h) * value_width + d);
           wrong += !(std::abs(found - sum) <= bound);
         }
       }
   CHECK_IN(wrong == 0, "level %d dtype %d: %ld heads on %ld, %ld queries, %ld tokens, %ld and %ld wide: %d wrong",
            level, dtype, long(heads), long(key_heads), long(queries), long(tokens), long(width), long(value_width),
+           wrong);
+}
+
+void test_rms_norm(int level, int dtype, int weights, int64_t m, int64_t n) {
+  const Numbers x(m * n, dtype), w(n, weights, 3);
+  Numbers y(m * n, dtype);
+  y.poison();
+  CHECK(ms_rms_norm(level, dtype, x.data, m, n, weights, w.data, 0.01f, y.data) == MS_OK);
+  int wrong = 0;
+  for (int64_t i = 0; i < m; ++i) {
+    double squares = 0;
+    for (int64_t j = 0; j < n; ++j) squares += x.at(i * n + j) * x.at(i * n + j);
+    for (int64_t j = 0; j < n; ++j) {
+      const double wanted = w.at(j) * x.at(i * n + j) / std::sqrt(squares / double(n) + double(0.01f));
+      const double bound = rounded(dtype, wanted) + double(n + 8) * std::ldexp(1.0, -24) * std::abs(wanted);
+      wrong += !(std::abs(y.at(i * n + j) - wanted) <= bound);
+    }
+  }
+  CHECK_IN(wrong == 0, "level %d norm of dtype %d by %d [%ld, %ld]: %d wrong", level, dtype, weights, long(m), long(n),
            wrong);
 }
 
@@ -200,6 +224,9 @@ int main() {
         test_dense(level, weights, dtype, {0, 4, 8, 0});
         test_dense(level, weights, dtype, {2, 0, 8, 0});
       }
+    for (int dtype : {MS_BF16, MS_FP16, MS_FP32})
+      for (int weights : {MS_BF16, MS_FP16, MS_FP32})
+        for (int64_t n : {1, 15, 16, 33, 2880}) test_rms_norm(level, dtype, weights, 3, n);
     for (int dtype : {MS_BF16, MS_FP16, MS_FP32})
       for (int how = 0; how < 4; ++how) {
         const bool masked = how & 1, sunk = how & 2;

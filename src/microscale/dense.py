@@ -74,7 +74,8 @@ def _few(x: Tensor, w: Tensor, bias: Tensor | None, rows: int) -> bool:
         and x.shape[-1] == w.shape[1]
         and x.numel() <= rows * w.shape[1]
         and x.dtype is w.dtype
-        and (bias is None or bias.dtype is x.dtype)
+        and x.dtype in DTYPE_WORDS
+        and (bias is None or (bias.dtype is x.dtype and bias.is_cpu and bias.shape == w.shape[:1]))
         and x.is_cpu
         and w.is_cpu
         and w.stride(1) == 1

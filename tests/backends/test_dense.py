@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -179,6 +180,12 @@ def test_what_a_layer_leaves_to_torch(calls: list[int], rows: int) -> None:
         traced = torch.jit.trace(made, x[:1], check_trace=False)
         other = torch.randn(1, 96).bfloat16()
         assert torch.equal(traced(other), F.linear(other, made.weight, made.bias))
+        wide = copy.deepcopy(made).double()
+        assert wide(x[:1].double()).dtype == torch.float64
+        half = copy.deepcopy(made)
+        half.bias = nn.Parameter(half.bias.to("meta"))
+        with suppress(RuntimeError):  # torch's to say
+            half(x[:1])
         assert made.to("meta")(x[:1].to("meta")).device.type == "meta"
     assert calls == []
 

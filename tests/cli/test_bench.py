@@ -73,6 +73,21 @@ def test_json(cli: Cli) -> None:
     assert linear["weight_bytes_median"] == 64 * 96 // 2 + 64 * 3
 
 
+def test_linears_that_are_not_packed(cli: Cli) -> None:
+    words = [*TINY]
+    words[words.index("mxfp4")] = "bf16,mxfp4,fp16"
+    cases = document(cli(*words, "--m", "1,9", "--json"))["cases"]
+    assert [(c["op"], c["format"], c["m"]) for c in cases] == [
+        *(("linear", fmt, m) for fmt in ("bf16", "mxfp4", "fp16") for m in (1, 9)),
+        *(("moe", "mxfp4", m) for m in (1, 9)),
+    ]
+    assert {c["weight_bytes_median"] for c in cases if c["format"] in ("bf16", "fp16")} == {2 * 64 * 96}
+    words[words.index("bf16,mxfp4,fp16")] = "bf16"
+    refused = cli(*words, "--op", "moe")
+    assert refused.exit_code == 2
+    assert "--format bf16: experts are packed, and no shape given is a linear" in refused.stderr
+
+
 def test_table_and_file(cli: Cli, tmp_path: Path) -> None:
     path = tmp_path / "bench.json"
     result = cli(*TINY, "--m", "3", "--save", path)

@@ -63,7 +63,7 @@ def test_timing_says_where_a_tokens_time_goes(cli: Cli, tiny: Path) -> None:
         pytest.skip(f"the C++ core is not in this installation: {detect().core_missing}")
     found = document(cli("run", tiny, "abc", *options, "--json"))
     timing, (plan,) = found["timing"], document(cli("explain", tiny, "--json"))["machines"]
-    assert set(timing["kernel_seconds"]) == {"experts", "linears", "attention"}
+    assert set(timing["kernel_seconds"]) == {"experts", "linears", "attention", "norms"}
     assert min(timing["kernel_seconds"].values()) > 0
     assert timing["token_seconds"] == pytest.approx(found["seconds"]["decode"] / 7, rel=0.05)
     whole = sum(timing["kernel_seconds"].values()) + timing["outside_seconds"]

@@ -9,7 +9,7 @@ import pytest
 import torch
 from original import write
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
-from transformers.models.gpt_oss.modeling_gpt_oss import GptOssTopKRouter
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssRMSNorm, GptOssTopKRouter
 
 import microscale
 from microscale.backends.dense_rules import refuse
@@ -18,6 +18,7 @@ from microscale.integrations.hf.linears import dense_modules
 from microscale.machine import detect
 from microscale.oracle import Problem
 from microscale.pages import _file_mappings
+from microscale.tolerance import unit_roundoff
 
 WHY = refuse(Problem("linear", "bf16", 1, 1).on(detect(), "cpu"))
 if WHY is not None:
@@ -109,3 +110,25 @@ def test_hidden_states_and_router_logits_can_still_be_recorded(tmp_path: Path) -
     layers = model.config.num_hidden_layers
     assert len(out.router_logits) == layers
     assert len(out.hidden_states) == layers + 1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_gpt_oss_norms_are_those_they_were(tmp_path: Path, dtype: torch.dtype) -> None:
+    write(tmp_path)
+    model = microscale.load(tmp_path, device="cpu", dtype=dtype)
+    norm = model.model.norm
+    assert isinstance(norm, GptOssRMSNorm)
+    assert type(norm) is not GptOssRMSNorm
+    norm.weight.data.normal_()
+    n = norm.weight.numel()
+    for rows in (0, 1, 8, 9):
+        x = torch.randn(1, rows, n).to(dtype)
+        exact = x.double() * (x.double().square().mean(-1, keepdim=True) + norm.variance_epsilon).rsqrt()
+        exact = exact * norm.weight.double()
+        with torch.no_grad():
+            y = norm(x)
+        u = unit_roundoff(dtype)
+        assert ((y.double() - exact).abs() <= (1.01 * u + (n + 8) * 2.0**-24) * exact.abs() + 1e-30).all()
+    asks = torch.randn(1, 1, n).to(dtype).requires_grad_()
+    assert torch.equal(norm(asks), GptOssRMSNorm.forward(norm, asks))
+    assert norm(asks).requires_grad

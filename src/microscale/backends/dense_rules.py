@@ -34,8 +34,7 @@ CORE = Backend(
     "cpu",
     "microscale.backends.cpu_core",
     refuse,
-    "the C++ core: few rows (a decoded token is one) times weights where they lie, summed in float32; "
-    "many rows, and training, stay with PyTorch",
+    "the C++ core: up to 8 rows by weights where they lie, summed in float32; more rows, and training, are PyTorch's",
     proven="x86 CPUs",
 )
 DENSE = (CORE, Backend(HOST, "torch.nn.functional", _refuse_nothing, "PyTorch's own product"))

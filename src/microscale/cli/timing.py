@@ -34,7 +34,7 @@ class Timing:
 
     Attributes:
         token: seconds.
-        kernels: seconds of it inside the C++ core, by what ran: "experts", "linears", "attention".
+        kernels: seconds of it inside the C++ core, by what ran: "experts", "linears", "attention", "norms".
         bytes: of weights that it reads; activations and the key/value cache are left out.
         read_rate: bytes a second that the machine read between the tokens, the median.
     """

@@ -93,10 +93,16 @@ def _few(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, sinks: 
     if query.shape[2] > _QUERIES or (mask is None and query.shape[2] > 1) or not detect().core:
         return False
     tensors = (query, key, value)
+    (b, heads, queries, width), (_, key_heads, tokens, _) = query.shape, value.shape
+    if key.shape != (b, key_heads, tokens, width) or value.shape[0] != b or sinks.shape != (heads,):
+        return False
+    if mask is not None and mask.shape not in ((1, 1, queries, tokens), (b, 1, queries, tokens)):
+        return False
     return (
         all(t.is_cpu and t.dtype is sinks.dtype and t.stride(-1) == 1 for t in tensors)
         and sinks.dtype in DTYPES.values()
         and sinks.is_contiguous()
-        and (mask is None or (mask.dtype is torch.bool and mask.shape[1] == 1 and mask.stride(-1) == 1))
+        and sinks.is_cpu
+        and (mask is None or (mask.dtype is torch.bool and mask.is_cpu and mask.stride(-1) == 1))
         and not (torch.compiler.is_compiling() and torch.is_grad_enabled())
     )

@@ -6,7 +6,6 @@ With them gpt-oss' norms: eight small operators of torch for each.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import torch
 from torch import nn
@@ -22,7 +21,7 @@ def dense_class(module: nn.Module) -> Callable[[], type[DenseModule]] | None:
     """
     if type(module) in (nn.Linear, DenseLinear):
         return lambda: DenseLinear
-    if type(module).__name__ in ("GptOssTopKRouter", "DenseGptOssRouter"):
+    if type(module).__name__ in ("GptOssTopKRouter", "DenseGptOssRouter"):  # not imported to ask
         return _gpt_oss_router
     return None
 
@@ -36,20 +35,17 @@ def dense_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 def place_linears(model: nn.Module, dtype: torch.dtype, placer: Placer) -> None:
     """Let the core run those linears of a model that it takes, each distinct problem proved once."""
-    found = False
     for _, module in dense_modules(model):
         made = dense_class(module)
         assert made is not None
         place_dense(module, made(), dtype, placer)
-        if isinstance(module, DenseModule) and type(module).__name__ == "DenseGptOssRouter":
-            found = True
-    if found:
+    if any(type(module).__name__ == "DenseGptOssRouter" for module in model.modules()):
         from microscale.integrations.hf.gpt_oss import take_norms
 
         take_norms(model)
 
 
-def _gpt_oss_router() -> Any:
+def _gpt_oss_router() -> type[DenseModule]:
     from microscale.integrations.hf.gpt_oss import DenseGptOssRouter
 
     return DenseGptOssRouter
