@@ -1,8 +1,4 @@
 // Canonical codes and scales <-> the packed layout of microscale.h, one panel of 16 columns a unit.
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
-
 #include <atomic>
 #include <cstring>
 
@@ -225,19 +221,6 @@ void unpack_panel(void *context, int64_t unit, int) {
   }
 }
 
-// Memory that is about to be written for the first time, in large pages if the system has them: a page fault for each
-// 4 KB takes longer than packing them, and a product that reads them later finds its addresses sooner.
-void want_large_pages(void *from, int64_t bytes) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr uintptr_t kPage = 2 << 20;
-  const uintptr_t first = (reinterpret_cast<uintptr_t>(from) + kPage - 1) / kPage * kPage;
-  const uintptr_t end = (reinterpret_cast<uintptr_t>(from) + static_cast<uintptr_t>(bytes)) / kPage * kPage;
-  if (first < end) madvise(reinterpret_cast<void *>(first), end - first, MADV_HUGEPAGE);  // advice: it may fail
-#else
-  (void)from, (void)bytes;
-#endif
-}
-
 bool usable(const void *packed) { return packed != nullptr && reinterpret_cast<uintptr_t>(packed) % kAlignment == 0; }
 
 }  // namespace
@@ -254,10 +237,9 @@ int ms_pack(int format, int64_t experts, int64_t n, int64_t k, const uint8_t *co
   const int64_t bytes = packed_bytes(format, experts, n, k);
   if (bytes < 0 || !usable(packed)) return MS_BAD_ARGUMENT;
   if (bytes > kHeaderBytes && (codes == nullptr || scales == nullptr)) return MS_BAD_ARGUMENT;
-  want_large_pages(packed, bytes);
   ms_header header = {MS_MAGIC, format, 0, experts, n, k, bytes, {}};
-  use_large_pages(packed, static_cast<size_t>(bytes));
-  std::memset(packed, 0, sizeof header);  // a refused tensor leaves no valid header
+  use_large_pages(packed, static_cast<size_t>(bytes));  // a page fault for each 4 KB takes longer than packing them
+  std::memset(packed, 0, sizeof header);                // a refused tensor leaves no valid header
   Packing job{&header, codes, static_cast<const uint8_t *>(scales), static_cast<uint8_t *>(packed)};
   if (bytes > kHeaderBytes) parallel(threads, experts * panels(n), pack_panel, &job);
   if (job.dirty.load(std::memory_order_relaxed)) return MS_BAD_ARGUMENT;
