@@ -228,8 +228,9 @@ void many_rows(const Product &a, const PanelPlace *at, float *out) {
 template <class V, class D, bool kSpecial>
 void product(const Product &a) {
   PanelPlace at[kGroupPanels];
-  for (int64_t p = 0; p < a.count; p += kGroupPanels) {
-    const int64_t panels = a.count - p < kGroupPanels ? a.count - p : kGroupPanels;
+  constexpr int64_t kPass = V::panels(traits(D::kFormat).bits);
+  for (int64_t p = 0; p < a.count; p += kPass) {
+    const int64_t panels = a.count - p < kPass ? a.count - p : kPass;
     for (int64_t i = 0; i < panels; ++i) at[i] = panel_place(D::kFormat, a.n, a.k, a.first + p + i);
     float *out = a.out + 16 * p;
     if (a.m <= V::few(D::kBlocks)) {
