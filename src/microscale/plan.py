@@ -6,7 +6,7 @@ An `Outline` is a model's layers, grouped; it knows no machine. `Outline.on` ask
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from microscale.canary import DTYPE_WORDS
 from microscale.dense import dense_problem
 from microscale.errors import CheckpointError, FormatError, MicroscaleError, NoBackendError
 from microscale.formats import activation_format, activation_word, get_format
+from microscale.kv_cache import KvCache, kv_cache
 from microscale.machine import Machine
 from microscale.nn import ROUTER_NAMES, dtype_word, runner_of
 from microscale.oracle import Backend, Choice, Problem, choose
@@ -57,21 +58,6 @@ class LayerClass:
     def quantised(self) -> bool:
         """The weights are in a block-scaled format."""
         return self.problem is not None and self.problem.weight not in WEIGHTS
-
-
-@dataclass(frozen=True)
-class KvCache:
-    """Bytes that the key/value cache grows by for each token of a sequence.
-
-    Attributes:
-        per_token: while the sequence is shorter than `window`.
-        beyond: behind it, where layers with sliding attention have stopped growing.
-        window: tokens; 0: no layer slides, so `beyond` is `per_token`.
-    """
-
-    per_token: int = 0
-    beyond: int = 0
-    window: int = 0
 
 
 @dataclass(frozen=True)
@@ -133,7 +119,7 @@ class Outline:
 
     model: str
     classes: tuple[LayerClass, ...]
-    kv: KvCache = KvCache()
+    kv: KvCache = field(default_factory=KvCache)
 
     @property
     def stored(self) -> int:
@@ -218,7 +204,7 @@ def outline(model: str | Path, *, act: str = "a16", layers: int | None = None) -
         packed = {
             (e.module, e.role): (str(e.format), sum(size(t).nbytes for t in e.tensors)) for e in entries
         }
-    return Outline(Path(model).name, _classes(host, packed, act), _kv_cache(host.config.get_text_config()))
+    return Outline(Path(model).name, _classes(host, packed, act), kv_cache(host.config.get_text_config()))
 
 
 def plan_shape(
@@ -389,19 +375,3 @@ def _read(kind: str, module: Any, total: int, problem: Problem | None, host: Any
     top_k = problem.top_k if problem else top_k_of(host.config)
     experts = problem.experts if problem else int(next(module.parameters(recurse=False)).shape[0])
     return total * min(top_k, experts) // max(experts, 1)
-
-
-def _kv_cache(config: Any) -> KvCache:
-    """What transformers' cache stores: keys and values of every attention head that has its own, 16 bits each."""
-    heads = getattr(config, "num_key_value_heads", None) or getattr(config, "num_attention_heads", 0)
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // max(config.num_attention_heads, 1)
-    keys = getattr(config, "qk_head_dim", None) or head_dim
-    values = getattr(config, "v_head_dim", None) or head_dim
-    layer = heads * (keys + values) * (config.dtype.itemsize if config.dtype is not None else 2)
-    kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
-    sliding = sum(kind in ("sliding_attention", "chunked_attention") for kind in kinds)
-    full = sum("attention" in kind and kind != "linear_attention" for kind in kinds) - sliding
-    window = getattr(config, "sliding_window", None) or getattr(config, "attention_chunk_size", None) or 0
-    if not sliding or not window:
-        return KvCache((full + sliding) * layer, (full + sliding) * layer)
-    return KvCache((full + sliding) * layer, full * layer, window)
