@@ -1,4 +1,4 @@
-"""The C++ core at each of its levels."""
+"""The C++ core at each of its levels; Triton, where it is installed."""
 
 from __future__ import annotations
 
@@ -39,3 +39,11 @@ def threads() -> Iterator[Any]:
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def layout() -> Any:
+    pytest.importorskip("triton", reason="triton is not installed")
+    from microscale.backends.triton import layout
+
+    return layout

@@ -1,0 +1,67 @@
+"""The tables of cuts for Hopper's kernels, and the tuner that makes them; no GPU is needed."""
+
+from __future__ import annotations
+
+import json
+from importlib import import_module, resources
+from typing import Any
+
+from microscale.formats import FORMATS
+
+
+def test_every_number_of_tokens_has_a_cut_that_fits(layout: Any) -> None:
+    cuts = import_module("microscale.backends.triton.cuts")
+
+    def check(cut: Any, fmt: Any, parts: int) -> None:
+        assert cuts.Cut.parse(str(cut)) == cut
+        assert cut.shared(fmt, parts) <= cuts.HOPPER_SHARED
+        assert cut.stages >= 3
+        assert cut.warps == 4 or cut.tiles >= 2
+        assert parts == 1 or cut.chunks == 1 or fmt.scale == "f32"
+        assert fmt.scale != "f32" or cut.chunks == 2
+        assert not cut.bulk or (parts == 1 and cut.overlap)
+
+    for fmt in FORMATS.values():
+        for tokens in (1, 2, 8, 9, 31, 64, 127, 300, 2048, 20000):
+            for parts in (1, 2, 3):
+                for tiles in (1, 80, 128):
+                    check(cuts.linear_cut(fmt, tokens, tiles, parts), fmt, parts)
+                for experts, top_k in ((8, 2), (32, 4), (128, 8)):
+                    first, second = cuts.moe_cuts((fmt, fmt), tokens, top_k, experts, parts)
+                    assert (first.block_m, first.tail) == (second.block_m, second.tail)
+                    assert first.tiles >= 2  # gates and ups that lie apart
+                    assert not first.tail or first.block_m >= 16
+                    assert tokens > 1 or first.block_m == 8  # routes that are tiles of their own
+                    assert tokens > 1 or not (first.bulk or second.bulk)
+                    check(first, fmt, parts)
+                    check(second, fmt, parts)
+
+
+def test_each_row_of_the_tables_says_what_it_took(layout: Any) -> None:
+    cuts = import_module("microscale.backends.triton.cuts")
+    text = (resources.files("microscale.backends.triton") / "cuts.json").read_text("utf-8")
+    for name, rows in json.loads(text)["tables"]["sm_90"].items():
+        assert name in {cuts.group(fmt) for fmt in FORMATS.values()}
+        assert rows["linear"][-1]["tokens"] is None
+        assert (rows["moe"][-1]["routes"], rows["moe"][-1]["each"]) == (None, None)
+        for row in rows["linear"] + rows["moe"]:
+            assert row["us"], row
+            assert all(0 < us < 1e5 for us in row["us"].values())
+
+
+def test_the_tuner_tries_what_fits_and_keeps_the_fastest(layout: Any) -> None:
+    cuts = import_module("microscale.backends.triton.cuts")
+    tune = import_module("microscale.bench.tune")
+    assert set(tune.FORMAT_OF) == set(cuts.table())
+    for name, word in tune.FORMAT_OF.items():
+        fmt = FORMATS[word]
+        assert cuts.group(fmt) == name
+        for tokens in (1, 8, 16, 32, 64, 128, 256, 2048):
+            found = tune.candidates(fmt, tokens, tail=True)
+            assert len(found) == len(set(found)) >= 2
+            for cut in found:
+                assert cut.shared(fmt, 1) <= cuts.HOPPER_SHARED
+                assert fmt.scale != "f32" or cut.chunks == 2
+                assert cut.overlap or not cut.bulk
+    times = {"a": {"x": 1.0, "y": 4.0}, "b": {"x": 1.5, "y": 2.0}, "c": {"x": 3.0, "y": 2.0}}
+    assert tune._best(times) == "b"
