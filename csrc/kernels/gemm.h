@@ -233,7 +233,7 @@ void product(const Product &a) {
     const int64_t panels = a.count - p < kPass ? a.count - p : kPass;
     for (int64_t i = 0; i < panels; ++i) at[i] = panel_place(D::kFormat, a.n, a.k, a.first + p + i);
     float *out = a.out + 16 * p;
-    if (a.m <= V::few(D::kBlocks)) {
+    if (a.m <= V::few(D::kBlocks, traits(D::kFormat).bits)) {
       few_rows<V, D, kSpecial>(a, at, panels, out);
     } else if constexpr (V::kScratch == 0) {
       const int64_t groups = (a.m + V::kBlockRows - 1) / V::kBlockRows;

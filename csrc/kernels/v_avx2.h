@@ -22,7 +22,7 @@ struct Avx2 {
   static constexpr int kStep = 2, kUnits = 2, kRows = 4, kStagedRows = 6, kBlockRows = 24;
   static constexpr int64_t kAhead = 2, kScratch = 0;
   // Twice as many blocks leave no registers for sums of more rows.
-  static constexpr int few(int blocks) { return blocks == 1 ? 4 : 2; }
+  static constexpr int few(int blocks, int) { return blocks == 1 ? 4 : 2; }
   // At a time. More lines fetched at once than a core can wait for would stop it: four panels of 8 bits take 36.
   static constexpr int64_t panels(int bits) { return bits == 8 ? 2 : kGroupPanels; }
   static constexpr int at_once(int rows) { return rows == 1 ? 4 : rows == 2 ? 2 : 1; }

@@ -10,9 +10,9 @@ struct Avx512 {
   using Total = __m512;
   static constexpr int kUnits = 1, kPanels = 2;
   static constexpr int64_t panels(int) { return kGroupPanels; }
-  static constexpr int few(int) { return 16; }   // in two groups
-  static constexpr int64_t kAhead = 1;           // tiles that codes are fetched ahead
-  static constexpr int64_t kScratch = 16 << 10;  // half of a small L1: the rest is for rows
+  static constexpr int few(int, int) { return 16; }  // in two groups
+  static constexpr int64_t kAhead = 1;               // tiles that codes are fetched ahead
+  static constexpr int64_t kScratch = 16 << 10;      // half of a small L1: the rest is for rows
 
   static Sum no_sum() { return _mm512_setzero_ps(); }
   static Total no_total() { return _mm512_setzero_ps(); }
