@@ -45,7 +45,7 @@ struct Moe {
   uint8_t *y;
   bool weighted;  // the routing weight is on the result
   uint8_t *scratch;
-  int64_t scratch_each, sums_bytes, raw_bytes;
+  int64_t scratch_each, raw_bytes;
 
   Product product(const Weights &w, int64_t expert, int64_t hit, const void *const *rows, void *decoded) const {
     Product p{};
@@ -71,7 +71,7 @@ struct Moe {
     return out + row % kPanelColumns;
   }
 
-  // Where the weights of a row of w13 begin.
+  // Where the weights of an expert's row begin.
   const uint8_t *at(const Weights &w, int64_t expert, int64_t row) const {
     const ms_header *h = w.header;
     return w.expert(expert) + panel_place(h->format, h->n, h->k, row / kPanelColumns).codes;
