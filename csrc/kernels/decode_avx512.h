@@ -164,11 +164,13 @@ inline __m512 scale512(const uint8_t *scales, int64_t tile, int block) {
   if constexpr (kFormat == MS_FP8_BLOCK128) {
     return _mm512_set1_ps(reinterpret_cast<const float *>(scales)[tile / 4]);
   } else if constexpr (kFormat == MS_NVFP4) {
-    const __m512i s = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i *>(scales + 16 * block)));
-    // As float16 an E4M3 number is too small by 2^8, its subnormals too.
-    const __m256i magnitude = _mm512_cvtepi32_epi16(_mm512_slli_epi32(_mm512_and_si512(s, _mm512_set1_epi32(0x7f)), 7));
-    __m512 value = _mm512_mul_ps(_mm512_cvtph_ps(magnitude), _mm512_set1_ps(256.0f));
+    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i *>(scales + 16 * block));
+    // As float16 an E4M3 number is too small by 2^8, its subnormals too. Only special ones have a sign.
+    const __m128i magnitude = kSpecial ? _mm_and_si128(bytes, _mm_set1_epi8(0x7f)) : bytes;
+    const __m256i half = _mm256_slli_epi16(_mm256_cvtepu8_epi16(magnitude), 7);
+    __m512 value = _mm512_mul_ps(_mm512_cvtph_ps(half), _mm512_set1_ps(256.0f));
     if (kSpecial) {
+      const __m512i s = _mm512_cvtepu8_epi32(bytes);
       const __m512i sign = _mm512_slli_epi32(_mm512_and_si512(s, _mm512_set1_epi32(0x80)), 24);
       value = _mm512_castsi512_ps(_mm512_or_si512(_mm512_castps_si512(value), sign));
       const auto nan = _mm512_cmpeq_epi32_mask(_mm512_and_si512(s, _mm512_set1_epi32(0x7f)), _mm512_set1_epi32(0x7f));
