@@ -8,7 +8,7 @@
 namespace microscale {
 namespace {
 
-constexpr int64_t kTile = 1024;  // bytes decoded: 16 pairs of k times 16 columns
+constexpr int64_t kTile = 1024;  // bytes: of weights 16 pairs of k times 16 columns, of operands 16 rows times 32 k
 
 // The tile instructions tell the compiler nothing of the memory they touch.
 inline void fence() { __asm__ volatile("" ::: "memory"); }
@@ -72,9 +72,9 @@ struct Rows {
   Rows(const Product &a, int64_t row, float *to) {
     const int64_t left = a.m - row;
     m = left < 16 * R ? left : 16 * R;
-    next = 1024 * tiles(a.k);
+    next = kTile * tiles(a.k);
     x = static_cast<const uint8_t *>(a.rows[0]) + row / 16 * next;
-    step = a.m < 16 ? 64 * a.m : 1024;
+    step = a.m < 16 ? 64 * a.m : kTile;
     out = to + row * a.stride;
     stride = 4 * a.stride;
   }

@@ -57,8 +57,8 @@ struct Panels {
     const auto first = reinterpret_cast<uintptr_t>(from) / 64 * 64, end = reinterpret_cast<uintptr_t>(from) + bytes;
     for (uintptr_t at = first; at < end; at += 64) _mm_prefetch(reinterpret_cast<const char *>(at), _MM_HINT_T1);
   }
-  template <int kFormat, class D>
-  void decode(const D &decoder, int p, int64_t tile, uint8_t *out) const {
+  template <int kFormat>
+  void decode(const Decoder<kFormat> &decoder, int p, int64_t tile, uint8_t *out) const {
     decoder.tile(codes + tile * step + p * tile_bytes(kFormat), scales + tile * scale_step + p * next_scales, out);
   }
 };
@@ -101,15 +101,15 @@ void rows_times(const Panels &panels, const Rows<R> &r, int64_t tiles, uint8_t *
     if (kFetch && t < tiles) panels.fetch(t, tiles);
 #pragma GCC unroll 4
     for (int p = 0; p < P; ++p) {
-      if (t < tiles) panels.decode<kFormat>(decoder, p, t, to + p * kTile);
+      if (t < tiles) panels.decode(decoder, p, t, to + p * kTile);
       fence();
       if (now < 0) continue;
-      if constexpr (R < 3)
+      if constexpr (R < 3) {
         panel<R>(p, w + p * kTile);
-      else if (p == 0)
-        first_half<P>(r, now, w);
-      if constexpr (R == 3)
+      } else {
+        if (p == 0) first_half<P>(r, now, w);
         if (p == P - 1) second_half<P>(r, now, w);
+      }
     }
     slot = slot + 1 == kRing<P> ? 0 : slot + 1;
     if (now < 0) continue;
