@@ -1,6 +1,9 @@
 // The non-linearities of microscale.activations in float32, 16 at a time.
 #pragma once
 #include <math.h>
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
 
 #include "../microscale.h"
 #include "lanes.h"
@@ -8,13 +11,40 @@
 namespace microscale {
 namespace {
 
-// e^v within 1.5 ulp; the usual reduction by ln 2 and a degree 6 polynomial (Cody and Waite; coefficients of Cephes'
-// expf).
+#ifdef __AVX512F__
+// v between two limits, or NaN: the instructions take their second operand where either is one.
+inline f32x16 between(float low, f32x16 v, float high) {
+  return _mm512_max_ps(_mm512_set1_ps(low), _mm512_min_ps(_mm512_set1_ps(high), v));
+}
+inline f32x16 nearest_integer(f32x16 v) {
+  return _mm512_roundscale_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+inline f32x16 times_power_of_two(f32x16 v, f32x16 exponent) { return _mm512_scalef_ps(v, exponent); }
+// 1 / v within 1 ulp for v from 1 to 2^127: an estimate and one step of Newton's, a third of what a division takes.
+inline f32x16 reciprocal(f32x16 v) {
+  const __m512 estimate = _mm512_rcp14_ps(v);
+  return _mm512_fmadd_ps(estimate, _mm512_fnmadd_ps(estimate, v, _mm512_set1_ps(1.0f)), estimate);
+}
+#else
+inline f32x16 between(float low, f32x16 v, float high) {
+  v = v > high ? splat(high) : v;
+  return v < low ? splat(low) : v;
+}
+inline f32x16 nearest_integer(f32x16 v) { return (v + 12582912.0f) - 12582912.0f; }  // by 1.5 * 2^23
+inline f32x16 times_power_of_two(f32x16 v, f32x16 exponent) {
+  // In two factors, so that 2^128 is no infinity of its own.
+  const i32x16 e = __builtin_convertvector(exponent, i32x16), half = e >> 1;
+  const i32x16 first = (half + 127) << 23, second = (e - half + 127) << 23;
+  return v * __builtin_bit_cast(f32x16, first) * __builtin_bit_cast(f32x16, second);
+}
+inline f32x16 reciprocal(f32x16 v) { return 1.0f / v; }
+#endif
+
+// e^v within 1.5 ulp, and at most 2^127: the usual reduction by ln 2 and a degree 6 polynomial (Cody and Waite;
+// coefficients of Cephes' expf).
 inline f32x16 exponential(f32x16 v) {
-  v = v > 89.0f ? splat(89.0f) : v;
-  v = v < -87.33f ? splat(-87.33f) : v;
-  const f32x16 shifted = v * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: the sum's low bits are the nearest integer
-  const f32x16 n = shifted - 12582912.0f;
+  v = between(-87.33f, v, 88.02f);
+  const f32x16 n = nearest_integer(v * 1.44269504f);
   f32x16 r = v - n * 0.693359375f;
   r = r + n * 2.12194440e-4f;
   f32x16 p = r * 1.9875691500e-4f + 1.3981999507e-3f;
@@ -23,14 +53,10 @@ inline f32x16 exponential(f32x16 v) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * r * r + r + 1.0f;
-  // 2^n in two factors, so that n = 128 is no infinity of its own.
-  const i32x16 e = __builtin_bit_cast(i32x16, shifted) - 0x4b400000;
-  const i32x16 half = e >> 1;
-  const i32x16 first = (half + 127) << 23, second = (e - half + 127) << 23;
-  return p * __builtin_bit_cast(f32x16, first) * __builtin_bit_cast(f32x16, second);
+  return times_power_of_two(p, n);
 }
 
-inline f32x16 sigmoid(f32x16 v) { return 1.0f / (1.0f + exponential(-v)); }
+inline f32x16 sigmoid(f32x16 v) { return reciprocal(1.0f + exponential(-v)); }
 
 inline f32x16 hyperbolic_tangent(f32x16 v) {
   const f32x16 s = v * v;
@@ -39,13 +65,13 @@ inline f32x16 hyperbolic_tangent(f32x16 v) {
   p = p * s + 1.33314422036e-1f;
   p = p * s - 3.33332819422e-1f;
   const f32x16 near = p * s * v + v;
-  const f32x16 far = 1.0f - 2.0f / (exponential(v + v) + 1.0f);
+  const f32x16 far = 1.0f - 2.0f * reciprocal(exponential(v + v) + 1.0f);
   return s < 0.390625f ? near : far;
 }
 
-// Comparisons are false for NaN, which so passes every clamp.
-inline f32x16 at_most(f32x16 v, float limit) { return v > limit ? splat(limit) : v; }
-inline f32x16 within(f32x16 v, float limit) { return at_most(v < -limit ? splat(-limit) : v, limit); }
+// NaN passes every clamp.
+inline f32x16 at_most(f32x16 v, float limit) { return between(-INFINITY, v, limit); }
+inline f32x16 within(f32x16 v, float limit) { return between(-limit, v, limit); }
 
 inline f32x16 gelu(f32x16 v) {
   f32x16 r;
@@ -53,9 +79,10 @@ inline f32x16 gelu(f32x16 v) {
   return r;
 }
 
+template <int kKind>
 inline f32x16 activated(f32x16 g, f32x16 u, const ms_activation &a) {
   const float limit = a.limit;
-  switch (a.kind) {
+  switch (kKind) {
     case MS_SILU:
       g = at_most(g, limit);
       g = g * sigmoid(g);

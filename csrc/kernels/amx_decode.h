@@ -32,28 +32,50 @@ constexpr ScaleTables scale_tables() {
 }
 constexpr ScaleTables kScales = scale_tables();
 
-// 4 bits. Shifts, saturating subtractions and table lookups share two ports, and only lookups and bit fields can take
-// the second: six of twelve shifts are bit fields, so that both have the same to do.
+// 4 bits, by two ways at once. Lookups of words take both ports that vectors have, shifts and saturating subtractions
+// take the first, and lookups of bytes and bit fields the second. So two vectors of four come from words, and two from
+// bytes: a number's bytes are looked up apart, at 16 + code and at 32 + 2 code. Such indices are fields of six bits
+// that begin at the code, and a bit before it, once all codes between are 1.
 template <Raise kHow>
 struct BalancedFourBits {
-  const __m512i table = FourBits<kHow>().table;
-  const __m512i by_four = fields(4), by_eight = fields(8);
+  struct alignas(64) Bytes {
+    uint8_t entry[64];
+  };
+  static constexpr Bytes split() {
+    Bytes t{};
+    for (int code = 0; code < 16; ++code) {
+      const uint16_t number = FourBits<kHow>::kTable.entry[code];
+      t.entry[16 + code] = static_cast<uint8_t>(number);
+      t.entry[32 + 2 * code] = static_cast<uint8_t>(number >> 8);
+    }
+    return t;
+  }
+  static constexpr Bytes kBytes = split();
+  const __m512i table = FourBits<kHow>().table, bytes = load512(&kBytes);
+  const __m512i second = indices(4), fourth = indices(12);
 
-  // Low bytes of the words of v shifted right; high bytes are not looked at.
-  static __m512i fields(int shift) {
-    const auto at = [shift](int word) { return static_cast<int64_t>(16 * word + shift) << 16 * word; };
-    return _mm512_set1_epi64(at(0) | at(1) | at(2) | at(3));
+  // Of the codes that begin at bit `at` of each word.
+  static __m512i indices(int at) {
+    const auto both = [at](int word) {
+      const int64_t bit = 16 * word + at;
+      return (bit | (bit - 1) << 8) << 16 * word;
+    };
+    return _mm512_set1_epi64(both(0) | both(1) | both(2) | both(3));
   }
   template <bool kSpecial, class F, class Lower = AsIs>
   void pairs(const uint8_t *tile, int first, int last, F f, Lower lower = {}) const {
+    const auto words_of = [&](__m512i v) { return lower(_mm512_permutexvar_epi16(v, table)); };
+    const auto bytes_of = [&](__m512i v, __m512i at) {
+      return lower(_mm512_permutexvar_epi8(_mm512_multishift_epi64_epi8(at, v), bytes));
+    };
 #pragma GCC unroll 4
     for (int q = first / 4; q < last / 4; ++q) {
       const __m512i v = load512(tile + 64 * q);
-      const __m512i third = q % 2 ? _mm512_srli_epi16(v, 8) : _mm512_multishift_epi64_epi8(by_eight, v);
-      f(4 * q, lower(_mm512_permutexvar_epi16(v, table)));
-      f(4 * q + 1, lower(_mm512_permutexvar_epi16(_mm512_multishift_epi64_epi8(by_four, v), table)));
-      f(4 * q + 2, lower(_mm512_permutexvar_epi16(third, table)));
-      f(4 * q + 3, lower(_mm512_permutexvar_epi16(_mm512_srli_epi16(v, 12), table)));
+      const __m512i apart = _mm512_ternarylogic_epi32(v, words(0xf0f0), words(0x0101), 0xea);  // v & ... | ...
+      f(4 * q, words_of(v));
+      f(4 * q + 1, bytes_of(apart, second));
+      f(4 * q + 2, words_of(_mm512_srli_epi16(v, 8)));
+      f(4 * q + 3, bytes_of(apart, fourth));
     }
   }
 };

@@ -15,51 +15,63 @@ constexpr int64_t kBehind = 4;     // tiles between decoding and multiplication
 // Of P panels: steps between decoding and multiplication, and slots for decoded steps.
 template <int P>
 constexpr int64_t kLag = (kBehind + P - 1) / P;
+constexpr int64_t above(int64_t lag) { return lag < 2 ? 2 : lag < 4 ? 4 : 8; }
 template <int P>
-constexpr int64_t kRing = kLag<P> + 2;
-constexpr int64_t kTiles = kBehind + 3 * kGroupPanels;
+constexpr int64_t kRing = above(kLag<P>);
+constexpr int64_t kTiles = 12;
+static_assert(kTiles >= kRing<1> && kTiles >= 2 * kRing<2> && kTiles >= 3 * kRing<3> && kTiles >= 4 * kRing<4>);
 constexpr int64_t kSums = 6 * 16 * 64;
 constexpr int64_t kScratch = kTiles * kTile + kSums;
 
-// Neighbouring panels of one group.
+// P neighbouring panels of one group, which are read step by step.
+template <int kFormat, int P>
 struct Panels {
+  static constexpr int64_t kCodes = tile_bytes(kFormat), kScales = tile_scale_bytes(kFormat);
   const uint8_t *codes, *scales;
   int64_t step, scale_step, next_scales;  // next_scales: from one panel's scales to the next panel's
   const uint8_t *next;                    // what is read after them
-  int64_t code_bytes, scale_bytes;        // of theirs in a step
-  int64_t ahead;                          // steps
 
-  Panels(int format, const Product &a, int64_t panel, int64_t count) {
-    const PanelPlace at = panel_place(format, a.n, a.k, panel);
+  Panels(const Product &a, int64_t panel) {
+    const PanelPlace at = panel_place(kFormat, a.n, a.k, panel);
     codes = a.weights + at.codes;
     scales = a.weights + at.scales;
     step = at.step;
     scale_step = at.scale_step;
-    next_scales = scale_step ? tile_scale_bytes(format) : panel_scale_bytes(format, a.k);
-    code_bytes = count * tile_bytes(format);
-    scale_bytes = count * tile_scale_bytes(format);
-    ahead = kAhead / step + 1;
-    const bool last = panel + count == a.first + a.count;
-    next = last ? a.next : a.weights + panel_place(format, a.n, a.k, panel + count).codes;
+    next_scales = kScales ? kScales : panel_scale_bytes(kFormat, a.k);
+    const bool last = panel + P == a.first + a.count;
+    next = last ? a.next : a.weights + panel_place(kFormat, a.n, a.k, panel + P).codes;
   }
   float scale(int p, int64_t tile) const {  // block FP8
     return reinterpret_cast<const float *>(scales + p * next_scales)[tile / 4];
   }
-  // One step, some steps before it is needed.
-  inline __attribute__((always_inline)) void fetch(int64_t tile, int64_t tiles) const {
-    const bool here = tile + ahead < tiles;
-    const uint8_t *from = here ? codes + (tile + ahead) * step : next + (tile + ahead - tiles) * step;
-    fetch(from, code_bytes);
-    if (scale_step) fetch(from + (scales - codes), scale_bytes);
+  inline __attribute__((always_inline)) void decode(const Decoder<kFormat> &decoder, int p, int64_t tile,
+                                                    uint8_t *out) const {
+    decoder.tile(codes + tile * step + p * kCodes, scales + tile * scale_step + p * next_scales, out);
+  }
+};
+
+// Asks for the panels' steps before they are needed, and behind the last for the first ones of what is read next.
+template <int kFormat, int P>
+struct Fetch {
+  const uint8_t *at, *next;
+  int64_t step, scales, left;  // scales: from codes to scales; left: steps of these panels
+
+  Fetch(const Panels<kFormat, P> &panels, int64_t tiles) : next(panels.next), step(panels.step) {
+    const int64_t ahead = kAhead / step + 1;
+    left = tiles - ahead;
+    at = left > 0 ? panels.codes + ahead * step : next - left * step;
+    scales = panels.scales - panels.codes;
   }
   // Inlined by force: GCC takes a function that only prefetches for one without effect, and drops its calls.
-  static inline __attribute__((always_inline)) void fetch(const uint8_t *from, int64_t bytes) {
-    const auto first = reinterpret_cast<uintptr_t>(from) / 64 * 64, end = reinterpret_cast<uintptr_t>(from) + bytes;
-    for (uintptr_t at = first; at < end; at += 64) _mm_prefetch(reinterpret_cast<const char *>(at), _MM_HINT_T1);
+  inline __attribute__((always_inline)) void panel(int p) const {
+    lines<tile_bytes(kFormat)>(at + p * tile_bytes(kFormat));
+    if (p == 0) lines<P * tile_scale_bytes(kFormat)>(at + scales);
   }
-  template <int kFormat>
-  void decode(const Decoder<kFormat> &decoder, int p, int64_t tile, uint8_t *out) const {
-    decoder.tile(codes + tile * step + p * tile_bytes(kFormat), scales + tile * scale_step + p * next_scales, out);
+  inline __attribute__((always_inline)) void advance() { at = --left == 0 ? next : at + step; }
+  template <int64_t kBytes>
+  static inline __attribute__((always_inline)) void lines(const uint8_t *from) {
+#pragma GCC unroll 16
+    for (int64_t i = 0; i < kBytes; i += 64) _mm_prefetch(reinterpret_cast<const char *>(from + i), _MM_HINT_T1);
   }
 };
 
@@ -77,7 +89,7 @@ inline void add_scaled(const float *sums, int64_t m, const float *scale, bool fi
 
 // What a block of K of block FP8 gave, to the sums so far.
 template <int kFormat, int R, int P>
-inline void end_block(const Panels &panels, int64_t tile, const Rows<R> &r, float *sums) {
+inline void end_block(const Panels<kFormat, P> &panels, int64_t tile, const Rows<R> &r, float *sums) {
   float scale[P];
   for (int p = 0; p < P; ++p) scale[p] = panels.scale(p, tile);
   store<R, P>(sums, 64 * P);
@@ -88,41 +100,53 @@ inline void end_block(const Panels &panels, int64_t tile, const Rows<R> &r, floa
 // P panels times R tiles of rows, all of K. Every tile of weights is decoded a little before it is multiplied, so that
 // both kinds of work overlap. kFetch: the weights come from memory, and are fetched ahead.
 template <int kFormat, int R, int P, bool kFetch>
-void rows_times(const Panels &panels, const Rows<R> &r, int64_t tiles, uint8_t *decoded, float *sums) {
+void rows_times(const Panels<kFormat, P> &panels, const Rows<R> &r, int64_t tiles, uint8_t *ring, float *sums) {
   constexpr bool kBlockScales = kFormat == MS_FP8_BLOCK128;
+  constexpr int64_t kStep = P * kTile, kMask = kRing<P> - 1;
   const Decoder<kFormat> decoder;
+  Fetch<kFormat, P> fetch(panels, tiles);
+  const auto decode = [&](int p, int64_t t) __attribute__((always_inline)) {
+    if (kFetch) fetch.panel(p);
+    panels.decode(decoder, p, t, ring + (t & kMask) * kStep + p * kTile);
+    fence();
+  };
+  const auto multiply = [&](int p, int64_t t) __attribute__((always_inline)) {
+    const uint8_t *w = ring + (t & kMask) * kStep;
+    if (p == 0) begin(r, t);
+    if constexpr (R < 3) {
+      panel<R>(p, w + p * kTile);
+    } else {
+      if (p == 0) first_half<P>(r, t, w);
+      if (p == P - 1) second_half<P>(r, t, w);
+    }
+    if (p == P - 1 && kBlockScales && (t % 4 == 3 || t + 1 == tiles)) end_block<kFormat, R, P>(panels, t, r, sums);
+  };
   zero<R>();
-  int64_t slot = 0, slot_now = 0;
-  for (int64_t t = 0; t < tiles + kLag<P>; ++t) {
-    const int64_t now = t - kLag<P>;
-    const uint8_t *w = decoded + slot_now * P * kTile;
-    uint8_t *to = decoded + slot * P * kTile;
-    if (now >= 0) begin(r, now);
-    if (kFetch && t < tiles) panels.fetch(t, tiles);
+  const int64_t lead = tiles < kLag<P> ? tiles : kLag<P>;
+  int64_t t = 0;
+  for (; t < lead; ++t) {
+#pragma GCC unroll 4
+    for (int p = 0; p < P; ++p) decode(p, t);
+    fetch.advance();
+  }
+  for (; t < tiles; ++t) {
 #pragma GCC unroll 4
     for (int p = 0; p < P; ++p) {
-      if (t < tiles) panels.decode(decoder, p, t, to + p * kTile);
-      fence();
-      if (now < 0) continue;
-      if constexpr (R < 3) {
-        panel<R>(p, w + p * kTile);
-      } else {
-        if (p == 0) first_half<P>(r, now, w);
-        if (p == P - 1) second_half<P>(r, now, w);
-      }
+      decode(p, t);
+      multiply(p, t - kLag<P>);
     }
-    slot = slot + 1 == kRing<P> ? 0 : slot + 1;
-    if (now < 0) continue;
-    slot_now = slot_now + 1 == kRing<P> ? 0 : slot_now + 1;
-    if (kBlockScales && (now % 4 == 3 || now + 1 == tiles)) end_block<kFormat, R, P>(panels, now, r, sums);
+    fetch.advance();
   }
+  for (t = tiles - lead; t < tiles; ++t)
+#pragma GCC unroll 4
+    for (int p = 0; p < P; ++p) multiply(p, t);
   if (!kBlockScales) store<R, P>(r.out, r.stride);
 }
 
 // At most 16 rows: up to four panels at a time keep the products of one row tile apart.
 template <int kFormat, int P>
 void few(const Product &a, int64_t panel, float *out, uint8_t *scratch, float *sums) {
-  const Panels panels(kFormat, a, panel, P);
+  const Panels<kFormat, P> panels(a, panel);
   rows_times<kFormat, 1, P, true>(panels, Rows<1>(a, 0, out), tiles(a.k), scratch, sums);
 }
 
@@ -131,7 +155,7 @@ void few(const Product &a, int64_t panel, float *out, uint8_t *scratch, float *s
 // through L2, which takes longer.
 template <int kFormat, int P>
 void many(const Product &a, int64_t panel, float *out, uint8_t *scratch, float *sums) {
-  const Panels panels(kFormat, a, panel, P);
+  const Panels<kFormat, P> panels(a, panel);
   const int64_t all = tiles(a.k);
   int64_t row = a.m > 32 ? 48 : 32;
   if (a.m > 32)

@@ -27,6 +27,22 @@ inline void store_as(int dtype, void *y, int64_t i, f32x16 v, int64_t n) {
   n == kLanes ? store_lanes(p, half) : store_lanes(p, half, n);
 }
 
+// To an operand. Instructions that multiply bfloat16 take subnormal numbers as zero, as the conversion does that goes
+// with them.
+template <int kOperand>
+inline void store_operand(void *y, int64_t i, f32x16 v, int64_t n) {
+#ifdef __AVX512BF16__
+  if (kOperand == MS_BF16) {
+    const __m256bh half = _mm512_cvtneps_pbh(v);
+    uint16_t *p = static_cast<uint16_t *>(y) + i;
+    const u16x16 bits = __builtin_bit_cast(u16x16, half);
+    n == kLanes ? store_lanes(p, bits) : store_lanes(p, bits, n);
+    return;
+  }
+#endif
+  store_as(kOperand, y, i, v, n);
+}
+
 inline int64_t lanes_left(int64_t n, int64_t i) { return n - i < kLanes ? n - i : kLanes; }
 
 inline f32x16 finished(f32x16 raw, const float *outer, const float *bias, int64_t i, int64_t n) {
@@ -50,7 +66,7 @@ void load_row(int dtype, const void *x, int64_t n, float factor, void *operands,
       if (count) v = load_as(dtype, x, i + part, count);
       if (factor != 1.0f) v = v * factor;
       for (int64_t j = count; j < kLanes; ++j) v[j] = 0.0f;  // zero, even where the factor is infinite
-      store_as(kOperand, out, part, v, kLanes);
+      store_operand<kOperand>(out, part, v, kLanes);
     }
 }
 
@@ -69,29 +85,46 @@ inline void store_row(const float *raw, const float *outer, const float *bias, i
   }
 }
 
+// `count` results of a row from the i-th on. Inlined by force where all lanes are used, and once for the rest.
+template <int kOperand, int kKind>
+inline __attribute__((always_inline)) void activate_lanes(const Activate &a, int64_t row, int64_t i, int64_t count) {
+  const ms_activation &kind = *a.activation;
+  const float *gate = a.gate + row * a.stride;
+  f32x16 g, u{};
+  if (kind.gated && kind.interleaved) {
+    const int64_t first = count * 2 < kLanes ? count * 2 : kLanes, second = count * 2 - first;
+    f32x16 both[2] = {finished(load_as(MS_FP32, gate, 2 * i, first), a.gate_outer, a.gate_bias, 2 * i, first)};
+    if (second)
+      both[1] =
+          finished(load_as(MS_FP32, gate, 2 * i + kLanes, second), a.gate_outer, a.gate_bias, 2 * i + kLanes, second);
+    g = __builtin_shufflevector(both[0], both[1], 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    u = __builtin_shufflevector(both[0], both[1], 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+  } else {
+    g = finished(load_as(MS_FP32, gate, i, count), a.gate_outer, a.gate_bias, i, count);
+    if (kind.gated) u = finished(load_as(MS_FP32, a.up + row * a.stride, i, count), a.up_outer, a.up_bias, i, count);
+  }
+  store_operand<kOperand>(a.out[row], i, activated<kKind>(g, u, kind), count);
+}
+
+// One kind at a time, so that its constants stay in registers.
+template <int kOperand, int kKind>
+void activate_rows(const Activate *a) {
+  for (int64_t row = 0; row < a->m; ++row) {
+    int64_t i = 0;
+    for (; i + kLanes <= a->n; i += kLanes) activate_lanes<kOperand, kKind>(*a, row, i, kLanes);
+    if (i < a->n) activate_lanes<kOperand, kKind>(*a, row, i, a->n - i);
+  }
+}
 template <int kOperand>
 void activate_rows(const Activate *a) {
-  const ms_activation &kind = *a->activation;
-  for (int64_t row = 0; row < a->m; ++row) {
-    const float *gate = a->gate + row * a->stride;
-    const float *up = kind.gated ? a->up + row * a->stride : nullptr;
-    for (int64_t i = 0; i < a->n; i += kLanes) {
-      const int64_t count = lanes_left(a->n, i);
-      f32x16 g, u{};
-      if (kind.gated && kind.interleaved) {
-        const int64_t first = count * 2 < kLanes ? count * 2 : kLanes, second = count * 2 - first;
-        f32x16 both[2] = {finished(load_as(MS_FP32, gate, 2 * i, first), a->gate_outer, a->gate_bias, 2 * i, first)};
-        if (second)
-          both[1] = finished(load_as(MS_FP32, gate, 2 * i + kLanes, second), a->gate_outer, a->gate_bias,
-                             2 * i + kLanes, second);
-        g = __builtin_shufflevector(both[0], both[1], 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
-        u = __builtin_shufflevector(both[0], both[1], 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
-      } else {
-        g = finished(load_as(MS_FP32, gate, i, count), a->gate_outer, a->gate_bias, i, count);
-        if (kind.gated) u = finished(load_as(MS_FP32, up, i, count), a->up_outer, a->up_bias, i, count);
-      }
-      store_as(kOperand, a->out[row], i, activated(g, u, kind), count);
-    }
+  switch (a->activation->kind) {
+    case MS_SILU: return activate_rows<kOperand, MS_SILU>(a);
+    case MS_SWIGLU_OAI: return activate_rows<kOperand, MS_SWIGLU_OAI>(a);
+    case MS_SWIGLU_STEP: return activate_rows<kOperand, MS_SWIGLU_STEP>(a);
+    case MS_SITU: return activate_rows<kOperand, MS_SITU>(a);
+    case MS_GELU: return activate_rows<kOperand, MS_GELU>(a);
+    case MS_GELU_TANH: return activate_rows<kOperand, MS_GELU_TANH>(a);
+    default: return activate_rows<kOperand, MS_RELU2>(a);
   }
 }
 
