@@ -11,8 +11,9 @@
 namespace microscale {
 namespace {
 
-constexpr int64_t kMaxTokens = 2048;    // at a time: bounds the intermediate, and a thread's sums
-constexpr int64_t kSumBytes = 1 << 20;  // of a thread's sums, if there are many rows: they should stay in its L2 cache
+constexpr int64_t kMaxTokens = 2048;  // at a time: bounds the intermediate, and a thread's sums
+// Of what a thread uses again and again, if there are many rows: it should stay in its L2 cache.
+constexpr int64_t kCacheBytes = 3 << 19;
 
 struct Weights {
   const ms_header *header;
@@ -34,25 +35,28 @@ struct Moe {
   Weights w13, w2;
   const ms_activation *activation;
   const Routes *routes;
-  const void *const *x;  // operands of each route
-  OperandLayout layout;  // of the second product's operands
+  const void *const *x;  // operands of each route; null if units gather their own
+  const uint8_t *tokens;
+  OperandLayout gathered;  // of a unit's operands
+  OperandLayout layout;    // of the second product's operands
   uint8_t *middle;
   const void **middle_rows;
   int64_t m, width;  // tokens; of the intermediate
   int threads;
-  int64_t block, columns;  // of a unit: intermediate columns of the first product, panels of the second
+  int64_t block, blocks;  // intermediate columns that are made at a time; blocks of a unit of the first product
+  int64_t columns;        // panels of a unit of the second product
   int dtype;
   uint8_t *y;
   bool weighted;  // the routing weight is on the result
   uint8_t *scratch;
-  int64_t scratch_each, raw_bytes;
+  int64_t scratch_each, raw_bytes, gathered_at;
 
   Product product(const Weights &w, int64_t expert, int64_t hit, const void *const *rows, void *decoded) const {
     Product p{};
     p.weights = w.expert(expert);
     p.n = w.header->n;
     p.k = w.header->k;
-    p.rows = rows + routes->first(hit);
+    p.rows = rows;
     p.m = routes->size(hit);
     p.scratch = decoded;
     p.special = (w.header->flags & MS_SPECIAL) != 0;
@@ -76,12 +80,16 @@ struct Moe {
     const ms_header *h = w.header;
     return w.expert(expert) + panel_place(h->format, h->n, h->k, row / kPanelColumns).codes;
   }
+  int64_t units_each() const { return ceil_div(ceil_div(width, block), blocks); }  // of the first product's
+  const uint8_t *block_of_w13(int64_t expert, int64_t number) const {
+    const int64_t column = number * block;
+    return at(w13, expert, pairs() ? 2 * column : column);
+  }
   // What a thread probably reads after a unit: units go round, as long as all threads are equally fast.
   const uint8_t *after_first(int64_t unit) const {
-    const int64_t blocks = ceil_div(width, block), next = unit + threads, units = routes->experts() * blocks;
+    const int64_t next = unit + threads, units = routes->experts() * units_each();
     if (next >= units) return after_second(next - units - threads);
-    const int64_t column = next % blocks * block;
-    return at(w13, routes->expert(routes->by_size(next / blocks)), pairs() ? 2 * column : column);
+    return block_of_w13(routes->expert(routes->by_size(next / units_each())), next % units_each() * blocks);
   }
   const uint8_t *after_second(int64_t unit) const {
     const int64_t row = (unit + threads) * columns * kPanelColumns;
@@ -91,17 +99,37 @@ struct Moe {
   bool pairs() const { return activation->gated && activation->interleaved; }
   int64_t raw_stride() const { return 2 * (block + kPanelColumns); }  // a block of ups may begin inside a panel
 
-  // One expert and a block of columns of its intermediate.
+  // One expert and some columns of its intermediate.
   void first(int64_t unit, uint8_t *own) const {
-    const int64_t blocks = ceil_div(width, block);
-    const int64_t hit = routes->by_size(unit / blocks), column = unit % blocks * block;
+    const int64_t hit = routes->by_size(unit / units_each()), expert = routes->expert(hit);
+    const int64_t from = unit % units_each() * blocks, to = std::min(from + blocks, ceil_div(width, block));
+    const void *rows[1] = {own + gathered_at};
+    if (!x) gather(hit, own + gathered_at);
+    for (int64_t number = from; number < to; ++number) {
+      const uint8_t *next = number + 1 < to ? block_of_w13(expert, number + 1) : after_first(unit);
+      some_columns(hit, x ? x + routes->first(hit) : rows, number * block, own, next);
+    }
+  }
+
+  // An expert's tokens as operands, a few columns at a time.
+  void gather(int64_t hit, uint8_t *to) const {
+    constexpr int64_t kColumns = 512;
+    const int64_t k = gathered.k, step = gathered.step(routes->size(hit));
+    const int64_t *token = routes->tokens() + routes->first(hit);
+    for (int64_t tile = 0; tile < routes->size(hit); tile += 16)
+      for (int64_t column = 0; column < k; column += kColumns)
+        for (int64_t i = tile; i < std::min(tile + 16, routes->size(hit)); ++i)
+          kernels->load(dtype, tokens + (token[i] * k + column) * element_bytes(dtype), std::min(kColumns, k - column),
+                        1.0f, to + gathered.offset(0, 0, i) + column / kTileK * step, step);
+  }
+
+  void some_columns(int64_t hit, const void *const *rows, int64_t column, uint8_t *own, const uint8_t *after) const {
     const int64_t expert = routes->expert(hit), count = std::min(block, width - column);
-    Product p = product(w13, expert, hit, x, own);
+    Product p = product(w13, expert, hit, rows, own);
     p.stride = raw_stride();
     float *raw = reinterpret_cast<float *>(own + kernels->scratch);
     const int64_t row = pairs() ? 2 * column : column;
     const bool apart = activation->gated && !pairs();
-    const uint8_t *after = after_first(unit);
     const float *up = nullptr, *gate = rows_of_w13(p, row, pairs() ? 2 * count : count, raw,
                                                    apart ? at(w13, expert, width + column) : after);
     if (apart) up = rows_of_w13(p, width + column, count, raw + block + kPanelColumns, after);
@@ -153,7 +181,7 @@ struct Moe {
   void add(int64_t unit, int64_t hit, int64_t from, int64_t count, uint8_t *own, float *sums) const {
     const int64_t expert = routes->expert(hit), first_route = routes->first(hit);
     float *raw = reinterpret_cast<float *>(own + kernels->scratch);
-    Product p = product(w2, expert, hit, middle_rows, own);
+    Product p = product(w2, expert, hit, middle_rows + routes->first(hit), own);
     p.first = from;
     p.count = count;
     p.out = raw;
@@ -198,10 +226,17 @@ int some_tokens(Moe &c, const void *x, const int64_t *ids, const float *weights,
   c.layout = {c.kernels->operand, c.kernels->tiled != 0, c.width};
   Buffer<uint8_t> middle(c.layout.bytes(routed, routes.experts()));
   if (!rows || !middle || !middle_rows) return MS_NO_MEMORY;
-  c.x = rows.get();
   c.middle = middle.get();
   c.middle_rows = middle_rows.get();
-  if (!c.weighted || c.kernels->tiled) {
+  c.tokens = static_cast<const uint8_t *>(x);
+  c.gathered = {c.kernels->operand, c.kernels->tiled != 0, hidden};
+  // Many rows of an expert are put together by whoever needs them, while they fit into a thread's cache.
+  const int64_t most = whole_rows(std::max<int64_t>(routes.largest(), 1));
+  const bool gather =
+      c.gathered.tiled && c.weighted && routes.largest() > 16 && c.gathered.bytes(most, 0) <= kCacheBytes;
+  if (gather) {
+    c.x = nullptr;
+  } else if (!c.weighted || c.kernels->tiled) {
     const float *factor = c.weighted ? nullptr : routes.weights();
     if (!operands.prepare(*c.kernels, c.dtype, x, hidden, hidden, routed, routes.firsts(), routes.experts(),
                           routes.tokens(), factor, threads))
@@ -212,23 +247,28 @@ int some_tokens(Moe &c, const void *x, const int64_t *ids, const float *weights,
     if (!operands.prepare(*c.kernels, c.dtype, x, hidden, hidden, c.m, first, 1, nullptr, nullptr, threads))
       return MS_NO_MEMORY;
     for (int64_t i = 0; i < routed; ++i) rows[i] = operands.rows()[routes.tokens()[i]];
+    c.x = rows.get();
   }
 
   // Whole groups of panels where that leaves enough units. Interleaved gates and ups share a group.
   const int64_t all = panels(n), whole = c.pairs() ? 32 : 64;
   c.block = routes.experts() * ceil_div(c.width, whole) >= 4 * threads ? whole : 32;
+  // Units that gather have much to do with it.
+  const int64_t each = gather ? ceil_div(32 * threads, routes.experts()) : c.width;
+  c.blocks = std::max<int64_t>(ceil_div(c.width, c.block) / each, 1);
   c.columns = all >= 32 * threads ? 4 : all >= 8 * threads ? 2 : 1;
   // Each unit reads the intermediate of all tokens: fewer units where that is much.
+  const auto used = [&](int64_t columns) { return columns * kPanelColumns * c.m * 4 + c.layout.bytes(most, 0); };
   if (routes.largest() > 16)
-    while (2 * c.columns * 6 * threads <= all && 2 * c.columns * kPanelColumns * c.m * 4 <= kSumBytes) c.columns *= 2;
-  const int64_t most = whole_rows(std::max<int64_t>(routes.largest(), 1));
+    while (2 * c.columns * 4 * threads <= all && used(2 * c.columns) <= kCacheBytes) c.columns *= 2;
   c.raw_bytes = most * std::max(c.raw_stride(), kGroupPanels * kPanelColumns) * 4;
   const int64_t others = std::max(c.m * c.columns * kPanelColumns * 4, most * static_cast<int64_t>(sizeof(void *)));
-  c.scratch_each = ceil_div(static_cast<int64_t>(c.kernels->scratch) + c.raw_bytes + others, 64) * 64 + 64;
+  c.gathered_at = ceil_div(static_cast<int64_t>(c.kernels->scratch) + c.raw_bytes + others, 64) * 64;
+  c.scratch_each = c.gathered_at + (gather ? c.gathered.bytes(most, 0) : 0) + 64;
   Buffer<uint8_t> scratch(c.scratch_each * threads);
   if (!scratch) return MS_NO_MEMORY;
   c.scratch = scratch.get();
-  parallel(threads, routes.experts() * ceil_div(c.width, c.block), Moe::run_first, &c);
+  parallel(threads, routes.experts() * c.units_each(), Moe::run_first, &c);
   parallel(threads, ceil_div(all, c.columns), Moe::run_second, &c);
   return MS_OK;
 }
