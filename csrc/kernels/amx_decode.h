@@ -96,6 +96,7 @@ struct Decoder {
     if constexpr (kFormat == MS_FP8_BLOCK128) {
       codes.template pairs<false>(from, 0, 16, put);
     } else if constexpr (kFormat == MS_NVFP4) {
+#pragma GCC unroll 2
       for (int block = 0; block < 2; ++block) {
         const Lowering less = lowering(_mm_loadu_si128(reinterpret_cast<const __m128i *>(scales + 16 * block)));
         codes.template pairs<false>(from, 8 * block, 8 * block + 8, put, [&](__m512i v) {
