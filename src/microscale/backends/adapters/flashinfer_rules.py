@@ -19,12 +19,9 @@ _LEAST = 128  # below, its MXFP8 product may give NaN, says the package
 
 
 def refuse(problem: Problem) -> str | None:
-    """None, or why not."""
+    """None, or why not; that the package is missing last, so that installing it is never advised in vain."""
     if problem.device != "cuda":
         return f"FlashInfer's kernels are for CUDA, not for {problem.device}"
-    why = missing(problem, PACKAGE)
-    if why is not None:
-        return why
     if problem.act == "a16":
         return "this adapter has FlashInfer's products of quantised activations, and they stay 16-bit here"
     pair = (problem.weight, problem.act)
@@ -40,7 +37,11 @@ def refuse(problem: Problem) -> str | None:
     if problem.dtype == "fp32" or (problem.op == "moe" and problem.dtype != "bf16"):
         wanted = "bf16" if problem.op == "moe" else "bf16 or fp16"
         return f"its products give {wanted} here, and {problem.dtype} is asked for"
-    return _small(problem) or sizes(problem, 32 if problem.weight.startswith("mxfp8") else 8, 32)
+    return (
+        _small(problem)
+        or sizes(problem, 32 if problem.weight.startswith("mxfp8") else 8, 32)
+        or missing(problem, PACKAGE)
+    )
 
 
 def _what(problem: Problem) -> str:

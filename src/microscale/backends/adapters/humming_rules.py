@@ -11,12 +11,9 @@ FORMATS = ("mxfp4", "mxfp6_e2m3", "mxfp6_e3m2", "mxfp8_e4m3", "mxfp8_e5m2", "nvf
 
 
 def refuse(problem: Problem) -> str | None:
-    """None, or why not."""
+    """None, or why not; that the package is missing last, so that installing it is never advised in vain."""
     if problem.device != "cuda":
         return f"humming's kernels are for CUDA, not for {problem.device}"
-    why = missing(problem, PACKAGE)
-    if why is not None:
-        return why
     why = not_as_bf16(problem)
     if why is not None:
         return why
@@ -30,4 +27,4 @@ def refuse(problem: Problem) -> str | None:
         return f"humming has no kernel for weights in {problem.weight}"
     if problem.bias:
         return "it adds biases to results that are already rounded to bf16"
-    return sizes(problem, 8, 32)
+    return sizes(problem, 8, 32) or missing(problem, PACKAGE)
