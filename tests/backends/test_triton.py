@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from microscale.invented import INVENTED
 from microscale.machine import Gpu
 from microscale.oracle import Problem
 
+NO_TRITON = str(refuse(Problem("linear", "mxfp4", 64, 64, device="cuda", arch="sm_90")))
 LINEAR = Problem("linear", "mxfp4", 33, 95)
 MOE = Problem(
     "moe", "nvfp4", 2880, 2880, intermediate=2880, experts=32, top_k=4, activation=GPT_OSS, bias=True
@@ -51,7 +53,7 @@ def test_refusals() -> None:
 
 @pytest.fixture
 def layout() -> Any:
-    pytest.importorskip("triton", reason="triton is not installed")
+    pytest.importorskip("triton", reason=NO_TRITON)
     from microscale.backends.triton import layout
 
     return layout
@@ -105,24 +107,28 @@ def test_exponents_look_past_zero_blocks_and_nan_scales(layout: Any, name: str) 
     assert layout.pack(w).exponents == (127, 127)
 
 
-def run_on_device(interpreted: bool) -> None:
+def run_on_device(interpreted: bool, selected: str = "test") -> None:
     here = Path(__file__).parent
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     environment.pop("TRITON_INTERPRET", None)
     if interpreted:
         environment["TRITON_INTERPRET"] = "1"
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", here / "triton_on_device.py"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", selected]
+    command.append(str(here / "triton_on_device.py"))
     result = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    print(result.stdout.splitlines()[-1] if result.stdout else "it printed nothing")
     assert result.returncode == 0, result.stdout[-20000:] + result.stderr[-2000:]
 
 
 def test_kernels_in_the_interpreter() -> None:
-    """In a process of its own: Triton asks the environment once, when it is imported."""
-    pytest.importorskip("triton", reason="triton is not installed")
-    run_on_device(interpreted=True)
+    """In processes of their own, two side by side: Triton asks the environment once, when it is imported."""
+    pytest.importorskip("triton", reason=NO_TRITON)
+    parts = ("conformance and linear", "conformance and moe", "not conformance")
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda part: run_on_device(True, part), parts))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA or ROCm GPU")
 def test_kernels_on_the_gpu() -> None:
-    pytest.importorskip("triton", reason="triton is not installed")
+    pytest.importorskip("triton", reason=NO_TRITON)
     run_on_device(interpreted=False)
