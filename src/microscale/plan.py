@@ -187,7 +187,8 @@ def outline(model: str | Path, *, act: str = "a16", layers: int | None = None) -
         CheckpointError: no such model, or one that cannot be read.
         FormatError: unknown `act`.
     """
-    from microscale.checkpoints import DIALECTS, open_checkpoint, quant_method, read_config
+    from microscale.checkpoints import DIALECTS, open_checkpoint, read_config
+    from microscale.checkpoints.config import quant_method
     from microscale.integrations.hf.dummy import dummy_config, meta_model
     from microscale.integrations.hf.options import Options, using
     from microscale.integrations.hf.quantizer import attach_all
