@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 # What the installation is made from: a change builds the C++ core again.
-PARTS := pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*.* csrc/kernels/*.*)
+PARTS := pyproject.toml constraints.txt triton.txt CMakeLists.txt $(wildcard csrc/*.* csrc/kernels/*.*)
 
 .PHONY: run test test-gpu lint check docs clean
 
@@ -33,6 +33,7 @@ $(VENV)/.run: $(PARTS)
 $(VENV)/.dev: $(PARTS)
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) install --quiet --constraint constraints.txt --editable '.[dev]'
+	@$(BIN)/python -c 'import triton' 2>/dev/null || $(PIP) install --quiet --requirement triton.txt
 	@touch $@ $(VENV)/.run
 
 clean:

@@ -26,7 +26,7 @@ def backend(name: str, why: str | None = None, before: str = "emulation") -> Bac
     return Backend(name, f"nowhere.{name}", lambda problem: why, f"the {name} way", before=before)
 
 
-GPUS = ("a100", "h200", "b200", "mi300x", "mi355x", "arc-b580")
+GPUS = tuple(name for name, m in INVENTED.items() if m.device in ("cuda", "rocm", "xpu"))
 
 
 @pytest.mark.parametrize("machine", INVENTED.values(), ids=lambda m: m.name)
@@ -90,6 +90,77 @@ def test_what_installed_packages_are_good_for(
     machine = INVENTED[name].with_packages(SHORT[p] for p in packages)
     choice = choose(problem.on(machine), BACKENDS)
     assert choice.backend.name == expected, choice.explain()
+
+
+# What checkpoints of these kinds ask for: Qwen3-30B-A3B in ModelOpt's NVFP4 (W4A4), DeepSeek-V3's block FP8 (W8A8 in
+# groups of 128), and MXFP8 linears.
+QWEN = replace(PLAIN_MOE, weight="nvfp4", n=2048, k=2048, intermediate=768, experts=128, top_k=8, act="nvfp4")
+DEEPSEEK = replace(
+    PLAIN_MOE,
+    weight="fp8_block128",
+    n=7168,
+    k=7168,
+    intermediate=2048,
+    experts=256,
+    top_k=8,
+    act="fp8_group128",
+)
+MXFP8 = Problem("linear", "mxfp8_e4m3", 4096, 4096, act="mxfp8_e4m3")
+
+
+@pytest.mark.parametrize(
+    "name, problem, expected, arithmetic",
+    [
+        ("zen5", MOE, "cpu", "decoded: weights become bf16 in registers, and AVX-512-BF16"),
+        ("avx2-laptop", MOE, "cpu", "decoded: weights become float32"),
+        ("sapphire-rapids", MOE, "cpu", "decoded: weights become bf16 in registers, and AMX tiles"),
+        ("sapphire-rapids", replace(MOE, dtype="fp16"), "cpu", "decoded: weights become float32"),
+        ("mac", MOE, "emulation", "emulated: "),
+        ("h200", MOE, "triton", "decoded: weights become bf16 in registers, and the bf16 matrix unit"),
+        ("h200", replace(MOE, dtype="fp16"), "triton", "decoded: weights become bf16 in registers"),
+        ("b200", replace(MOE, dtype="fp16"), "triton", "decoded: weights become fp16 in registers"),
+        ("t4", MOE, "triton", "decoded: weights become numbers in registers; no matrix unit"),
+        ("rx7900xtx", MOE, "triton", "decoded: weights become bf16 in registers, and the bf16 matrix unit"),
+        ("h200", QWEN, "emulation", "emulated: "),
+        ("a100", QWEN, "emulation", "emulated: "),
+        ("b200", QWEN, "torch_scaled", "native: FP4 tensor cores"),
+        ("rtx5090", QWEN, "torch_scaled", "native: FP4 tensor cores"),
+        ("mi355x", QWEN, "emulation", "emulated: "),
+        ("arc-b580", QWEN, "torch_scaled", "native where the GPU has a unit for the format"),
+        ("h200", DEEPSEEK, "torch_scaled", "native: FP8 tensor cores"),
+        ("b200", DEEPSEEK, "emulation", "emulated: "),
+        ("mi300x", DEEPSEEK, "emulation", "emulated: "),
+        ("b200", MXFP8, "torch_scaled", "native: FP8 tensor cores"),
+        ("h200", MXFP8, "emulation", "emulated: "),
+    ],
+)
+def test_what_is_multiplied_is_said(name: str, problem: Problem, expected: str, arithmetic: str) -> None:
+    choice = choose(problem.on(INVENTED[name]), BACKENDS)
+    assert choice.backend.name == expected, choice.explain()
+    assert choice.arithmetic.startswith(arithmetic)
+
+
+def test_hopper_with_another_triton_says_which_kernels_run() -> None:
+    machine = replace(INVENTED["h200"], packages=(("triton", "3.7.1"),))
+    said = choose(MOE.on(machine), BACKENDS).arithmetic
+    assert said.endswith(
+        "by the kernels for every GPU: those for Hopper need Triton 3.6.x, and 3.7.1 is installed"
+    )
+
+
+@pytest.mark.parametrize("machine", INVENTED.values(), ids=lambda m: m.name)
+def test_a_missing_package_is_the_reason_only_where_it_would_help(machine: Machine) -> None:
+    """Nobody shall install a package because of a sentence, and then read another one."""
+    bare = replace(machine, packages=())
+    problems = [replace(p, weight=w) for p in (MOE, PLAIN_MOE, MXFP4) for w in FORMATS]
+    problems += [QWEN, DEEPSEEK, MXFP8, NVFP4, BLOCK]
+    problems += [replace(p, act=act) for p in problems for act in ("mxfp8_e4m3", "mxfp4", "nvfp4")]
+    for problem in problems:
+        for b in BACKENDS:
+            why = b.refuse(problem.on(bare))
+            if why is not None and why.startswith("the package "):
+                package = why.split()[2]
+                assert b.refuse(problem.on(bare.with_packages([package]))) is None, (b.name, str(problem))
 
 
 def test_gfx942_is_refused_because_of_its_fp8() -> None:

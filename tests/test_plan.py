@@ -27,7 +27,7 @@ EXPERT_WEIGHTS = L * E * (2 * INNER * H + H * INNER) * 17 // 32  # 4 bits each a
 EXPERT_BIASES = L * E * (2 * INNER + H) * 2
 ATTENTION = L * 2 * ((HEADS + 2 * KV_HEADS) * HEAD_DIM * (H + 1) + HEADS * HEAD_DIM * H + H)
 ROUTER = L * 2 * (E * H + E)
-NORMS = 2 * ((2 * L + 1) * H + L * HEADS)
+NORMS, SINKS = 2 * (2 * L + 1) * H, 2 * L * HEADS
 
 
 def big_machine(**changes: object) -> Machine:
@@ -47,7 +47,8 @@ def test_gpt_oss_20b_is_stored_in_the_bytes_that_its_shapes_say(gpt_oss_20b: Out
         "attention q/k/v/o": ATTENTION,
         "router": ROUTER,
         "lm_head": V * H * 2,
-        "norms etc.": NORMS,
+        "norms": NORMS,
+        "attention sinks": SINKS,
     }
     assert EXPERT_WEIGHTS == 10_152_345_600  # 24 * 32 * (5760 * 2880 + 2880 * 2880) * 4.25 / 8
     assert gpt_oss_20b.stored == sum(stored.values())
@@ -68,6 +69,26 @@ def test_gpt_oss_20b_counts_modules_and_formats(gpt_oss_20b: Outline) -> None:
     assert found["attention q/k/v/o"] == (4 * L, "bf16", None)
     assert found["router"] == (L, "bf16", None)
     assert found["lm_head"] == (1, "bf16", None)
+
+
+@pytest.mark.parametrize(
+    "name, device, wish, expected",
+    [
+        ("zen5", None, None, "cpu"),
+        ("h200", None, None, HOST),
+        ("h200", "cpu", None, "cpu"),
+        ("plain-x86", None, None, HOST),
+        ("zen5", None, "emulation", HOST),
+    ],
+)
+def test_gpt_oss_norms_are_where_its_routers_are(
+    gpt_oss_20b: Outline, name: str, device: str | None, wish: str | None, expected: str
+) -> None:
+    """As `integrations.hf.linears.place_linears` does; what the sinks are added to is transformers' attention."""
+    found = {p.layer.name: p for p in gpt_oss_20b.on(INVENTED[name], device=device, backend=wish).placed}
+    assert found["norms"].backend == found["router"].backend == expected
+    assert found["attention sinks"].backend == HOST
+    assert found["norms"].problem is None
 
 
 def test_gpt_oss_20b_asks_the_oracle_what_loading_asks(gpt_oss_20b: Outline) -> None:
@@ -185,7 +206,7 @@ def test_dense_experts_are_read_by_their_share(tmp_path: Path) -> None:
 
 def test_an_unknown_quant_method_is_refused_and_the_known_ones_named(tmp_path: Path) -> None:
     path = config_of(tmp_path / "odd", model_type="llama", quantization_config={"quant_method": "magic"})
-    with pytest.raises(CheckpointError, match="unknown quant_method; known: mxfp4"):
+    with pytest.raises(CheckpointError, match=r"unknown quant_method.*mxfp4, or none.*magic"):
         outline(path)
 
 

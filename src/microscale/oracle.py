@@ -77,6 +77,10 @@ def _float32(problem: Problem) -> Accumulation:
     return FLOAT32
 
 
+def _unsaid(problem: Problem) -> str:
+    return ""
+
+
 @dataclass(frozen=True)
 class Backend:
     """One way to run quantised layers.
@@ -89,6 +93,9 @@ class Backend:
         proven: where it ran for us, in words; shown by `explain` so that untried hardware is not mistaken for tried.
         before: an added backend's place in the table: in front of the one of this name.
         accumulation: how the hardware that would run a problem adds up products; for the error budgets.
+        arithmetic: what is multiplied, in a sentence that begins with one word: "native" (the hardware multiplies
+            stored codes), "decoded" (weights become numbers of the activations' dtype first) or "emulated" (all become
+            float32 numbers, and PyTorch multiplies them).
     """
 
     name: str
@@ -98,6 +105,7 @@ class Backend:
     proven: str = ""
     before: str = "emulation"
     accumulation: Callable[[Problem], Accumulation] = _float32
+    arithmetic: Callable[[Problem], str] = _unsaid
 
 
 @dataclass(frozen=True)
@@ -122,6 +130,11 @@ class Choice:
         p = self.problem
         acts = f"stay {p.dtype}" if p.act == "a16" else f"are quantised to {p.act}"
         return f"activations {acts}; {self.backend.accumulation(p).sentence}"
+
+    @property
+    def arithmetic(self) -> str:
+        """A sentence on what is multiplied; empty where a backend of another package says nothing."""
+        return self.backend.arithmetic(self.problem)
 
     def explain(self) -> str:
         """One line for the chosen backend and one for each refused one."""

@@ -28,6 +28,7 @@ from microscale.oracle import Backend, Choice, Problem, choose
 _MAX_SIZE = 2**31  # of a dimension of a bare shape
 _BF16 = 2  # bytes
 _Packed = dict[tuple[str, str], tuple[str, int]]  # (module, role) -> format and bytes of a quantised tensor
+_CORE_NORMS, _SINKS = "norms", "attention sinks"
 _NOWHERE = Machine("nowhere", "", frozenset(), False, 0, 0)
 
 
@@ -44,6 +45,8 @@ class LayerClass:
         problem: what the oracle is asked, on no machine yet; of several shapes, the first one's. None: nothing is to
             be chosen, transformers runs it.
         declared: how the checkpoint says activations are stored; None: not quantised, or no checkpoint.
+        follows: name of the linears that these run with, where nothing is to be chosen: gpt-oss' norms go to the C++
+            core where its routers do.
     """
 
     name: str
@@ -53,6 +56,7 @@ class LayerClass:
     read: int
     problem: Problem | None = None
     declared: str | None = None
+    follows: str = ""
 
     @property
     def quantised(self) -> bool:
@@ -66,7 +70,7 @@ class Placed:
 
     Attributes:
         problem: with the machine's facts; None: nothing to choose.
-        choice: None: nothing to choose, or every backend refused.
+        choice: None: nothing to choose, or every backend refused. Of layers that follow others, those others'.
         refused: (backend, sentence), in the order tried.
     """
 
@@ -78,9 +82,9 @@ class Placed:
     @property
     def backend(self) -> str | None:
         """The name of what runs it; None: nothing does."""
-        if self.layer.problem is None:
-            return HOST
-        return None if self.choice is None else self.choice.backend.name
+        if self.choice is not None:
+            return self.choice.backend.name
+        return HOST if self.layer.problem is None else None
 
 
 @dataclass(frozen=True)
@@ -153,8 +157,10 @@ class Outline:
         if device not in kinds:
             raise MicroscaleError(f"{machine.name} has no device {device!r}; it has {', '.join(kinds)}")
         backends = table() if backends is None else backends
-        placed = tuple(_place(c, machine, device, backend, backends) for c in self.classes)
-        return Plan(self, machine, device, placed)
+        placed = [_place(c, machine, device, backend, backends) for c in self.classes]
+        choices = {p.layer.name: p.choice for p in placed}
+        placed = [replace(p, choice=choices.get(p.layer.follows, p.choice)) for p in placed]
+        return Plan(self, machine, device, tuple(placed))
 
 
 def plan(
@@ -182,6 +188,7 @@ def outline(model: str | Path, *, act: str = "a16", layers: int | None = None) -
         FormatError: unknown `act`.
     """
     from microscale.checkpoints import DIALECTS, open_checkpoint, read_config
+    from microscale.checkpoints.config import quant_method
     from microscale.integrations.hf.dummy import dummy_config, meta_model
     from microscale.integrations.hf.options import Options, using
     from microscale.integrations.hf.quantizer import attach_all
@@ -192,7 +199,10 @@ def outline(model: str | Path, *, act: str = "a16", layers: int | None = None) -
     config = read_config(path)
     if checkpoint is None and not any(d.matches(config) for d in DIALECTS):
         known = ", ".join(m for d in DIALECTS for m in d.METHODS)
-        raise CheckpointError(path, f"unknown quant_method; known: {known}, or none (not quantised)")
+        found = quant_method(config, path)
+        raise CheckpointError(
+            path, "unknown quant_method", expected=f"{known}, or none (not quantised)", found=found
+        )
     host = meta_model(dummy_config(path, config, layers))
     if config.get("quantization_config") is not None:
         with using(Options(act=act, canary="off", place=False)):
@@ -311,9 +321,11 @@ def _classes(host: Any, packed: _Packed, act: str) -> tuple[LayerClass, ...]:
         name = " ".join(filter(None, (kind, "/".join(filter(None, leaves)))))
         # The only dialect that has formats, gpt_oss, quantises weights alone.
         declared = None if problem is None or problem.weight in WEIGHTS else "a16"
-        classes.append(LayerClass(name, count, fmt, stored, read, problem, declared))
+        follows = "router" if name == _CORE_NORMS else ""
+        classes.append(LayerClass(name, count, fmt, stored, read, problem, declared, follows))
     # Stable: experts, then the order of the forward pass, then what is in no product.
-    return tuple(sorted(classes, key=lambda c: (not c.name.startswith("experts"), c.name.startswith("norm"))))
+    last = (_CORE_NORMS, _SINKS, "norms etc.")
+    return tuple(sorted(classes, key=lambda c: (not c.name.startswith("experts"), c.name in last)))
 
 
 def kind_of(path: str, matrix: bool) -> tuple[str, str]:
@@ -338,6 +350,10 @@ def _kind(path: str, module: nn.Module, host: Any) -> tuple[str, str]:
         return "lm_head", ""
     if isinstance(module, nn.Embedding):
         return "embedding", ""
+    if type(module).__name__ == "GptOssRMSNorm":  # not imported to ask; see `integrations.hf.gpt_oss`
+        return _CORE_NORMS, ""
+    if hasattr(module, "sinks"):
+        return _SINKS, ""
     return kind_of(path, any(p.dim() > 1 for p in module.parameters(recurse=False)))
 
 

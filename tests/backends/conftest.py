@@ -10,8 +10,10 @@ import pytest
 import torch
 
 from microscale import env
+from microscale.backends.triton_rules import refuse
 from microscale.errors import SettingError
 from microscale.machine import detect
+from microscale.oracle import Problem
 
 
 @pytest.fixture
@@ -43,7 +45,7 @@ def threads() -> Iterator[Any]:
 
 @pytest.fixture
 def layout() -> Any:
-    pytest.importorskip("triton", reason="triton is not installed")
+    pytest.importorskip("triton", reason=str(refuse(Problem("linear", "mxfp4", 1, 1, device="rocm"))))
     from microscale.backends.triton import layout
 
     return layout

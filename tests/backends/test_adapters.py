@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from importlib import import_module
@@ -226,6 +227,98 @@ def test_gradients_are_those_of_emulation(
     if act is None:
         expected = dequantize(w).sum(0).expand(case.m, -1)
         torch.testing.assert_close(x.grad, expected.bfloat16(), rtol=0.02, atol=0.05)
+
+
+def packed(module: Any, case: Case) -> tuple[Any, ...] | None:
+    """A case's weights as an adapter packs them; None: it refuses, in its own words."""
+    shapes = [(case.n, case.k)] if case.op == "linear" else [(2, 2 * case.n, case.k), (2, case.k, case.n)]
+    try:
+        return tuple(module.pack(quantize(torch.randn(shape), case.weight)) for shape in shapes)
+    except BackendError:
+        return None
+
+
+@pytest.mark.parametrize("name, machine, packages, options", TARGETS, ids=lambda v: str(v))
+@pytest.mark.parametrize("op", ["linear", "moe"])
+def test_what_its_rules_refuse_never_reaches_the_package(
+    name: str, machine: str, packages: tuple[str, ...], options: dict[str, Any], op: str, stub: Stub
+) -> None:
+    """Every format of weights with every one of activations: a result, or a sentence, and no KeyError."""
+    stub(name, options)
+    module, refuse = import_module(backend_of(name).module), backend_of(name).refuse
+    operands = import_module(f"{module.__name__}_rules").operands  # all but what a machine decides
+    there = INVENTED[machine].with_packages(packages)
+    moe: dict[str, Any] = {"experts": 2, "top_k": 1, "activation": SILU}
+    acts = [None, FP8_GROUP128, *(f for f in FORMATS.values() if f.block[0] == 1)]
+    ran = 0
+    for weight in FORMATS:
+        for n, k in ((128, 256), (33, 95)):
+            case = Case(op, weight, 2, n, k, bias=False, **(moe if op == "moe" else {}))
+            weights = packed(module, case)
+            for act in acts:
+                for dtype in (torch.bfloat16, torch.float32):
+                    asked = replace(case, dtype=dtype).problem(there, there.device)
+                    asked = replace(asked, act=act.name if act else "a16")
+                    good = operands(asked) is None
+                    assert good or refuse(asked) is not None
+                    assert not good or weights is not None
+                    if weights is None:
+                        continue
+                    x = torch.randn(2, k).to(dtype)
+                    routes = torch.zeros(2, 1, dtype=torch.long), torch.ones(2, 1)
+                    with contextlib.nullcontext() if good else pytest.raises(BackendError):
+                        if op == "linear":
+                            y = module.linear(x, *weights, act=act)
+                        else:
+                            y = module.moe(x, *routes, *weights, SILU, act=act)
+                        assert torch.isfinite(y).all()
+                        ran += good
+    assert ran
+
+
+@pytest.mark.parametrize("name, machine, packages, options", TARGETS, ids=lambda v: str(v))
+def test_shapes_are_checked_before_the_package_is_called(
+    name: str,
+    machine: str,
+    packages: tuple[str, ...],
+    options: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import_module(f"stubs.{name}").stub(monkeypatch, **options)
+    module = import_module(backend_of(name).module)
+
+    def never(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("the package was called")
+
+    for op in ("linear", "moe"):
+        case = next(c for c in runnable(name, machine, packages) if c.op == op and c.m and not c.bias)
+        act = activation_format(case.weight, case.act)
+        if op == "linear":
+            w = module.pack(quantize(torch.randn(case.n, case.k), case.weight))
+        else:
+            assert case.activation is not None
+            w13 = module.pack(quantize(torch.randn(2, case.activation.rows(case.n), case.k), case.weight))
+            w2 = module.pack(quantize(torch.randn(2, case.k, case.n), case.weight))
+        monkeypatch.setattr(module, "_product", never)
+        monkeypatch.setattr(module, "_grouped", never, raising=False)
+        x = torch.randn(3, case.k, dtype=case.dtype)
+        ids, shares = torch.zeros(3, 1, dtype=torch.long), torch.ones(3, 1)
+        if op == "linear":
+            for bad in (x[:, 1:], x.long(), x[0, :0]):
+                with pytest.raises(BackendError):
+                    module.linear(bad, w, act=act)
+            continue
+        for wrong in (
+            (x[:, 1:], ids, shares),
+            (x, ids[1:], shares),
+            (x, ids, shares[1:]),
+            (x, ids + 2, shares),
+        ):
+            with pytest.raises(BackendError):
+                module.moe(*wrong, w13, w2, case.activation, act=act)
+        with pytest.raises(BackendError, match="2 experts"):
+            module.moe(x, ids, shares, w13, module.pack(quantize(torch.randn(3, case.k, case.n), case.weight)),
+                       case.activation, act=act)  # fmt: skip
 
 
 @pytest.mark.parametrize("m, g", [(1, 1), (128, 4), (129, 5), (300, 90), (32, 3)])

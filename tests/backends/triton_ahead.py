@@ -2,19 +2,66 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from functools import cache
+from importlib import import_module
+from multiprocessing import get_context
 from typing import Any
 
 import torch
 
+from microscale.activations import GPT_OSS
 from microscale.formats import FORMATS
 from microscale.quant import QuantTensor
 
-# Kind, architecture, lanes of a warp, what machine code is called, bytes of shared memory.
+
+@dataclass(frozen=True)
+class Ahead:
+    """A GPU to compile for.
+
+    Attributes:
+        kind, arch, lanes: as Triton's `GPUTarget` has them.
+        shared: bytes of scratchpad that one program may use.
+        product: the instructions, in PTX or AMD's assembly, that products in bfloat16 must become.
+        columns: of tensor memory that one program may use.
+    """
+
+    kind: str
+    arch: int | str
+    lanes: int
+    shared: int
+    product: str
+    columns: int = 0
+
+    @property
+    def amd(self) -> bool:
+        return self.kind == "hip"
+
+    @property
+    def code(self) -> str:
+        """What Triton calls machine code."""
+        return "hsaco" if self.amd else "cubin"
+
+    @property
+    def text(self) -> str:
+        """What it calls the last stage that can be read."""
+        return "amdgcn" if self.amd else "ptx"
+
+
 TARGETS = {
-    "sm_80": ("cuda", 80, 32, "cubin", 163 << 10),
-    "sm_90": ("cuda", 90, 32, "cubin", 227 << 10),
-    "sm_100": ("cuda", 100, 32, "cubin", 227 << 10),
-    "gfx942": ("hip", "gfx942", 64, "hsaco", 64 << 10),
+    # No matrix unit: Triton's compiler has none for it, and multiplies number by number.
+    "sm_75": Ahead("cuda", 75, 32, 64 << 10, r"\bfma\.rn\.f32"),
+    "sm_80": Ahead("cuda", 80, 32, 163 << 10, r"\bmma\.sync\S*\.bf16"),
+    "sm_89": Ahead("cuda", 89, 32, 99 << 10, r"\bmma\.sync\S*\.bf16"),
+    "sm_90": Ahead("cuda", 90, 32, 227 << 10, r"\bwgmma\.mma_async\S*\.bf16"),
+    "sm_100": Ahead("cuda", 100, 32, 227 << 10, r"\btcgen05\.mma\S*kind::f16", 512),
+    "sm_120": Ahead("cuda", 120, 32, 99 << 10, r"\bmma\.sync\S*\.bf16"),
+    "gfx942": Ahead("hip", "gfx942", 64, 64 << 10, r"\bv_mfma_f32_\w*bf16"),
+    "gfx950": Ahead("hip", "gfx950", 64, 160 << 10, r"\bv_mfma_f32_\w*bf16"),
+    "gfx1100": Ahead("hip", "gfx1100", 32, 64 << 10, r"\bv_wmma_f32_\w*bf16"),
 }
 POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
 
@@ -46,14 +93,146 @@ def compiled(
         for n, t in types.items()
         if t[0] == "*" or n in sixteens
     }
-    kind, arch, warp, *_ = TARGETS[target]
+    gpu = TARGETS[target]
     source = (GluonASTSource if kernel.is_gluon() else ASTSource)(kernel, signature, constants, aligned)
-    return triton.compile(source, target=GPUTarget(kind, arch, warp), options=options)
+    return triton.compile(source, target=GPUTarget(gpu.kind, gpu.arch, gpu.lanes), options=options)
 
 
-def compile_ahead(kernel: Any, target: str, given: dict[str, Any], options: dict[str, Any]) -> int:
-    """`compiled`: the bytes of machine code."""
-    return len(compiled(kernel, target, given, options).asm[TARGETS[target][3]])
+@dataclass(frozen=True)
+class Made:
+    """What was compiled, in values that a process can send.
+
+    Attributes:
+        code: bytes of machine code.
+        shared: bytes of scratchpad.
+        columns: of tensor memory.
+        text: PTX or AMD's assembly.
+        error: or what the compiler said instead.
+    """
+
+    code: int = 0
+    shared: int = 0
+    columns: int = 0
+    text: str = ""
+    error: str = ""
+
+
+def made(target: str, compile: Callable[[], Any]) -> Made:
+    """The result of a compilation, or its error: whatever a compiler raises is what a test has to show."""
+    try:
+        result = compile()
+    except Exception as error:  # noqa: BLE001 (shown by the test that asked for it)
+        return Made(error=f"{type(error).__name__}: {error}"[:2000])
+    gpu = TARGETS[target]
+    columns = getattr(result.metadata, "tmem_size", None) or 0
+    return Made(len(result.asm[gpu.code]), result.metadata.shared, columns, result.asm[gpu.text])
+
+
+# Kernels of every target by what they are called here: module, function.
+KERNELS = {
+    "linear": ("gemm", "_linear_kernel"),
+    "w13": ("moe", "_first_kernel"),
+    "w2": ("moe", "_second_kernel"),
+    "route": ("routing", "_route_kernel"),
+    "count": ("routing", "_count_kernel"),
+    "place": ("routing", "_place_kernel"),
+    "total": ("total", "_total_kernel"),
+}
+PRODUCTS = ("linear", "w13", "w2")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One kernel to compile, for one target.
+
+    Attributes:
+        kernel: of `KERNELS`.
+        format, dtype, tokens, bias: of a product: weights, activations, how many tokens meet each matrix.
+        in_tile: E8M0 scales go into the tile; else, as those of random bytes do, on the sums.
+    """
+
+    target: str
+    kernel: str
+    format: str = ""
+    dtype: torch.dtype = torch.bfloat16
+    tokens: int = 16
+    in_tile: bool = False
+    bias: bool = True
+
+    def __str__(self) -> str:
+        words = [
+            self.target,
+            self.kernel,
+            self.format,
+            str(self.dtype).removeprefix("torch."),
+            f"M{self.tokens}",
+        ]
+        words += [w for w, on in (("in_tile", self.in_tile), ("no_bias", not self.bias)) if on]
+        return "-".join(words if self.format else words[:2])
+
+
+def run(job: Job) -> Made:
+    """Compile one job."""
+    module, function = KERNELS[job.kernel]
+    kernel = getattr(import_module(f"microscale.backends.triton.{module}"), function)
+    given, options = product(job) if job.format else (routes(job.target), {})
+    return made(job.target, lambda: compiled(kernel, job.target, given, options))
+
+
+def product(job: Job) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(arguments, compiler's options) as the host code gives them."""
+    layout, tiles = (import_module(f"microscale.backends.triton.{n}") for n in ("layout", "tiles"))
+    gpu, dtype = TARGETS[job.target], job.dtype
+    w = layout.pack(random_bytes(job.format, (2, 128, 288)))
+    if w.format.scale == "e8m0":
+        inside = layout.exponent_range(w.format.element, dtype)
+        w = replace(w, exponents=inside if job.in_tile else (0, 254))
+    assert w.scale_in_tile(dtype) == (job.in_tile or w.format.scale == "e4m3"), job
+    unit = gpu.amd or (isinstance(gpu.arch, int) and gpu.arch >= 80)
+    kind = tiles.Target(gpu.shared, gpu.amd, unit, tensor_memory=gpu.columns > 0)
+    tile = tiles.sizes(w.format.element.bits, w.constants(dtype)["CHUNK"], dtype.itemsize, job.tokens, kind)
+    given = {
+        "codes": "*u8",
+        **dict.fromkeys(("M", "N", "K", "scale_rows", "top_k"), "i32"),
+        **dict.fromkeys(("tile_experts", "tile_starts", "ends", "order"), "*i32"),
+        **dict.fromkeys(("alpha", "beta", "limit"), "fp32"),
+        **dict.fromkeys(("x", "y", "h"), POINTERS[dtype]),
+        **dict.fromkeys(("shares", "topk_weights"), "*fp32"),
+        "bias": POINTERS[dtype] if job.bias else None,
+        "HAS_BIAS": job.bias,
+        "scales": "*fp32" if w.format.scale == "f32" else "*i32",
+        "row_scale": "*fp32" if w.row_scale is not None else None,
+        "ROW_SCALE": w.row_scale is not None,
+        "GROUPS": w.groups,
+        "KIND": GPT_OSS.kind,
+        "GATED": True,
+        "INTERLEAVED": True,
+        "HAS_LIMIT": True,
+        "WEIGHT_ON_INPUT": False,
+    }
+    return w.constants(dtype) | tile.constants | given, tile.compiler
+
+
+def routes(target: str) -> dict[str, Any]:
+    """Arguments of the kernels that sort routes and add up shares."""
+    given: dict[str, Any] = dict.fromkeys(("routes", "experts", "known", "count", "blocks", "N"), "i32")
+    given |= dict.fromkeys(("order", "ends", "tile_experts", "tile_starts", "counts"), "*i32")
+    given |= {"ids": "*i64", "expert_map": "*i64", "HAS_MAP": True, "y": "*bf16", "shares": "*fp32"}
+    given |= {"BLOCK_M": 16, "BLOCK_E": 128, "BLOCK": 256, "TILES": 8, "TOP_K": 4}
+    return given | {"PDL": target == "sm_90"}
+
+
+@cache
+def pool() -> ProcessPoolExecutor:
+    """A process for each processor: compilers hold Python's lock. Fresh ones, since torch's threads do not fork."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return ProcessPoolExecutor(count, get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,))
+
+
+def all_of(function: Callable[[Any], Made], jobs: Iterable[Any]) -> dict[Any, Made]:
+    """`function` of each job, on all processors."""
+    listed = list(jobs)
+    return dict(zip(listed, pool().map(function, listed), strict=True))
 
 
 def random_bytes(name: str, shape: tuple[int, ...]) -> QuantTensor:

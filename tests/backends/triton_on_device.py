@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -24,11 +25,27 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 ALL = [c for c in cases() if c.act == "a16"]
-# The interpreter takes about a second for each MoE case: one linear and one MoE per format, and every option.
-SOME = [c for c in ALL if c.m and (c.n, c.k) in ((33, 96), (32, 288), (64, 96))]
 
 
-@pytest.mark.parametrize("case", SOME if INTERPRETED else ALL, ids=lambda c: c.name)
+def edges() -> Iterator[Case]:
+    """Around one block of K, for every format: one column less, a block, one more; a single row, token or expert."""
+    for name, fmt in FORMATS.items():
+        block = fmt.block[1]
+        for m, n, k in (
+            (2, 3, block - 1),
+            (1, 1, block),
+            (3, 65, block + 1),
+            (17, 2, 1),
+            (1, 2880, 2 * block),
+        ):
+            yield Case("linear", name, m, n, k, bias=n > 1)
+        moe = {"activation": GPT_OSS, "experts": 2, "top_k": 2}
+        yield Case("moe", name, 2, block - 1, block + 1, **moe)
+        yield Case("moe", name, 1, block, block, **moe | {"experts": 1, "top_k": 1}, padded=True)
+        yield Case("moe", name, 2, 1, block, **moe, bias=False)
+
+
+@pytest.mark.parametrize("case", [*ALL, *edges()], ids=lambda c: c.name)
 def test_conformance(case: Case, seed: int) -> None:
     worst = run(case, backend, DEVICE, torch.Generator().manual_seed(seed))
     assert worst <= 1.0, f"error is {worst:.3g} times the permitted one"

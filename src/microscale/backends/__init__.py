@@ -8,6 +8,7 @@ from functools import cache
 from importlib.metadata import entry_points
 from typing import cast
 
+from microscale.backends import arithmetic
 from microscale.backends.adapters.aiter_rules import refuse as refuse_aiter
 from microscale.backends.adapters.flashinfer_rules import refuse as refuse_flashinfer
 from microscale.backends.adapters.humming_rules import refuse as refuse_humming
@@ -38,6 +39,7 @@ BACKENDS: tuple[Backend, ...] = (
         refuse_cpu,
         "the C++ core: weights decoded in registers, summed in float32, with the widest instructions that the CPU has",
         proven="x86 CPUs",
+        arithmetic=arithmetic.cpu,
     ),
     Backend(
         "triton",
@@ -45,37 +47,43 @@ BACKENDS: tuple[Backend, ...] = (
         refuse_triton,
         "weights decoded in registers, multiplied in the activations' dtype, summed in float32; routing on the device",
         proven="NVIDIA H200",
+        arithmetic=arithmetic.triton,
     ),
     Backend(
         "torch_scaled",
         "microscale.backends.adapters.torch_scaled",
         refuse_torch_scaled,
-        "torch's scaled_mm: both operands quantised, multiplied by hardware that scales blocks; experts one by one",
+        "torch's scaled_mm: both operands stay quantised, multiplied by the vendor's library; experts one by one",
         accumulation=accumulation_torch_scaled,
+        arithmetic=arithmetic.torch_scaled,
     ),
     Backend(
         "xpu_kernels",
         "microscale.backends.adapters.xpu_kernels",
         refuse_xpu_kernels,
         "vllm-xpu-kernels: oneDNN's products of quantised activations; experts' weights decoded to bf16 in registers",
+        arithmetic=arithmetic.xpu_kernels,
     ),
     Backend(
         "flashinfer",
         "microscale.backends.adapters.flashinfer",
         refuse_flashinfer,
         "flashinfer-python: products of quantised activations on Blackwell; MXFP4 experts with MXFP8 rows in one call",
+        arithmetic=arithmetic.flashinfer,
     ),
     Backend(
         "aiter",
         "microscale.backends.adapters.aiter",
         refuse_aiter,
         "amd-aiter: its Triton products of MXFP4 or block FP8 with each other; experts one by one",
+        arithmetic=arithmetic.aiter,
     ),
     Backend(
         "humming",
         "microscale.backends.adapters.humming",
         refuse_humming,
         "humming-kernels: weights decoded in registers, activations multiplied in bf16, in batch-invariant kernels",
+        arithmetic=arithmetic.humming,
     ),
     Backend(
         "emulation",
@@ -83,6 +91,7 @@ BACKENDS: tuple[Backend, ...] = (
         _refuse_nothing,
         "dequantise a tile, multiply in float32; only the experts that are routed to",
         proven="x86 CPUs, NVIDIA H200",
+        arithmetic=arithmetic.emulation,
     ),
 )
 

@@ -167,7 +167,8 @@ def _package(name: str, machine: Machine) -> dict[str, Any]:
     from microscale.backends import table
     from microscale.backends.adapters.common_rules import missing
 
-    installed, gains = _version(name), {}
+    installed = dict(machine.packages).get(name)
+    gains: dict[str, int] = {}
     why: str | None = None
     if installed is None:
         for device in _devices(machine):

@@ -249,7 +249,9 @@ def _placed_document(p: Placed, plan: Plan) -> dict[str, Any]:
         }
     if p.problem is not None:
         document["refused"] = [{"backend": name, "reason": why} for name, why in p.refused]
-    if p.choice is not None:
+    if layer.follows:
+        document["follows"] = layer.follows
+    elif p.choice is not None:
         backend = p.choice.backend
         document |= {
             "how": backend.how,
@@ -258,6 +260,7 @@ def _placed_document(p: Placed, plan: Plan) -> dict[str, Any]:
         if backend.name != HOST:
             document |= {
                 "numerics": p.choice.numerics,
+                "arithmetic": p.choice.arithmetic,
                 "proven": {"on": backend.proven, "here": proven(backend, plan.machine, plan.device)},
             }
     return document
@@ -301,22 +304,26 @@ def _show_reasons(plan: Plan) -> None:
                 None if p.choice is None else p.choice.backend,
                 p.refused,
                 p.choice.skipped if p.choice else (),
-                p.choice.numerics if p.choice else "",
+                (p.choice.numerics, p.choice.arithmetic) if p.choice else ("", ""),
             )
             answers.setdefault(key, []).append(p.layer.name)
-    for (backend, refused, skipped, numerics), names in answers.items():
+    for (backend, refused, skipped, (numerics, arithmetic)), names in answers.items():
         say(f"{', '.join(dict.fromkeys(names))}:")
         if backend is None:
             say("no backend: every one refused", indent=2)
         else:
             say(f"+ {backend.name}: {backend.how}", indent=2)
             if backend.name != HOST:
-                say(numerics, indent=4, hang=0)
+                for line in filter(None, (arithmetic, numerics)):
+                    say(line, indent=4, hang=0)
                 say(_proven_line(backend, plan), indent=4, hang=0)
         for name, why in refused:
             say(f"- {name}: {why}", indent=2)
         if skipped:
             say(f"not asked, being behind it in the table: {', '.join(skipped)}", indent=2)
+    for p in plan.placed:
+        if p.layer.follows and p.backend != HOST:
+            say(f"{p.layer.name}: where {p.layer.follows}s are, up to 8 rows; more rows are {HOST}'")
 
 
 def _proven_line(backend: Backend, plan: Plan) -> str:

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from microscale.activations import Activation
 from microscale.backends.adapters import calls
-from microscale.backends.adapters.operands import check_readable, quantized_rows
+from microscale.backends.adapters.aiter_rules import PAIRS, operands
+from microscale.backends.adapters.operands import check_known, check_readable, quantized_rows
 from microscale.errors import BackendError
 from microscale.formats import Format
 from microscale.quant import QuantTensor
@@ -51,6 +52,7 @@ def pack(w: QuantTensor) -> Packed:
     Raises:
         BackendError: weights whose NaNs the kernels may lose.
     """
+    check_known(w, [weight for weight, _ in PAIRS], "aiter")
     check_readable(w, "aiter")
     scales = _wide(w.scales) if w.format.scale == "e8m0" else w.scales.contiguous()
     return Packed(w.codes.contiguous(), scales, w.format, w.shape, w.rule)
@@ -65,7 +67,7 @@ def unpack(packed: Packed) -> QuantTensor:
 def linear(x: Tensor, w: Packed, bias: Tensor | None = None, *, act: Format | None = None) -> Tensor:
     """See `contract.Contract.linear`. Numerics: float32 sums, also across splits of K; rounded once."""
     _check(act)
-    return calls.linear(x, w, bias, act, _product, unpack)
+    return calls.linear(x, w, bias, act, _product, unpack, operands)
 
 
 def moe(
@@ -98,6 +100,7 @@ def moe(
         act=act,
         grouped=calls.one_by_one(_product, Packed.expert),
         unpack=unpack,
+        operands=operands,
     )
 
 

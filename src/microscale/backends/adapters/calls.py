@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from functools import cache
 from typing import Any, Protocol
 
 import torch
@@ -12,8 +13,9 @@ from torch import Tensor
 from microscale.activations import Activation
 from microscale.backends import autograd, emulation
 from microscale.errors import BackendError
-from microscale.formats import Format
+from microscale.formats import Format, activation_word
 from microscale.operands import check_linear, check_moe, local_ids
+from microscale.oracle import Problem
 from microscale.quant import QuantTensor
 from microscale.reference import activate
 
@@ -25,6 +27,10 @@ class Packed(Protocol):
     def shape(self) -> tuple[int, ...]:
         """[N, K] or [E, N, K] of the weight."""
 
+    @property
+    def format(self) -> Format:
+        """Of the weight."""
+
 
 # (x [M, K], packed [N, K], bias [N] or None, act) -> [M, N]; M > 0.
 Product = Callable[[Tensor, Any, Tensor | None, Format | None], Tensor]
@@ -32,13 +38,30 @@ Product = Callable[[Tensor, Any, Tensor | None, Format | None], Tensor]
 # Rows offsets[e] .. offsets[e + 1] are expert e's.
 Grouped = Callable[[Tensor, Any, Tensor, Tensor | None, Format | None], Tensor]
 Unpack = Callable[[Any], QuantTensor]
+# The part of an adapter's rules that does not ask for a machine: None, or a sentence.
+Operands = Callable[[Problem], str | None]
+_WORDS = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
 def linear(
-    x: Tensor, w: Packed, bias: Tensor | None, act: Format | None, product: Product, unpack: Unpack
+    x: Tensor,
+    w: Packed,
+    bias: Tensor | None,
+    act: Format | None,
+    product: Product,
+    unpack: Unpack,
+    operands: Operands,
+    device: str = "",
 ) -> Tensor:
-    """See `contract.Contract.linear`. The product's result is rounded to x's dtype if it is wider."""
+    """See `contract.Contract.linear`. The product's result is rounded to x's dtype if it is wider.
+
+    Args:
+        operands: asked before the package is called; `device` is what it may depend on.
+    Raises:
+        BackendError: operands that contradict each other, or that the oracle would not have sent here.
+    """
     check_linear(x, w.shape, bias)
+    _check(operands, "linear", x, w, act, device, bias is not None)
 
     def fast(x: Tensor, bias: Tensor | None) -> Tensor:
         n, k = w.shape
@@ -68,13 +91,22 @@ def moe(
     act: Format | None,
     grouped: Grouped,
     unpack: Unpack,
+    operands: Operands,
+    device: str = "",
 ) -> Tensor:
     """See `contract.Contract.moe`. Waits for the device once, to know how many routes there are.
 
     Numerics: the intermediate is rounded once to x's dtype (or quantised, from float32), and so is each token's
     share of an expert where the product rounds; the sum over experts is float32, in the order of a token's routes.
+
+    Args:
+        operands, device: as of `linear`.
+    Raises:
+        BackendError: as of `linear`.
     """
     check_moe(x, topk_ids, topk_weights, w13.shape, w2.shape, activation, b13, b2, weight_on_input)
+    for w in (w13, w2):
+        _check(operands, "moe", x, w, act, device, b13 is not None or b2 is not None, w2.shape[2])
 
     def fast(x: Tensor, topk_weights: Tensor, b13: Tensor | None, b2: Tensor | None) -> Tensor:
         experts, n = w2.shape[:2]
@@ -138,6 +170,33 @@ def exactly(bias: Tensor, dtype: torch.dtype, who: str) -> Tensor:
     if bias.dtype not in (dtype, torch.bool) and not torch.equal(narrow.to(bias.dtype), bias):
         raise BackendError(f"{who} adds biases in {dtype}, and this {bias.dtype} one would lose bits")
     return narrow
+
+
+def _check(
+    operands: Operands,
+    op: str,
+    x: Tensor,
+    w: Packed,
+    act: Format | None,
+    device: str,
+    bias: bool,
+    inner: int = 0,
+) -> None:
+    dtype = _WORDS.get(x.dtype, str(x.dtype))
+    n, k = w.shape[-2:]
+    if op == "moe":
+        n = k = x.shape[-1]
+    problem = Problem(
+        op, w.format.name, n, k, activation_word(act), dtype, device, intermediate=inner, bias=bias
+    )
+    why = _why(operands, problem)
+    if why is not None:
+        raise BackendError(why)
+
+
+@cache
+def _why(operands: Operands, problem: Problem) -> str | None:
+    return operands(problem)
 
 
 def _by_expert(local: Tensor, experts: int) -> tuple[Tensor, Tensor]:

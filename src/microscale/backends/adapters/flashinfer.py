@@ -13,7 +13,8 @@ from torch import Tensor
 
 from microscale.activations import Activation
 from microscale.backends.adapters import calls
-from microscale.backends.adapters.operands import one_tensor_scale, padded, quantized_rows
+from microscale.backends.adapters.flashinfer_rules import PAIRS, operands
+from microscale.backends.adapters.operands import check_known, one_tensor_scale, padded, quantized_rows
 from microscale.backends.adapters.tiles import tiled, untiled
 from microscale.errors import BackendError
 from microscale.formats import Format
@@ -62,6 +63,7 @@ def pack(w: QuantTensor) -> Packed:
     Raises:
         BackendError: rows of one NVFP4 matrix have different tensor scales.
     """
+    check_known(w, [weight for weight, _ in PAIRS], "FlashInfer")
     fmt = w.format
     codes = padded(w.codes.contiguous(), 1, _K * fmt.element.bits // 8)
     scales = padded(w.scales, 1, _K // fmt.block[1])
@@ -81,7 +83,7 @@ def unpack(packed: Packed) -> QuantTensor:
 def linear(x: Tensor, w: Packed, bias: Tensor | None = None, *, act: Format | None = None) -> Tensor:
     """See `contract.Contract.linear`. Numerics: the tensor cores' float32 sums, rounded once."""
     _check(act, bias)
-    return calls.linear(x, w, bias, act, _product, unpack)
+    return calls.linear(x, w, bias, act, _product, unpack, operands)
 
 
 def moe(
@@ -116,6 +118,7 @@ def moe(
         act=act,
         grouped=_grouped if together else calls.one_by_one(_product, Packed.expert),
         unpack=unpack,
+        operands=operands,
     )
 
 

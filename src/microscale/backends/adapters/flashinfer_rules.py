@@ -19,28 +19,35 @@ _LEAST = 128  # below, its MXFP8 product may give NaN, says the package
 
 
 def refuse(problem: Problem) -> str | None:
-    """None, or why not."""
+    """None, or why not; that the package is missing last, so that installing it is never advised in vain."""
     if problem.device != "cuda":
         return f"FlashInfer's kernels are for CUDA, not for {problem.device}"
-    why = missing(problem, PACKAGE)
+    why = operands(problem)
     if why is not None:
         return why
+    runs = _known(problem)[problem.weight, problem.act]
+    if capability(problem.arch) not in runs:
+        return f"it runs on {', '.join(f'sm_{n}' for n in runs)}, and this is {problem.arch or 'unknown'}"
+    return missing(problem, PACKAGE)
+
+
+def operands(problem: Problem) -> str | None:
+    """The part that asks for no machine: None, or why not."""
     if problem.act == "a16":
         return "this adapter has FlashInfer's products of quantised activations, and they stay 16-bit here"
     pair = (problem.weight, problem.act)
-    known = PAIRS | GROUPED if problem.op == "moe" else PAIRS
-    if pair not in known:
+    if pair not in _known(problem):
         return f"FlashInfer has no {_what(problem)} of weights in {pair[0]} and activations in {pair[1]}"
-    if capability(problem.arch) not in known[pair]:
-        return (
-            f"it runs on {', '.join(f'sm_{n}' for n in known[pair])}, and this is {problem.arch or 'unknown'}"
-        )
     if problem.bias:
         return "its products round to 16 bits before a bias could be added"
     if problem.dtype == "fp32" or (problem.op == "moe" and problem.dtype != "bf16"):
         wanted = "bf16" if problem.op == "moe" else "bf16 or fp16"
         return f"its products give {wanted} here, and {problem.dtype} is asked for"
     return _small(problem) or sizes(problem, 32 if problem.weight.startswith("mxfp8") else 8, 32)
+
+
+def _known(problem: Problem) -> dict[tuple[str, str], tuple[int, ...]]:
+    return PAIRS | GROUPED if problem.op == "moe" else PAIRS
 
 
 def _what(problem: Problem) -> str:

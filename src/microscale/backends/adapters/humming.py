@@ -16,7 +16,8 @@ from torch import Tensor
 
 from microscale.activations import Activation
 from microscale.backends.adapters import calls, humming_layout
-from microscale.backends.adapters.operands import as_bf16, check_readable, one_tensor_scale
+from microscale.backends.adapters.humming_rules import FORMATS, operands
+from microscale.backends.adapters.operands import as_bf16, check_known, check_readable, one_tensor_scale
 from microscale.backends.adapters.tiles import as_dtype
 from microscale.elements import pack_codes
 from microscale.errors import BackendError
@@ -69,11 +70,12 @@ def pack(w: QuantTensor) -> Packed:
     from humming.schema import HummingWeightSchema
     from humming.transform import prepare_and_transform_humming_tensors
 
+    check_known(w, FORMATS, "humming")
     check_readable(w, "humming", _SHIFT)
     fmt = w.format
     *lead, n, k = w.shape
-    if fmt.scale not in _SCALES:
-        raise BackendError(f"humming rounds the float32 scales of {fmt.name} to bf16")
+    if n % 8 or k % 32:
+        raise BackendError(f"humming packs N by 8 and K by 32, and these weights are {tuple(w.shape)}")
     schema = HummingWeightSchema(
         b_dtype=_ELEMENTS[fmt.element.name],
         bs_dtype=_SCALES[fmt.scale],
@@ -123,7 +125,7 @@ def unpack(packed: Packed) -> QuantTensor:
 def linear(x: Tensor, w: Packed, bias: Tensor | None = None, *, act: Format | None = None) -> Tensor:
     """See `contract.Contract.linear`. Numerics: float32 accumulation; a row's result depends on no other row."""
     _check(x, bias)
-    return calls.linear(x, w, bias, act, _product, unpack)
+    return calls.linear(x, w, bias, act, _product, unpack, operands)
 
 
 def moe(
@@ -156,6 +158,7 @@ def moe(
         act=act,
         grouped=_grouped,
         unpack=unpack,
+        operands=operands,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import replace
 
 import torch
@@ -33,6 +34,16 @@ def as_bf16(x: Tensor, act: Format | None) -> Tensor:
     if act is not None and act.scale != "e8m0":
         raise BackendError(f"numbers in {act.name} have more bits than bf16 holds")
     return stored(x, act, torch.bfloat16)
+
+
+def check_known(w: QuantTensor, formats: Collection[str], who: str) -> None:
+    """Weights in a format that an adapter packs.
+
+    Raises:
+        BackendError: another one.
+    """
+    if w.format.name not in formats:
+        raise BackendError(f"{who} has no kernel here for weights in {w.format.name}")
 
 
 def padded(t: Tensor, rows: int, columns: int = 1) -> Tensor:

@@ -15,6 +15,7 @@ from microscale.activations import Activation
 from microscale.backends.adapters import calls
 from microscale.backends.adapters.operands import padded, quantized_rows
 from microscale.backends.adapters.tiles import as_dtype, tiled, untiled
+from microscale.backends.adapters.torch_scaled_rules import operands
 from microscale.errors import BackendError
 from microscale.formats import Format
 from microscale.quant import QuantTensor
@@ -86,7 +87,7 @@ def unpack(packed: Packed) -> QuantTensor:
 def linear(x: Tensor, w: Packed, bias: Tensor | None = None, *, act: Format | None = None) -> Tensor:
     """See `contract.Contract.linear`. Numerics: the hardware's sums, see `torch_scaled_rules.accumulation`."""
     _check(x, act)
-    return calls.linear(x, w, bias, act, _product, unpack)
+    return calls.linear(x, w, bias, act, _product, unpack, operands, _kind(x.device))
 
 
 def moe(
@@ -119,6 +120,8 @@ def moe(
         act=act,
         grouped=calls.one_by_one(_product, Packed.expert),
         unpack=unpack,
+        operands=operands,
+        device=_kind(x.device),
     )
 
 
@@ -152,6 +155,10 @@ def _product(x: Tensor, w: Packed, bias: Tensor | None, act: Format | None) -> T
 def _plain(device: torch.device) -> bool:
     """Whether scales are read in the canonical order: oneDNN's way, which Intel GPUs multiply with."""
     return device.type == "xpu"
+
+
+def _kind(device: torch.device) -> str:
+    return "xpu" if _plain(device) else "cuda"
 
 
 def _scale_a(a: QuantTensor) -> Tensor:

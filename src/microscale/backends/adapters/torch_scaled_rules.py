@@ -19,6 +19,11 @@ def refuse(problem: Problem) -> str | None:
     """None, or why not."""
     if problem.device not in ("cuda", "xpu"):
         return _elsewhere(problem)
+    return operands(problem) or _arch(problem)
+
+
+def operands(problem: Problem) -> str | None:
+    """The part that asks for nothing but the kind of device: None, or why not."""
     if problem.act == "a16":
         return "torch multiplies block-scaled numbers with each other, and activations stay 16-bit here"
     name = PAIRS.get((problem.weight, problem.act))
@@ -28,7 +33,11 @@ def refuse(problem: Problem) -> str | None:
         if name not in ("block FP8", "NVFP4"):
             return f"torch has no {name} product for XPU in the versions that were read"
         return sizes(problem, 128 if name == "block FP8" else 16, 128 if name == "block FP8" else 32)
-    return _on_cuda(problem, name)
+    if name == "MXFP4" and problem.bias:
+        return "torch's MXFP4 product rounds to bf16 before a bias could be added"
+    if name == "MXFP4" and problem.dtype != "bf16":
+        return f"torch's MXFP4 product gives bf16, and {problem.dtype} is asked for"
+    return sizes(problem, 16, 128 if name == "block FP8" else 32)
 
 
 def accumulation(problem: Problem) -> Accumulation:
@@ -36,8 +45,10 @@ def accumulation(problem: Problem) -> Accumulation:
     return HOPPER_FP8 if problem.device == "cuda" and capability(problem.arch) in (89, 90) else FLOAT32
 
 
-def _on_cuda(problem: Problem, name: str) -> str | None:
-    sm = capability(problem.arch)
+def _arch(problem: Problem) -> str | None:
+    if problem.device != "cuda":
+        return None
+    name, sm = PAIRS[problem.weight, problem.act], capability(problem.arch)
     arch = problem.arch or "unknown"
     if name == "block FP8" and sm != 90:
         return f"torch's block FP8 product is for sm_90 alone, and this is {arch}"
@@ -45,13 +56,7 @@ def _on_cuda(problem: Problem, name: str) -> str | None:
         return f"torch's MXFP4 product is for sm_100 and sm_103, and this is {arch}"
     if name in ("MXFP8", "NVFP4") and sm < 100:
         return f"torch's {name} product needs sm_100 or newer, and this is {arch}"
-    if name == "MXFP4" and problem.bias:
-        return "torch's MXFP4 product rounds to bf16 before a bias could be added"
-    if name == "MXFP4" and problem.dtype == "fp32":
-        return "torch's MXFP4 product gives bf16, and fp32 is asked for"
-    if name == "MXFP4" and problem.dtype == "fp16":
-        return "torch's MXFP4 product gives bf16, and fp16 is asked for"
-    return sizes(problem, 16, {"block FP8": 128, "MXFP8": 32, "NVFP4": 32, "MXFP4": 32}[name])
+    return None
 
 
 def _elsewhere(problem: Problem) -> str:

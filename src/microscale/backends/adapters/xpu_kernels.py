@@ -13,8 +13,9 @@ from torch import Tensor
 
 from microscale.activations import Activation
 from microscale.backends.adapters import calls
-from microscale.backends.adapters.operands import as_bf16, check_readable, quantized_rows
+from microscale.backends.adapters.operands import as_bf16, check_known, check_readable, quantized_rows
 from microscale.backends.adapters.tiles import as_dtype
+from microscale.backends.adapters.xpu_kernels_rules import LINEAR, operands
 from microscale.errors import BackendError
 from microscale.formats import Format
 from microscale.quant import QuantTensor
@@ -49,6 +50,7 @@ def pack(w: QuantTensor) -> Packed:
     Raises:
         BackendError: weights that the kernels would read as others.
     """
+    check_known(w, [weight for weight, _ in LINEAR], "vllm-xpu-kernels")
     check_readable(w, "vllm-xpu-kernels")
     experts = len(w.shape) == 3
     return Packed(
@@ -72,7 +74,7 @@ def linear(x: Tensor, w: Packed, bias: Tensor | None = None, *, act: Format | No
     """See `contract.Contract.linear`. Numerics: float32 sums, rounded once, bias within."""
     if act is None:
         raise BackendError("oneDNN multiplies quantised activations only, and none are asked for")
-    return calls.linear(x, w, bias, act, _product, unpack)
+    return calls.linear(x, w, bias, act, _product, unpack, operands)
 
 
 def moe(
@@ -106,6 +108,7 @@ def moe(
         act=act,
         grouped=_grouped,
         unpack=unpack,
+        operands=operands,
     )
 
 

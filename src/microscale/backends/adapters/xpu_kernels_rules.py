@@ -18,10 +18,15 @@ MOE = ("mxfp4", "mxfp8_e4m3", "mxfp8_e5m2")
 
 
 def refuse(problem: Problem) -> str | None:
-    """None, or why not."""
+    """None, or why not; that the package is missing last, so that installing it is never advised in vain."""
     if problem.device != "xpu":
         return f"vllm-xpu-kernels are for Intel GPUs, not for {problem.device}"
-    return missing(problem, PACKAGE) or (_moe(problem) if problem.op == "moe" else _linear(problem))
+    return operands(problem) or missing(problem, PACKAGE)
+
+
+def operands(problem: Problem) -> str | None:
+    """The part that asks for no machine: None, or why not."""
+    return _moe(problem) if problem.op == "moe" else _linear(problem)
 
 
 def _linear(problem: Problem) -> str | None:

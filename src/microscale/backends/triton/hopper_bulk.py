@@ -21,6 +21,7 @@ from microscale.backends.triton.hopper_decode import (
 )
 from microscale.backends.triton.hopper_loop import (
     add_block,
+    barrier,
     block_scales,
     next_slot,
     scale_words,
@@ -159,7 +160,7 @@ def _advance(
     free = gl.where(slot == 0, STAGES - 1, slot - 1)
     ahead = step + STAGES - 1
     _expect(bars, ahead, free, STEPS, BLOCK_M, C)
-    gl.thread_barrier()  # all are done with the slot
+    barrier()  # all are done with the slot
     _copy(xs, bars, x, row, ahead, free, STEPS, C)
     if AHEAD > 1:
         BITS: gl.constexpr = bits_of(ELEMENT)
@@ -250,7 +251,7 @@ def product(
     else:
         done = warpgroup_mma_wait(0, deps=(acc,) + even + odd)  # noqa: RUF005
         acc = done[0]
-    gl.thread_barrier()
+    barrier()
     for s in gl.static_range(STAGES):
         mbarrier.invalidate(bars.index(s))
     return acc

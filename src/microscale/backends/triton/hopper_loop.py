@@ -20,6 +20,9 @@ from microscale.backends.triton.hopper_decode import (
     words_layout,
 )
 
+# Triton 3.7 gave it another name.
+barrier = gl.thread_barrier if hasattr(gl, "thread_barrier") else gl.barrier
+
 
 @gluon.constexpr_function
 def wide_rows(ELEMENT):
@@ -202,7 +205,7 @@ def _refill(
     """`step` into a slot that this thread is done with; all but the last PENDING steps asked for are here then."""
     async_copy.wait_group(PENDING)
     # Here for all threads, and all are done with the slot.
-    gl.thread_barrier()
+    barrier()
     copy_weights(held, at, step, slot, STEPS, CHUNKS, T, C, ELEMENT, SCALE, EVEN)
     _copy_tokens(xs, token_pointers, step, slot, STEPS, K, C, EVEN, PARTS)
     async_copy.commit_group()
@@ -255,7 +258,7 @@ def product(
         # that is done. A warp that starts a product waits until the one before it has begun, so what a half is decoded
         # beside must come between two of them. Two steps a turn, so that no register is copied while it is read.
         async_copy.wait_group(STAGES - 2)
-        gl.thread_barrier()
+        barrier()
         loaded = _load(held, 0, T, C, ELEMENT, SCALE)
         even0 = operand(loaded, 0, 2, ACC, T, C, ELEMENT, SCALE)
         even1 = operand(loaded, 1, 2, ACC, T, C, ELEMENT, SCALE)
@@ -294,7 +297,7 @@ def product(
     elif OVERLAP:
         # A step is decoded while the one before it is multiplied.
         async_copy.wait_group(STAGES - 2)
-        gl.thread_barrier()
+        barrier()
         even = operand(_load(held, 0, T, C, ELEMENT, SCALE), 0, 1, ACC, T, C, ELEMENT, SCALE)
         for turn in range(STEPS // 2):
             ahead = 2 * turn + STAGES - 1

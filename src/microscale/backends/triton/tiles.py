@@ -26,12 +26,14 @@ class Target:
         amd: compiled by Triton's AMD backend.
         matrix_unit: Triton 3.6 uses it: not before sm_80.
         hopper: wgmma is there, and Gluon to ask for it.
+        tensor_memory: sums are kept in 512 columns of memory beside the matrix unit (sm_100 to sm_110).
     """
 
     shared: int
     amd: bool = False
     matrix_unit: bool = True
     hopper: bool = False
+    tensor_memory: bool = False
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,8 @@ def sizes(bits: int, chunk: int, itemsize: int, tokens: int, target: Target) -> 
     block_m = 16
     # Without a matrix unit products are unrolled: large tiles would spill, and take minutes to compile.
     unrolled = itemsize == 4 or not target.matrix_unit
-    while block_m < min(tokens, 16 if unrolled else 128):
+    # Sums of 128 tokens, a part in decoding and scales need more tensor memory than there is.
+    while block_m < min(tokens, 16 if unrolled else 64 if target.tensor_memory else 128):
         block_m *= 2
     # Small tiles while weights are what is waited for: more programs, and more of them beside each other.
     block_n = 64 if block_m <= 32 or unrolled or chunk == 128 else 128
@@ -122,4 +125,5 @@ def target(device: torch.device) -> Target:
         nvidia = device.type == "cuda" and not amd
         capability = torch.cuda.get_device_capability(device) if nvidia else (8, 0)
     hopper = capability == (9, 0) and triton.__version__.startswith("3.6.")
-    return Target(int(properties["max_shared_mem"]), amd, capability >= (8, 0), hopper)
+    beside = nvidia and capability[0] in (10, 11)
+    return Target(int(properties["max_shared_mem"]), amd, capability >= (8, 0), hopper, beside)

@@ -1,0 +1,77 @@
+"""What each backend multiplies, in words for `explain`: stored codes, decoded numbers, or float32 ones.
+
+One word comes first: native, decoded or emulated; see `oracle.Backend`.
+"""
+
+from __future__ import annotations
+
+from microscale.backends.adapters.common_rules import capability
+from microscale.oracle import Problem
+
+HOPPER_TRITON = "3.6."  # what Hopper's own kernels are written for; see `backends.triton.tiles.target`
+
+
+def cpu(problem: Problem) -> str:
+    """The C++ core's, by level."""
+    if problem.dtype == "bf16" and problem.arch == "amx":
+        return "decoded: weights become bf16 in registers, and AMX tiles multiply them"
+    if problem.dtype == "bf16" and problem.arch == "avx512_bf16":
+        return "decoded: weights become bf16 in registers, and AVX-512-BF16 multiplies them"
+    return "decoded: weights become float32 in registers, and so do activations"
+
+
+def triton(problem: Problem) -> str:
+    """The Triton kernels', by GPU."""
+    sm = capability(problem.arch)
+    if problem.device == "cuda" and sm < 80:
+        return (
+            "decoded: weights become numbers in registers; no matrix unit, since Triton uses none below sm_80"
+        )
+    if sm == 90 and not problem.version("triton").startswith(HOPPER_TRITON):
+        found = problem.version("triton") or "unknown"
+        return (
+            f"decoded: weights become {problem.dtype} in registers, by the kernels for every GPU: those for Hopper "
+            f"need Triton {HOPPER_TRITON}x, and {found} is installed"
+        )
+    if sm != 90 and problem.dtype == "fp32":
+        return "decoded: weights become float32 in registers"
+    number = "bf16" if sm == 90 else problem.dtype
+    return f"decoded: weights become {number} in registers, and the {number} matrix unit multiplies them"
+
+
+def torch_scaled(problem: Problem) -> str:
+    """torch's, by vendor."""
+    if problem.device == "xpu":
+        return "native where the GPU has a unit for the format; elsewhere (Xe2: FP8 and FP4) oneDNN decodes first"
+    return f"native: FP{_bits(problem)} tensor cores multiply the codes of weights and activations"
+
+
+def xpu_kernels(problem: Problem) -> str:
+    """vllm-xpu-kernels'."""
+    if problem.op == "moe":
+        return "decoded: weights become bf16 in registers, and the bf16 matrix unit multiplies them"
+    return torch_scaled(problem)
+
+
+def flashinfer(problem: Problem) -> str:
+    """FlashInfer's."""
+    return "native: block-scaled tensor cores multiply the codes of weights and activations"
+
+
+def aiter(problem: Problem) -> str:
+    """aiter's."""
+    return f"native: FP{_bits(problem)} matrix cores multiply the codes of weights and activations"
+
+
+def humming(problem: Problem) -> str:
+    """humming's."""
+    return "decoded: weights become bf16 in registers, and the bf16 matrix unit multiplies them"
+
+
+def emulation(problem: Problem) -> str:
+    """Emulation's."""
+    return "emulated: weights become float32, a tile at a time, and PyTorch multiplies them"
+
+
+def _bits(problem: Problem) -> int:
+    return 4 if problem.act in ("mxfp4", "nvfp4") else 8

@@ -1,0 +1,76 @@
+"""That the triton backend's kernels compile for GPUs that are not here: every format, linears and experts, to machine
+code. What becomes of it on such a GPU only such a GPU can tell."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from concurrent.futures import Future
+
+import pytest
+import torch
+from triton_ahead import KERNELS, PRODUCTS, TARGETS, Job, Made, pool, run
+
+from microscale.backends.triton_rules import refuse
+from microscale.formats import FORMATS
+from microscale.invented import INVENTED
+from microscale.oracle import Problem
+
+
+def everything() -> list[Job]:
+    """Every kernel for every target; products of every format in bfloat16, and two more linears of each.
+
+    One of those has the largest tile, where memory could be short, and one another dtype. Where E8M0 scales go, into
+    the tile or on the sums, takes turns.
+    """
+    jobs = [Job(t, kernel) for t in TARGETS for kernel in KERNELS if kernel not in PRODUCTS]
+    for t, target in enumerate(TARGETS):
+        for f, (name, fmt) in enumerate(FORMATS.items()):
+            powers = fmt.scale == "e8m0"
+            turn = powers and (t + f) % 2 == 0
+            other = (torch.float16, 40) if (t + f // 2) % 2 else (torch.float32, 512)
+            jobs += [Job(target, kernel, name, in_tile=turn) for kernel in PRODUCTS]
+            jobs.append(Job(target, "linear", name, tokens=300, in_tile=powers and not turn, bias=False))
+            jobs.append(Job(target, "linear", name, *other, in_tile=turn))
+    return jobs
+
+
+JOBS = everything()
+
+
+@pytest.fixture(scope="module")
+def made(request: pytest.FixtureRequest) -> Callable[[Job], Made]:
+    """The result of a job; those of all selected tests are compiled side by side."""
+    pytest.importorskip("triton", reason=str(refuse(Problem("linear", "mxfp4", 1, 1, device="rocm"))))
+    jobs = [item.callspec.params["job"] for item in request.session.items if "made" in item.fixturenames]  # type: ignore[attr-defined]
+    waiting: dict[Job, Future[Made]] = {job: pool().submit(run, job) for job in dict.fromkeys(jobs)}
+    return lambda job: waiting[job].result()
+
+
+@pytest.mark.parametrize("job", JOBS, ids=str)
+def test_it_compiles_to_machine_code(made: Callable[[Job], Made], job: Job) -> None:
+    found, gpu = made(job), TARGETS[job.target]
+    assert not found.error, found.error
+    assert found.code > 0
+    assert found.shared <= gpu.shared
+    assert found.columns <= gpu.columns
+    assert "trap;" not in found.text  # what Triton puts in place of a kernel that needs more than there is
+    # Not only code, but that of the GPU's matrix unit, where it has one.
+    if job.format and job.dtype == torch.bfloat16:
+        assert re.search(gpu.product, found.text), f"no {gpu.product} in its {gpu.text}"
+
+
+def test_every_target_has_every_format_and_op() -> None:
+    found = {(j.target, j.format, j.kernel) for j in JOBS if j.dtype == torch.bfloat16 and j.format}
+    assert found == {(t, f, k) for t in TARGETS for f in FORMATS for k in PRODUCTS}
+    assert {(j.target, j.kernel) for j in JOBS} == {(t, k) for t in TARGETS for k in KERNELS}
+    for name, fmt in FORMATS.items():
+        kinds = {(j.dtype, j.in_tile) for j in JOBS if j.format == name}
+        assert {dtype for dtype, _ in kinds} == {torch.bfloat16, torch.float16, torch.float32}
+        assert {in_tile for _, in_tile in kinds} == ({True, False} if fmt.scale == "e8m0" else {False})
+
+
+@pytest.mark.parametrize("name", [n for n, m in INVENTED.items() if m.device in ("cuda", "rocm")])
+def test_every_invented_gpu_is_one_that_is_compiled_for(name: str) -> None:
+    (gpu,) = INVENTED[name].gpus
+    assert gpu.arch in TARGETS
