@@ -1,0 +1,287 @@
+"""Generation whose steps are replayed from a CUDA graph.
+
+A token of gpt-oss-20b is some 1500 kernels, which take the GPU a tenth of the time that Python takes to launch them. So
+the second step of a generation is captured, and that one and those behind it are replayed. Prompts run as they always
+do, and everything around the model's forward (sampling, stopping, streaming) stays transformers'.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from microscale.integrations.hf.attention import NAME
+from microscale.integrations.hf.quantizer import activation_dtype
+from microscale.integrations.hf.step_cache import KINDS, StepCache, layer_kinds
+from microscale.nn import runner_of
+
+_GRAIN = 256  # tokens that a cache's capacity is a multiple of; masks must be aligned, too
+_MASKS = {
+    "eager": True,
+    "sdpa": False,
+    NAME: False,
+}  # attention that takes a mask: whether it is added to logits
+# What `generate` may be asked for: nothing of it changes what a step computes.
+_ALLOWED = {
+    "attention_mask",
+    "do_sample",
+    "eos_token_id",
+    "pad_token_id",
+    "streamer",
+    "temperature",
+    "top_k",
+    "top_p",
+}
+# Settings of a generation config that would change it, and the value at which they do not.
+_PLAIN = {
+    "num_beams": 1,
+    "num_return_sequences": 1,
+    "cache_implementation": None,
+    "prefill_chunk_size": None,
+    "prompt_lookup_num_tokens": None,
+    "output_attentions": False,
+    "output_hidden_states": False,
+}
+
+
+class Decoder:
+    """Generates with one model, and keeps the captured step for the next prompt.
+
+    Attributes:
+        why: why the steps of the last generation were not replayed, in a sentence; None: they were.
+    """
+
+    def __init__(self, model: Any, graph: bool = True) -> None:
+        """`graph=False`: never capture."""
+        self.model = model
+        self._never = refuse(model) if graph else "CUDA graphs are switched off"
+        self.why = self._never
+        self._cache: StepCache | None = None
+        self._step: Step | None = None
+        self._weights: tuple[list[int], list[Any]] = [], []
+
+    def generate(self, input_ids: Tensor, max_new_tokens: int, **arguments: Any) -> Tensor:
+        """transformers' `generate` of [B, T] ids; returns [B, T + new] ids.
+
+        Args:
+            arguments: of `generate`. Some, such as beams, are for steps that are not captured.
+        """
+        call: dict[str, Any] = {"input_ids": input_ids, "max_new_tokens": max_new_tokens, **arguments}
+        self.why = self._never or self._refuse_call(arguments)
+        if self.why is not None:
+            return self._generate(call)
+        cache, step = self._ready(input_ids, max_new_tokens)
+        self.why = "two steps run before one is replayed"
+        try:
+            with _in_place_of(self.model, step):
+                return self._generate(call | {"past_key_values": cache})
+        finally:
+            if step.why is not None:
+                self._never, self._cache, self._step = step.why, None, None
+            if step.why is not None or step.captured:
+                self.why = step.why
+
+    def _generate(self, call: dict[str, Any]) -> Tensor:
+        found: Tensor = self.model.generate(**call)
+        return found
+
+    def _refuse_call(self, arguments: dict[str, Any]) -> str | None:
+        asked = sorted(set(arguments) - _ALLOWED)
+        if asked:
+            return f"{asked[0]} was given to generate, and a captured step does not know it"
+        config = self.model.generation_config
+        for name, plain in _PLAIN.items():
+            value = getattr(config, name, None)
+            if value and value != plain:
+                return f"the generation config has {name} = {value}, and a captured step does not know it"
+        if getattr(config, "use_cache", None) is False:
+            return "the generation config has use_cache = False, and a step needs a cache"
+        mask = arguments.get("attention_mask")
+        if mask is not None and not bool(mask.all()):
+            return "prompts are padded, and a captured step takes sequences of one length"
+        return None
+
+    def _ready(self, prompt: Tensor, new: int) -> tuple[StepCache, Step]:
+        """A cache that is empty, and its step: those of before where they fit."""
+        weights, batch, need = _weights(self.model), prompt.shape[0], prompt.shape[1] + new
+        cache, step = self._cache, self._step
+        fits = (
+            cache is not None
+            and step is not None
+            and step.batch == batch
+            and weights[0] == self._weights[0]
+            and need <= cache.capacity <= 2 * (need + _GRAIN)
+        )
+        if not fits or cache is None or step is None:
+            self._cache = self._step = cache = step = None  # its memory first
+            config = self.model.config.get_text_config(decoder=True)
+            cache = StepCache(config, -(-need // _GRAIN) * _GRAIN, self.model.device)
+            step = Step(self.model, cache, batch)
+            self._cache, self._step, self._weights = cache, step, weights
+        cache.reset()
+        return cache, step
+
+
+class Step:
+    """One token for each sequence of a batch: [B, 1] ids to logits, over a `StepCache`.
+
+    The first call runs, and so compiles and loads all there is. The second is captured and replayed. The third does
+    both, and they must agree to the bit: whatever the host had worked out from the cache's length would be that of the
+    second. What cannot be captured, or disagrees, runs as the first did; `why` then says so.
+
+    Attributes:
+        why: why it is not replayed, in a sentence; None: it is, or will be.
+        captured: it is.
+    """
+
+    def __init__(self, model: Any, cache: StepCache, batch: int) -> None:
+        self.model, self.cache, self.batch = model, cache, batch
+        self.forward = model.forward
+        self.why: str | None = None
+        self.captured = False
+        self._added = activation_dtype(model) if _MASKS[model.config._attn_implementation] else None
+        self._one_mask = not hasattr(model.config.get_text_config(decoder=True), "layer_types")
+        with torch.inference_mode(False):
+            self.ids = torch.zeros(batch, 1, dtype=torch.int64, device=model.device)
+        self._runs = 0
+        self._replay: Callable[[], None] | None = None
+        self._output: Any = None
+
+    def __call__(self, ids: Tensor) -> Any:
+        """The model's output for the next token of each sequence."""
+        if self.cache.length >= self.cache.capacity:
+            raise IndexError(f"the cache has room for {self.cache.capacity} tokens")
+        self.ids.copy_(ids)
+        if self._runs == 1 and self.why is None:
+            self._capture()
+        if self._replay is None:
+            output = self.run()
+        elif not self.captured and self._runs > 1:
+            output = self._proved(self._replay)
+        else:
+            self._replay()
+            output = self._output
+        self._runs += 1
+        self.cache.length += 1
+        return output
+
+    def run(self) -> Any:
+        """What is captured: only tensors that stay where they are come in, and the position moves on."""
+        masks: Any = self.cache.begin_step(self._added)
+        if self._one_mask:
+            (masks,) = masks.values()
+        position = self.cache.position
+        output = self.forward(
+            input_ids=self.ids,
+            attention_mask=masks,
+            position_ids=position.expand(self.batch, 1),
+            past_key_values=self.cache,
+            use_cache=True,
+            return_dict=True,
+        )
+        position.add_(1)
+        return output
+
+    def _capture(self) -> None:
+        try:
+            self._replay, self._output = capture(self.run)
+        except Exception as error:  # noqa: BLE001 (whatever a model does that no graph can hold, it still runs)
+            text = str(error).splitlines()[0] if str(error) else "no message"
+            self.why = f"its step cannot be captured: {type(error).__name__}: {text}"
+
+    def _proved(self, replay: Callable[[], None]) -> Any:
+        """The output of running, once replaying has given the same."""
+        replay()
+        replayed = self._output.logits.clone()
+        self.cache.position.sub_(1)
+        output = self.run()
+        if torch.equal(output.logits, replayed):
+            self.captured = True
+        else:
+            self.why = "its captured step gave other logits than the step itself"
+            self._replay = self._output = None
+        return output
+
+
+def capture(run: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
+    """Record what `run` launches: (replays it, its output, which replaying fills). Nothing is computed yet."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = run()
+    return graph.replay, output
+
+
+def refuse(model: Any) -> str | None:
+    """None, or why the steps of a model cannot be captured, in a sentence."""
+    if model.device.type != "cuda":
+        return f"CUDA graphs are for CUDA, and the model is on {model.device.type}"
+    return refuse_model(model)
+
+
+def refuse_model(model: Any) -> str | None:
+    """None, or what about a model a `Step` does not know, wherever it is."""
+    config = model.config.get_text_config(decoder=True)
+    if model.config.is_encoder_decoder:
+        return "it has an encoder, which a captured step does not know"
+    strange = sorted(set(layer_kinds(config)) - set(KINDS))
+    if strange:
+        return f"it has layers of {strange[0]}, whose cache a captured step does not know"
+    if getattr(config, "num_kv_shared_layers", None):
+        return "its layers share keys, which a captured step does not know"
+    if hasattr(model, "create_masks_for_generate"):
+        return "it makes masks of its own, which a captured step does not know"
+    attention = model.config._attn_implementation
+    if attention not in _MASKS:
+        return f"its attention is {attention}, and captured steps hand a mask to {', '.join(_MASKS)}"
+    devices = set((getattr(model, "hf_device_map", None) or {}).values())
+    if len(devices) > 1:
+        return f"it lies on {len(devices)} devices"
+    return None
+
+
+def _weights(model: Any) -> tuple[list[int], list[Any]]:
+    """What a captured step reads: addresses and identities, and the packed weights, to be kept while these count."""
+    placed = [runner_of(module) for module in model.modules()]
+    held = [runner.placement for runner in placed if runner is not None]
+    addresses = [t.data_ptr() for t in (*model.parameters(), *model.buffers())]
+    return addresses + [id(placement) for placement in held], held
+
+
+@contextmanager
+def _in_place_of(model: Any, step: Step) -> Iterator[None]:
+    """While it lasts, a model that is called with the step's cache takes the step, once its prompt is in."""
+    forward, inputs, cache = model.forward, model.prepare_inputs_for_generation, step.cache
+
+    @functools.wraps(forward)  # transformers reads the signature
+    def forward_or_step(*args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("past_key_values") is not cache:
+            return forward(*args, **kwargs)
+        if cache.length:
+            return step(kwargs["input_ids"])
+        output = forward(*args, **kwargs)
+        cache.start(kwargs["input_ids"].shape[1])
+        return output
+
+    @functools.wraps(inputs)
+    def inputs_or_token(input_ids: Tensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        if kwargs.get("past_key_values") is cache and cache.length:
+            return {"input_ids": input_ids[:, -1:], "past_key_values": cache}
+        found: dict[str, Any] = inputs(input_ids, *args, **kwargs)
+        return found
+
+    names = {"forward": forward_or_step, "prepare_inputs_for_generation": inputs_or_token}
+    before = {name: model.__dict__.get(name) for name in names}
+    model.__dict__.update(names)
+    try:
+        yield
+    finally:
+        for name, old in before.items():
+            if old is None:
+                del model.__dict__[name]
+            else:
+                model.__dict__[name] = old
