@@ -59,7 +59,7 @@ def load(
         from microscale.integrations.hf.dummy import dummy_model
 
         with using(Options(backend, act, canary, place=False, checkpoint=path)) as options:
-            host = dummy_model(path, read_config(path), layers, dtype)
+            host = dummy_model(path, read_config(path), layers, dtype, target)
         return _ready(host, target, options, progress, kwargs)
     if layers is not None:
         raise CheckpointError(path, "layers can be cut with load_format='dummy' only")

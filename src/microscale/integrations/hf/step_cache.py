@@ -34,7 +34,7 @@ def layer_kinds(config: Any) -> list[str]:
     return ["full_attention"] * config.num_hidden_layers
 
 
-class StepLayer(CacheLayerMixin):  # type: ignore[misc]
+class StepLayer(CacheLayerMixin):
     """Keys and values of one layer: [B, key heads, slots, D], at one address for as long as it lives."""
 
     is_compileable = False  # else `generate` compiles the model, and makes masks of its own
@@ -43,7 +43,7 @@ class StepLayer(CacheLayerMixin):  # type: ignore[misc]
     values: Tensor
 
     def __init__(self, cache: StepCache, slots: int, sliding: bool) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.cache, self.slots, self.is_sliding = cache, slots, sliding
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -92,7 +92,7 @@ class StepLayer(CacheLayerMixin):  # type: ignore[misc]
             self.values.zero_()
 
 
-class StepCache(Cache):  # type: ignore[misc]
+class StepCache(Cache):
     """The cache of a batch whose sequences have one length.
 
     Attributes:
@@ -119,7 +119,7 @@ class StepCache(Cache):  # type: ignore[misc]
 
     def reset(self) -> None:
         """Forget everything, in place: the next tokens are a prompt."""
-        super().reset()
+        super().reset()  # type: ignore[no-untyped-call]
         self.length = 0
 
     def slot(self, slots: int) -> Tensor:
