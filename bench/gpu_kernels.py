@@ -179,11 +179,16 @@ def main() -> None:
     for name in formats:
         for what in args.only:
             layers, peer = made_layers(what, name, asked[name] is None)
+            if peer:
+                humming_kernels.compile_for(peer[:1], ["dense"], args.tokens)
             for tokens in args.tokens:
                 if what in MODELS:
                     made = moe_cell(MODELS[what], layers, tokens)
                     if asked[name] is None:
                         peer = [pack_experts(layer, made.biases) for layer in layers]
+                        if tokens == args.tokens[0]:
+                            routes = [m * MODELS[what].top_k for m in args.tokens]
+                            humming_kernels.compile_for([*peer[0]], [*humming_kernels.WAYS.values()], routes)
                     row = time_experts(made, layers, peaks, peer)
                 else:
                     row = time_linear(what, tokens, layers, peaks, peer)

@@ -10,7 +10,10 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import json
+import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
@@ -23,8 +26,7 @@ from microscale.activations import Activation
 from microscale.backends.adapters import humming as adapter
 from microscale.quant import QuantTensor
 
-WAYS = ("indexed", "grouped")
-_GEMM = {"indexed": "indexed", "grouped": "grouped_contiguous"}
+WAYS = {"indexed": "indexed", "grouped": "grouped_contiguous"}  # and the package's words
 
 
 def refuse(name: str) -> str | None:
@@ -68,11 +70,32 @@ def pack(w: QuantTensor, bias: Tensor | None = None) -> tuple[Any, dict[str, Ten
     return config, found
 
 
+def compile_for(weights: list[tuple[Any, dict[str, Tensor]]], kinds: list[str], rows: list[int]) -> None:
+    """Its kernels for so many rows each, side by side: one takes the compiler seconds."""
+    from humming.kernel.humming import HummingKernel
+
+    def one(job: tuple[Any, str, int]) -> None:
+        config, kind, m = job
+        how = _how(config, kind, m)
+        HummingKernel.prepare_kernels(config.to_str(), *(json.dumps(part) for part in how.values()))
+
+    jobs = [(config, kind, m) for config, _ in weights for kind in kinds for m in rows]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(one, jobs))
+
+
+def _how(config: Any, kind: str, rows: int) -> dict[str, Any]:
+    from humming.tune import get_heuristics_config
+
+    tuned = get_heuristics_config(config, shape_m=rows, gemm_type=kind)
+    return {"compute_config": {"gemm_type": kind}, "tuning_config": tuned}
+
+
 def linear(x: Tensor, w: tuple[Any, dict[str, Tensor]]) -> Tensor:
     """[M, K] -> [M, N]."""
     from humming.forward import humming_forward
 
-    y: Tensor = humming_forward(w[0], inputs=x, **w[1], compute_config={"gemm_type": "dense"})
+    y: Tensor = humming_forward(w[0], inputs=x, **w[1], **_how(w[0], "dense", x.shape[0]))
     return y
 
 
@@ -114,12 +137,12 @@ def _grouped(
 ) -> Tensor:
     from humming.forward import humming_forward, may_process_input
 
-    compute = {"gemm_type": "grouped_contiguous"}
+    how = [_how(w[0], "grouped_contiguous", weights.numel()) for w in (w13, w2)]
     rows = torch.empty(place.numel(), x.shape[1], dtype=x.dtype, device=x.device)
     rows, _, _ = may_process_input(w13[0], x, outputs=rows, layout="scatter", scatter_idx=place)
-    h = humming_forward(w13[0], inputs=rows, **w13[1], expert_layout=offsets, compute_config=compute)
+    h = humming_forward(w13[0], inputs=rows, **w13[1], **how[0], expert_layout=offsets)
     h, _, _ = may_process_input(w2[0], h, **activation)
-    y = humming_forward(w2[0], inputs=h, **w2[1], expert_layout=offsets, compute_config=compute)
+    y = humming_forward(w2[0], inputs=h, **w2[1], **how[1], expert_layout=offsets)
     return _combine(y, weights, place)
 
 
@@ -139,12 +162,10 @@ def _activation(a: Activation) -> dict[str, str]:
 def _blocks(ids: Tensor, *configs: Any) -> list[dict[str, Tensor]]:
     """Each product's routes by expert, in blocks of as many as its kernel for this many takes."""
     from humming.testing.data import generate_moe_tensors
-    from humming.tune import get_heuristics_config
 
     found = []
     for config in configs:
-        tuned = get_heuristics_config(config, gemm_type="indexed")
-        size = next(c["block_shape"][0] for low, high, c in tuned if low < ids.numel() <= high)
+        size = _how(config, "indexed", ids.numel())["tuning_config"]["block_shape"][0]
         made = generate_moe_tensors(ids.int(), config.num_experts, "indexed", block_size_config=size)
         found.append(dict(zip(("sorted_ids", "expert_ids", "num_tokens_padded"), made[2:], strict=True)))
     return found

@@ -113,7 +113,8 @@ def run_on_device(interpreted: bool) -> None:
     environment.pop("TRITON_INTERPRET", None)
     if interpreted:
         environment["TRITON_INTERPRET"] = "1"
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", here / "triton_on_device.py"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    command += [here / "triton_on_device.py", here / "triton_step_on_device.py"]
     result = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert result.returncode == 0, result.stdout[-20000:] + result.stderr[-2000:]
 

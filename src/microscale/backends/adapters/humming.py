@@ -25,8 +25,6 @@ from microscale.quant import QuantTensor
 
 REPACKS = True  # see `contract.Contract`
 
-_DENSE = {"gemm_type": "dense", "use_batch_invariant": True}
-_GROUPED = {"gemm_type": "grouped_contiguous", "use_batch_invariant": True}
 _ELEMENTS = {
     "e2m1": "float4e2m1",
     "e2m3": "float6e2m3",
@@ -160,17 +158,23 @@ def moe(
 
 
 def _product(x: Tensor, w: Packed, bias: Tensor | None, act: Format | None) -> Tensor:
-    return _forward(as_bf16(x, act), w, compute_config=_DENSE)
+    return _forward(as_bf16(x, act), w, "dense")
 
 
 def _grouped(rows: Tensor, w: Packed, offsets: Tensor, bias: Tensor | None, act: Format | None) -> Tensor:
-    return _forward(as_bf16(rows, act), w, compute_config=_GROUPED, expert_layout=offsets)
+    return _forward(as_bf16(rows, act), w, "grouped_contiguous", expert_layout=offsets)
 
 
-def _forward(x: Tensor, w: Packed, **options: Any) -> Tensor:
+def _forward(x: Tensor, w: Packed, kind: str, **options: Any) -> Tensor:
     from humming.forward import humming_forward
+    from humming.tune import get_heuristics_config
 
-    y: Tensor = humming_forward(w.config, inputs=x, **w.tensors, **options)
+    how = {"gemm_type": kind, "use_batch_invariant": True}
+    # For these rows alone: without it the package compiles its kernels for every number of rows at the first call.
+    tuned = get_heuristics_config(w.config, shape_m=x.shape[0], device=x.device, **how)
+    y: Tensor = humming_forward(
+        w.config, inputs=x, **w.tensors, compute_config=how, tuning_config=tuned, **options
+    )
     return y
 
 

@@ -88,7 +88,7 @@ def _ready(
 
     host = host.to(target).eval()
     place_all(host, options.placer(), progress)
-    if target.type == "cpu" and kwargs.get("attn_implementation") is None:
+    if target.type in ("cpu", "cuda") and kwargs.get("attn_implementation") is None:
         fuse_sinks(host)
     return host
 

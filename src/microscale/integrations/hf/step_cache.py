@@ -99,6 +99,7 @@ class StepCache(Cache):
         capacity: tokens that fit.
         length: tokens so far, as the host counts them; 0: the prompt comes next.
         position: of the token that a step takes, int64 [1] on the device.
+        steps: the layers.
     """
 
     def __init__(self, config: Any, capacity: int, device: torch.device) -> None:
@@ -106,7 +107,8 @@ class StepCache(Cache):
         window = min(getattr(config, "sliding_window", None) or capacity, capacity)
         kinds = layer_kinds(config)
         self.widths = {k: window if k == "sliding_attention" else capacity for k in dict.fromkeys(kinds)}
-        super().__init__(layers=[StepLayer(self, self.widths[k], k == "sliding_attention") for k in kinds])
+        self.steps = [StepLayer(self, self.widths[k], k == "sliding_attention") for k in kinds]
+        super().__init__(layers=list(self.steps))
         with torch.inference_mode(False):
             self.position = torch.zeros(1, dtype=torch.int64, device=device)
             self._places = torch.arange(capacity, device=device)
