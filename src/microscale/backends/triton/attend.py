@@ -17,7 +17,7 @@ from torch import Tensor
 from microscale.backends.triton import tiles
 
 _KEYS = 64  # that a program looks at in a step
-_SPANS = 64  # at most
+_SPANS = 64  # at most; always as many are put together, so that the sum has one order
 
 
 @triton.jit
@@ -157,19 +157,20 @@ def attend(
     )
     strides: tuple[int, ...] = (0, 0)
     if mask is not None:
+        # As wide as the rest: Triton orders a product's columns by the narrowest number that goes into it.
+        mask = mask.to(query.dtype)
         strides = (mask.stride(0) if mask.shape[0] > 1 else 0, mask.stride(3))
-        mask = mask.view(torch.uint8)
     with tiles.on(query.device):
         _span_kernel[(pairs, spans)](
             y, sums, peaks, totals, query, key, value, mask, position, sinks, scaling, keys, spans, key_heads,
             *query.stride()[:2], *key.stride()[:3], *value.stride()[:3], *strides,
             GROUP=group, ROWS=max(16, triton.next_power_of_2(group)), D=width, WIDTH=wide, KEYS=_KEYS,
             STEPS=steps, ONE=spans == 1, MASKED=mask is not None, RING=position is not None,
-            num_warps=4,
+            num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip
         if spans > 1:
             _together_kernel[(batch * heads,)](
                 y, sums, peaks, totals, sinks, heads, spans,
-                D=width, WIDTH=wide, ROUND=triton.next_power_of_2(spans),
+                D=width, WIDTH=wide, ROUND=_SPANS, enable_fp_fusion=False,
             )  # fmt: skip
     return y

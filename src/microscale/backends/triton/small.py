@@ -1,4 +1,4 @@
-"""What else a decoded token needs, each in one kernel where torch has many: norms, and the turn of queries and keys."""
+"""What else a token needs, each in one kernel where torch has many: norms, routes, the turn of queries and keys."""
 
 from __future__ import annotations
 
@@ -98,3 +98,47 @@ def turn_and_store(
             num_warps=1, enable_fp_fusion=False,
         )  # fmt: skip
     return y
+
+
+@triton.jit
+def _route_kernel(ids, weights, logits, E, TOP_K: tl.constexpr, SLOTS: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    e, t = tl.arange(0, BLOCK), tl.arange(0, SLOTS)
+    left = tl.load(logits + row * E + e, mask=e < E, other=float("-inf")).to(tl.float32)
+    left = tl.where(left == left, left, float("inf"))  # a NaN is chosen, and spreads
+    left = tl.where(e < E, left, float("-inf"))
+    free = e < E
+    chosen = tl.full((SLOTS,), float("-inf"), tl.float32)
+    expert = tl.zeros((SLOTS,), tl.int32)
+    for i in tl.static_range(TOP_K):
+        best = tl.max(left, 0)
+        at = tl.min(tl.where(free & (left == best), e, BLOCK), 0)
+        chosen = tl.where(t == i, best, chosen)
+        expert = tl.where(t == i, at, expert)
+        free = free & (e != at)
+        left = tl.where(e == at, float("-inf"), left)
+    share = tl.exp(chosen - tl.max(chosen, 0))
+    share = share / tl.sum(share, 0)
+    tl.store(ids + row * TOP_K + t, expert.to(tl.int64), mask=t < TOP_K)
+    tl.store(weights + row * TOP_K + t, share.to(weights.dtype.element_ty), mask=t < TOP_K)
+
+
+def route(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """The greatest logits of each row, softmax over them in float32, rounded to their dtype.
+
+    Among equal ones the lower expert is first. A row with a NaN or an infinity has weights that are NaN.
+
+    Args:
+        logits: [M, E], contiguous, with E of at least `top_k`.
+    Returns:
+        weights [M, top_k], and int64 ids [M, top_k].
+    """
+    rows, experts = logits.shape
+    weights = torch.empty(rows, top_k, dtype=logits.dtype, device=logits.device)
+    ids = torch.empty(rows, top_k, dtype=torch.int64, device=logits.device)
+    with tiles.on(logits.device):
+        _route_kernel[(rows,)](
+            ids, weights, logits, experts, TOP_K=top_k, SLOTS=triton.next_power_of_2(top_k),
+            BLOCK=triton.next_power_of_2(experts), num_warps=1,
+        )  # fmt: skip
+    return weights, ids

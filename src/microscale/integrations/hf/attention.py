@@ -37,10 +37,9 @@ def fuse_sinks(model: Any) -> bool:
     AttentionMaskInterface.register(NAME, sdpa_mask)
     model.set_attn_implementation(NAME)
     if model.device.type == "cuda" and "triton" in dict(detect().packages):
-        from microscale.integrations.hf.gpt_oss import take_attention, take_norms
+        from microscale.integrations.hf.gpt_oss import take_steps
 
-        take_attention(model)
-        take_norms(model)
+        take_steps(model)
     return True
 
 

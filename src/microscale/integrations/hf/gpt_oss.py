@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssAttention, GptOssRMSNorm, GptOssTopKRouter
 
@@ -24,6 +25,22 @@ class DenseGptOssRouter(DenseModule, GptOssTopKRouter):  # type: ignore[misc]
         logits = self.product(hidden_states)
         chosen, ids = torch.topk(logits, self.top_k, dim=-1)
         return logits, torch.softmax(chosen, dim=1, dtype=chosen.dtype), ids
+
+
+class StepGptOssRouter(GptOssTopKRouter):
+    """A GptOssTopKRouter that chooses for few rows on CUDA in one kernel."""
+
+    def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """[M, H] -> logits [M, E], softmax over the chosen [M, T], their ids [M, T]."""
+        x = hidden_states
+        if not (x.is_cuda and x.shape[0] <= ROWS and _plain(x, self.weight)):
+            found: tuple[Tensor, Tensor, Tensor] = super().forward(x)  # type: ignore[no-untyped-call]
+            return found
+        from microscale.backends.triton.small import route
+
+        logits = F.linear(x, self.weight, self.bias)
+        weights, ids = route(logits, self.top_k)
+        return logits, weights, ids
 
 
 class DenseGptOssRMSNorm(GptOssRMSNorm):
@@ -94,8 +111,11 @@ def take_norms(model: nn.Module) -> None:
             module.__class__ = DenseGptOssRMSNorm
 
 
-def take_attention(model: nn.Module) -> None:
-    """Make a model's attention this. Its sinks must be fused: steps come with masks of bools."""
+def take_steps(model: nn.Module) -> None:
+    """Make a model's attention, routers and norms these, on CUDA. Its sinks must be fused: masks are of bools."""
+    take_norms(model)
     for module in model.modules():
         if type(module) is GptOssAttention:
             module.__class__ = StepGptOssAttention
+        elif type(module) is GptOssTopKRouter:
+            module.__class__ = StepGptOssRouter
