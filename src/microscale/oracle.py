@@ -77,6 +77,10 @@ def _float32(problem: Problem) -> Accumulation:
     return FLOAT32
 
 
+def _not_compared(problem: Problem) -> str | None:
+    return None
+
+
 @dataclass(frozen=True)
 class Backend:
     """One way to run quantised layers.
@@ -89,6 +93,7 @@ class Backend:
         proven: where it ran for us, in words; shown by `explain` so that untried hardware is not mistaken for tried.
         before: an added backend's place in the table: in front of the one of this name.
         accumulation: how the hardware that would run a problem adds up products; for the error budgets.
+        compared: how it was faster or slower than those behind it in a problem, in a sentence; None: not measured.
     """
 
     name: str
@@ -98,6 +103,7 @@ class Backend:
     proven: str = ""
     before: str = "emulation"
     accumulation: Callable[[Problem], Accumulation] = _float32
+    compared: Callable[[Problem], str | None] = _not_compared
 
 
 @dataclass(frozen=True)
@@ -123,9 +129,16 @@ class Choice:
         acts = f"stay {p.dtype}" if p.act == "a16" else f"are quantised to {p.act}"
         return f"activations {acts}; {self.backend.accumulation(p).sentence}"
 
+    @property
+    def compared(self) -> str | None:
+        """A sentence on how the chosen backend does beside one behind it; None: not measured."""
+        return self.backend.compared(self.problem)
+
     def explain(self) -> str:
-        """One line for the chosen backend and one for each refused one."""
+        """One line for the chosen backend, one on how it compares if that was measured, one for each refused one."""
         lines = [f"+ {self.backend.name}: {self.backend.how}"]
+        if self.compared is not None:
+            lines.append(f"  {self.compared}")
         return "\n".join(lines + [f"- {name}: {why}" for name, why in self.refused])
 
 

@@ -257,6 +257,7 @@ def _placed_document(p: Placed, plan: Plan) -> dict[str, Any]:
         }
         if backend.name != HOST:
             document |= {
+                "compared": p.choice.compared,
                 "numerics": p.choice.numerics,
                 "proven": {"on": backend.proven, "here": proven(backend, plan.machine, plan.device)},
             }
@@ -302,9 +303,10 @@ def _show_reasons(plan: Plan) -> None:
                 p.refused,
                 p.choice.skipped if p.choice else (),
                 p.choice.numerics if p.choice else "",
+                p.choice.compared if p.choice else None,
             )
             answers.setdefault(key, []).append(p.layer.name)
-    for (backend, refused, skipped, numerics), names in answers.items():
+    for (backend, refused, skipped, numerics, compared), names in answers.items():
         say(f"{', '.join(dict.fromkeys(names))}:")
         if backend is None:
             say("no backend: every one refused", indent=2)
@@ -313,6 +315,8 @@ def _show_reasons(plan: Plan) -> None:
             if backend.name != HOST:
                 say(numerics, indent=4, hang=0)
                 say(_proven_line(backend, plan), indent=4, hang=0)
+                if compared is not None:
+                    say(compared, indent=4, hang=0)
         for name, why in refused:
             say(f"- {name}: {why}", indent=2)
         if skipped:

@@ -17,6 +17,7 @@ from transformers.masking_utils import sdpa_mask
 from microscale.backends import autograd
 from microscale.canary import DTYPES
 from microscale.machine import detect
+from microscale.nn import device_kind
 
 NAME = "microscale_sinks"  # the word for transformers' `attn_implementation`
 _ARCHITECTURES = ("gpt_oss",)  # those whose modules hand their sinks over as `s_aux`
@@ -36,11 +37,20 @@ def fuse_sinks(model: Any) -> bool:
     AttentionInterface.register(NAME, sink_attention)
     AttentionMaskInterface.register(NAME, sdpa_mask)
     model.set_attn_implementation(NAME)
-    if model.device.type == "cuda" and "triton" in dict(detect().packages):
+    if triton_steps(model.device):
         from microscale.integrations.hf.gpt_oss import take_steps
 
         take_steps(model)
     return True
+
+
+def triton_steps(device: torch.device) -> bool:
+    """Whether a token's attention, norms and routes are Triton's there: where they ran for us, or nearly."""
+    return (
+        device_kind(device) == "cuda"
+        and "triton" in dict(detect().packages)
+        and torch.cuda.get_device_capability(device) >= (8, 0)
+    )
 
 
 def sink_attention(
@@ -102,7 +112,7 @@ def _one(query: Tensor, key: Tensor, value: Tensor, sinks: Tensor) -> bool:
     return (
         query.is_cuda
         and query.shape[2] == 1
-        and "triton" in dict(detect().packages)
+        and triton_steps(query.device)
         and all(t.dtype is sinks.dtype and t.stride(-1) == 1 for t in tensors)
         and sinks.dtype in DTYPES.values()
         and not torch.compiler.is_compiling()

@@ -12,7 +12,7 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssAttention, GptOss
 from microscale.backends import autograd
 from microscale.canary import DTYPES
 from microscale.dense import ROWS, DenseModule
-from microscale.integrations.hf.attention import NAME
+from microscale.integrations.hf.attention import NAME, triton_steps
 from microscale.integrations.hf.step_cache import StepCache
 from microscale.machine import detect
 
@@ -54,7 +54,7 @@ class DenseGptOssRMSNorm(GptOssRMSNorm):
                 from microscale.backends import cpu_core
 
                 return cpu_core.rms_norm(x, w, self.variance_epsilon)
-            if x.is_cuda:
+            if triton_steps(x.device):
                 from microscale.backends.triton.small import rms_norm
 
                 return rms_norm(x, w, self.variance_epsilon)

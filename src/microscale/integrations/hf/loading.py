@@ -83,12 +83,13 @@ def load(
 def _ready(
     host: Any, target: torch.device, options: Options, progress: Progress | None, kwargs: dict[str, Any]
 ) -> Any:
-    from microscale.integrations.hf.attention import fuse_sinks
+    from microscale.integrations.hf.attention import fuse_sinks, triton_steps
     from microscale.integrations.hf.quantizer import place_all
 
     host = host.to(target).eval()
     place_all(host, options.placer(), progress)
-    if target.type in ("cpu", "cuda") and kwargs.get("attn_implementation") is None:
+    ours = target.type == "cpu" or triton_steps(target)
+    if ours and kwargs.get("attn_implementation") is None:
         fuse_sinks(host)
     return host
 
