@@ -202,3 +202,51 @@ def test_routing_and_sums_compile(layout: Any, target: str) -> None:
     given |= {"y": "*bf16", "shares": "*fp32", "TOP_K": 4, "PDL": target == "sm_90"}
     for kernel in (routing._route_kernel, routing._count_kernel, routing._place_kernel, total._total_kernel):
         assert compile_ahead(kernel, target, given, {}) > 0
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("dtype", POINTERS, ids=str)
+def test_kernels_of_a_step_compile_for_gpus_that_are_not_here(target: str, dtype: torch.dtype) -> None:
+    pytest.importorskip("triton", reason="triton is not installed")
+    attend, small = (import_module(f"microscale.backends.triton.{n}") for n in ("attend", "small"))
+    given: dict[str, Any] = {
+        **dict.fromkeys(("y", "x", "w", "q", "k", "v", "mask", "sinks", "cos", "sin"), POINTERS[dtype]),
+        **dict.fromkeys(("logits", "weights", "values"), POINTERS[dtype]),
+        **dict.fromkeys(("sums", "peaks", "totals"), "*fp32"),
+        **dict.fromkeys(("position", "slot", "ids"), "*i64"),
+        **dict.fromkeys(("scaling", "eps"), "fp32"),
+        "D": 64,
+        "WIDTH": 64,
+        "ROUND": 64,
+        "KEYS": 64,
+        "STEPS": 2,
+        "GROUP": 8,
+        "ROWS": 16,
+        "HEADS": 64,
+        "HALF": 32,
+    }
+    strides = [f"{t}_{d}" for t in ("k", "v", "keys", "values") for d in "bhk"]
+    integers = (
+        "keys",
+        "spans",
+        "key_heads",
+        "heads",
+        "N",
+        "E",
+        "q_b",
+        "q_h",
+        "mask_b",
+        "mask_k",
+        "turns_b",
+        *strides,
+    )
+    given |= dict.fromkeys(integers, "i32")
+    for masked, ring in ((False, False), (True, False), (False, True)):
+        flags = {"MASKED": masked, "RING": ring, "ONE": not ring}
+        assert compile_ahead(attend._span_kernel, target, given | flags, {"num_warps": 4}) > 0
+    assert compile_ahead(attend._together_kernel, target, given, {}) > 0
+    assert compile_ahead(small._rms_norm_kernel, target, given | {"BLOCK": 4096}, {"num_warps": 8}) > 0
+    turn = given | {"keys": POINTERS[dtype], "BLOCK": 32}
+    assert compile_ahead(small._turn_kernel, target, turn, {"num_warps": 1}) > 0
+    routes = given | {"TOP_K": 4, "SLOTS": 4, "BLOCK": 128}
+    assert compile_ahead(small._route_kernel, target, routes, {"num_warps": 1}) > 0
