@@ -140,6 +140,12 @@ def pack_experts(layer: tuple[Any, Any], biases: tuple[Any, Any]) -> tuple[Any, 
     return w13, w2
 
 
+def compile_experts(peer: tuple[Any, Any], top_k: int, tokens: list[int]) -> None:
+    """A peer's kernels for all cells of a model."""
+    ways = [(humming_kernels.WAYS[way], m * top_k) for m in tokens for way in humming_kernels.ways(m)]
+    humming_kernels.compile_for([*peer], ways)
+
+
 def line(row: dict[str, Any]) -> str:
     """Of the table, in Markdown."""
     bf16 = f"{row['bf16']:.1f}" if "bf16" in row else ""
@@ -187,14 +193,7 @@ def main() -> None:
                     if asked[name] is None:
                         peer = [pack_experts(layer, made.biases) for layer in layers]
                         if tokens == args.tokens[0]:
-                            humming_kernels.compile_for(
-                                [*peer[0]],
-                                [
-                                    (humming_kernels.WAYS[way], m * MODELS[what].top_k)
-                                    for m in args.tokens
-                                    for way in humming_kernels.ways(m)
-                                ],
-                            )
+                            compile_experts(peer[0], MODELS[what].top_k, args.tokens)
                     row = time_experts(made, layers, peaks, peer)
                 else:
                     row = time_linear(what, tokens, layers, peaks, peer)

@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from microscale.activations import Activation
-from microscale.backends.adapters import humming as adapter
+from microscale.backends.adapters.humming import PAD_K, PAD_N
 from microscale.quant import QuantTensor
 
 # In the package's words. Sorting pays from some hundred tokens on, so either way is timed only where it may win.
@@ -35,7 +35,7 @@ def refuse(name: str) -> str | None:
     """None, or why weights in a format cannot be timed here."""
     if importlib.util.find_spec("humming") is None:
         return "the package humming-kernels is not installed"
-    if name not in ("mxfp4",):
+    if name != "mxfp4":
         return f"it is timed with mxfp4, not with {name}"
     return None
 
@@ -63,8 +63,8 @@ def pack(w: QuantTensor, bias: Tensor | None = None) -> tuple[Any, dict[str, Ten
         k,
         schema,
         num_experts=lead[0] if lead else None,
-        pad_n_to_multiple=adapter._PAD_N,
-        pad_k_to_multiple=adapter._PAD_K,
+        pad_n_to_multiple=PAD_N,
+        pad_k_to_multiple=PAD_K,
         has_bias=bias is not None,
         torch_dtype=torch.bfloat16,
         device=w.device,

@@ -5,17 +5,26 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from original import write
-from transformers import MistralConfig, MistralForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 import microscale
 from microscale.integrations.hf import graph
+from microscale.integrations.hf import step as step_module
 from microscale.integrations.hf.attention import fuse_sinks
-from microscale.integrations.hf.graph import Decoder, refuse_model
+from microscale.integrations.hf.graph import Decoder, capacity_for, refuse_model
 from microscale.integrations.hf.step_cache import StepCache
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -86,7 +95,7 @@ def anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
 
         return lambda: output.update(now=run()), Output()
 
-    monkeypatch.setattr(graph, "capture", again)
+    monkeypatch.setattr(step_module, "capture", again)
     monkeypatch.setattr(graph, "refuse", refuse_model)
 
 
@@ -123,7 +132,7 @@ def test_tokens_are_those_of_transformers(tmp_path: Path, make: Callable[[Path],
 def test_logits_of_each_step_are_those_without_a_cache(tmp_path: Path, make: Callable[[Path], Any]) -> None:
     model, ids = make(tmp_path), prompt(2, 30)
     cache = StepCache(model.config, 32, model.device)
-    step = graph.Step(model, cache, 2)
+    step = step_module.Step(model, cache, 2)
     with torch.no_grad():
         whole = model(ids).logits
         first = model(ids[:, :3], past_key_values=cache).logits
@@ -148,6 +157,8 @@ def test_a_step_is_kept_for_the_next_prompt(tmp_path: Path) -> None:
     assert torch.equal(decoder.generate(ids, 10), first)
     decoder.generate(prompt(1, 30), 100)
     assert decoder._step is step
+    decoder.generate(prompt(1, 30), 2)
+    assert decoder.why is None, "it was captured before"
     decoder.generate(prompt(2, 6), 10)
     assert decoder._step is not step, "it is for another batch"
     step = decoder._step
@@ -178,7 +189,7 @@ def test_what_cannot_be_captured_still_runs(tmp_path: Path, monkeypatch: pytest.
     def fails(run: Callable[[], Any]) -> Any:
         raise RuntimeError("operation not permitted when stream is capturing\nmore")
 
-    monkeypatch.setattr(graph, "capture", fails)
+    monkeypatch.setattr(step_module, "capture", fails)
     decoder = Decoder(model)
     for _ in range(2):
         assert torch.equal(decoder.generate(ids, 12), wanted)
@@ -191,7 +202,7 @@ def test_a_step_that_is_not_the_same_each_time_is_not_replayed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, ids = gpt_oss(tmp_path), prompt(1, 5)
-    wanted, real = eager(model, ids, 12), graph.capture
+    wanted, real = eager(model, ids, 12), step_module.capture
 
     def stale(run: Callable[[], Any]) -> Any:
         replay, output = real(run)
@@ -202,7 +213,7 @@ def test_a_step_that_is_not_the_same_each_time_is_not_replayed(
 
         return wrong, output
 
-    monkeypatch.setattr(graph, "capture", stale)
+    monkeypatch.setattr(step_module, "capture", stale)
     decoder = Decoder(model)
     decoder.generate(ids, 12)
     assert decoder.why == "its captured step gave other logits than the step itself"
@@ -237,6 +248,40 @@ def test_refusals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "linear_attention" in str(refuse_model(changed))
     monkeypatch.setattr(model.config, "_attn_implementation", "flash_attention_2")
     assert "flash_attention_2" in str(refuse_model(model))
+
+
+def test_models_that_prepare_their_own_inputs_are_refused() -> None:
+    config = BloomConfig(hidden_size=32, n_layer=1, n_head=2, vocab_size=64)
+    assert "in a way of its own" in str(refuse_model(BloomForCausalLM(config)))
+
+
+def test_capacities_grow_in_steps() -> None:
+    assert [capacity_for(n) for n in (1, 256, 257, 2048, 2112, 100_000)] == [
+        256,
+        256,
+        512,
+        2048,
+        2560,
+        114_688,
+    ]
+    for n in range(1, 70_000, 997):
+        assert n <= capacity_for(n) <= max(256, 1.25 * n + 256)
+        assert capacity_for(capacity_for(n)) == capacity_for(n)
+
+
+def test_a_cache_that_would_fill_the_gpu_is_not_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, ids = gpt_oss(tmp_path), prompt(1, 5)
+    decoder = Decoder(model)
+    wanted = eager(model, ids, 5)
+    monkeypatch.setattr(type(model), "device", SimpleNamespace(type="cuda"))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (100_000, 1 << 30))
+    assert "GB at once, and 0.0 GB are free" in str(decoder._refuse_room(1, 1 << 16))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1 << 40, 1 << 40))
+    assert decoder._refuse_room(1, 1 << 16) is None
+    monkeypatch.undo()
+    assert torch.equal(wanted, eager(model, ids, 5))
 
 
 def test_a_cpu_has_no_graphs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

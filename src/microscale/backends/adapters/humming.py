@@ -37,7 +37,7 @@ _SCALE_VIEWS = {"e8m0": "float8_e8m0fnu", "e4m3": "float8_e4m3fn"}
 # Its kernels hold weights up to this many powers of two below their values, and scale the result back.
 _SHIFT = 4
 # Padding inside the packed form: rows and columns that every kernel of the package divides into its tiles.
-_PAD_N, _PAD_K = 256, 128
+PAD_N, PAD_K = 256, 128
 
 
 @dataclass(eq=False)
@@ -90,8 +90,8 @@ def pack(w: QuantTensor) -> Packed:
         k,
         schema,
         num_experts=lead[0] if lead else None,
-        pad_n_to_multiple=_PAD_N,
-        pad_k_to_multiple=_PAD_K,
+        pad_n_to_multiple=PAD_N,
+        pad_k_to_multiple=PAD_K,
         torch_dtype=torch.bfloat16,
         device=w.device,
     )

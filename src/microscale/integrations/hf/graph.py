@@ -8,19 +8,21 @@ do, and everything around the model's forward (sampling, stopping, streaming) st
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import GenerationMixin
 
-from microscale.integrations.hf.attention import NAME
-from microscale.integrations.hf.quantizer import activation_dtype
+from microscale.integrations.hf.step import MASKS, Step
 from microscale.integrations.hf.step_cache import KINDS, StepCache, layer_kinds
+from microscale.kv_cache import kv_cache
 from microscale.nn import runner_of
 
-_GRAIN = 256  # tokens that a cache's capacity is a multiple of; masks must be aligned, too
+_GRAIN = 256  # tokens that a cache's capacity is a multiple of at the least; masks must be aligned, too
+_ROOM = 0.5  # of the free memory that a cache may take at once; transformers' own grows
 _MASKS = {
     "eager": True,
     "sdpa": False,
@@ -44,6 +46,8 @@ _PLAIN = {
     "cache_implementation": None,
     "prefill_chunk_size": None,
     "prompt_lookup_num_tokens": None,
+    "dola_layers": None,
+    "penalty_alpha": None,
     "output_attentions": False,
     "output_hidden_states": False,
 }
@@ -72,10 +76,13 @@ class Decoder:
             arguments: of `generate`. Some, such as beams, are for steps that are not captured.
         """
         call: dict[str, Any] = {"input_ids": input_ids, "max_new_tokens": max_new_tokens, **arguments}
-        self.why = self._never or self._refuse_call(arguments)
+        capacity = capacity_for(input_ids.shape[1] + max_new_tokens)
+        self.why = (
+            self._never or self._refuse_call(arguments) or self._refuse_room(input_ids.shape[0], capacity)
+        )
         if self.why is not None:
             return self._generate(call)
-        cache, step = self._ready(input_ids, max_new_tokens)
+        cache, step = self._ready(input_ids.shape[0], capacity)
         self.why = "two steps run before one is replayed"
         try:
             with _in_place_of(self.model, step):
@@ -106,114 +113,40 @@ class Decoder:
             return "prompts are padded, and a captured step takes sequences of one length"
         return None
 
-    def _ready(self, prompt: Tensor, new: int) -> tuple[StepCache, Step]:
-        """A cache that is empty, and its step: those of before where they fit."""
-        weights, batch, need = _weights(self.model), prompt.shape[0], prompt.shape[1] + new
+    def _refuse_room(self, batch: int, capacity: int) -> str | None:
+        if self.model.device.type != "cuda" or self._fits(batch, capacity):
+            return None
+        kv = kv_cache(self.model.config.get_text_config(decoder=True))
+        early = min(capacity, kv.window) if kv.window else capacity
+        wanted = batch * (early * kv.per_token + (capacity - early) * kv.beyond)
+        free, _ = torch.cuda.mem_get_info(self.model.device)
+        if wanted <= _ROOM * free:
+            return None
+        return f"its cache would take {wanted / 1e9:.1f} GB at once, and {free / 1e9:.1f} GB are free"
+
+    def _fits(self, batch: int, capacity: int) -> bool:
+        """Whether the cache of before is for this batch, and neither too small nor far too large."""
         cache, step = self._cache, self._step
-        fits = (
-            cache is not None
-            and step is not None
-            and step.batch == batch
-            and weights[0] == self._weights[0]
-            and need <= cache.capacity <= 2 * (need + _GRAIN)
-        )
-        if not fits or cache is None or step is None:
+        same = cache is not None and step is not None and step.batch == batch
+        return same and cache is not None and capacity <= cache.capacity <= 2 * capacity
+
+    def _ready(self, batch: int, capacity: int) -> tuple[StepCache, Step]:
+        """A cache that is empty, and its step: those of before where they fit."""
+        weights = _weights(self.model)
+        cache, step = self._cache, self._step
+        if cache is None or step is None or not self._fits(batch, capacity) or weights[0] != self._weights[0]:
             self._cache = self._step = cache = step = None  # its memory first
-            config = self.model.config.get_text_config(decoder=True)
-            cache = StepCache(config, -(-need // _GRAIN) * _GRAIN, self.model.device)
+            cache = StepCache(self.model.config.get_text_config(decoder=True), capacity, self.model.device)
             step = Step(self.model, cache, batch)
             self._cache, self._step, self._weights = cache, step, weights
         cache.reset()
         return cache, step
 
 
-class Step:
-    """One token for each sequence of a batch: [B, 1] ids to logits, over a `StepCache`.
-
-    The first call runs, and so compiles and loads all there is. The second is captured and replayed. The third does
-    both, and they must agree to the bit: whatever the host had worked out from the cache's length would be that of the
-    second. What cannot be captured, or disagrees, runs as the first did; `why` then says so.
-
-    Attributes:
-        why: why it is not replayed, in a sentence; None: it is, or will be.
-        captured: it is.
-    """
-
-    def __init__(self, model: Any, cache: StepCache, batch: int) -> None:
-        self.model, self.cache, self.batch = model, cache, batch
-        self.forward = model.forward
-        self.why: str | None = None
-        self.captured = False
-        self._added = activation_dtype(model) if _MASKS[model.config._attn_implementation] else None
-        self._one_mask = not hasattr(model.config.get_text_config(decoder=True), "layer_types")
-        with torch.inference_mode(False):
-            self.ids = torch.zeros(batch, 1, dtype=torch.int64, device=model.device)
-        self._runs = 0
-        self._replay: Callable[[], None] | None = None
-        self._output: Any = None
-
-    def __call__(self, ids: Tensor) -> Any:
-        """The model's output for the next token of each sequence."""
-        if self.cache.length >= self.cache.capacity:
-            raise IndexError(f"the cache has room for {self.cache.capacity} tokens")
-        self.ids.copy_(ids)
-        if self._runs == 1 and self.why is None:
-            self._capture()
-        if self._replay is None:
-            output = self.run()
-        elif not self.captured and self._runs > 1:
-            output = self._proved(self._replay)
-        else:
-            self._replay()
-            output = self._output
-        self._runs += 1
-        self.cache.length += 1
-        return output
-
-    def run(self) -> Any:
-        """What is captured: only tensors that stay where they are come in, and the position moves on."""
-        masks: Any = self.cache.begin_step(self._added)
-        if self._one_mask:
-            (masks,) = masks.values()
-        position = self.cache.position
-        output = self.forward(
-            input_ids=self.ids,
-            attention_mask=masks,
-            position_ids=position.expand(self.batch, 1),
-            past_key_values=self.cache,
-            use_cache=True,
-            return_dict=True,
-        )
-        position.add_(1)
-        return output
-
-    def _capture(self) -> None:
-        try:
-            self._replay, self._output = capture(self.run)
-        except Exception as error:  # noqa: BLE001 (whatever a model does that no graph can hold, it still runs)
-            text = str(error).splitlines()[0] if str(error) else "no message"
-            self.why = f"its step cannot be captured: {type(error).__name__}: {text}"
-
-    def _proved(self, replay: Callable[[], None]) -> Any:
-        """The output of running, once replaying has given the same."""
-        replay()
-        replayed = self._output.logits.clone()
-        self.cache.position.sub_(1)
-        output = self.run()
-        if torch.equal(output.logits, replayed):
-            self.captured = True
-        else:
-            self.why = "its captured step gave other logits than the step itself"
-            self._replay = self._output = None
-        return output
-
-
-def capture(run: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
-    """Record what `run` launches: (replays it, its output, which replaying fills). Nothing is computed yet."""
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        output = run()
-    return graph.replay, output
+def capacity_for(tokens: int) -> int:
+    """Of a cache for so many tokens, in steps of up to a quarter, so that a conversation rarely needs another."""
+    grain = max(_GRAIN, 1 << max(tokens.bit_length() - 3, 0))
+    return -(-tokens // grain) * grain
 
 
 def refuse(model: Any) -> str | None:
@@ -233,11 +166,12 @@ def refuse_model(model: Any) -> str | None:
         return f"it has layers of {strange[0]}, whose cache a captured step does not know"
     if getattr(config, "num_kv_shared_layers", None):
         return "its layers share keys, which a captured step does not know"
-    if hasattr(model, "create_masks_for_generate"):
-        return "it makes masks of its own, which a captured step does not know"
+    own = type(model).prepare_inputs_for_generation is not GenerationMixin.prepare_inputs_for_generation
+    if own or hasattr(model, "create_masks_for_generate"):
+        return "it makes its inputs or masks in a way of its own, which a captured step does not know"
     attention = model.config._attn_implementation
-    if attention not in _MASKS:
-        return f"its attention is {attention}, and captured steps hand a mask to {', '.join(_MASKS)}"
+    if attention not in MASKS:
+        return f"its attention is {attention}, and captured steps hand a mask to {', '.join(MASKS)}"
     devices = set((getattr(model, "hf_device_map", None) or {}).values())
     if len(devices) > 1:
         return f"it lies on {len(devices)} devices"
