@@ -276,6 +276,8 @@ def test_a_cache_that_would_fill_the_gpu_is_not_taken(
     decoder = Decoder(model)
     wanted = eager(model, ids, 5)
     monkeypatch.setattr(type(model), "device", SimpleNamespace(type="cuda"))
+    for name in ("memory_reserved", "memory_allocated"):
+        monkeypatch.setattr(torch.cuda, name, lambda device: 0)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (100_000, 1 << 30))
     assert "GB at once, and 0.0 GB are free" in str(decoder._refuse_room(1, 1 << 16))
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1 << 40, 1 << 40))

@@ -114,7 +114,11 @@ class Decoder:
         kv = kv_cache(self.model.config.get_text_config(decoder=True))
         early = min(capacity, kv.window) if kv.window else capacity
         wanted = batch * (early * kv.per_token + (capacity - early) * kv.beyond)
-        free, _ = torch.cuda.mem_get_info(self.model.device)
+        where = self.model.device
+        free, _ = torch.cuda.mem_get_info(where)
+        free += torch.cuda.memory_reserved(where) - torch.cuda.memory_allocated(
+            where
+        )  # torch holds it, unused
         if wanted <= _ROOM * free:
             return None
         return f"its cache would take {wanted / 1e9:.1f} GB at once, and {free / 1e9:.1f} GB are free"
