@@ -1,8 +1,13 @@
-"""How fast the Triton kernels are on this CUDA GPU: `python bench/gpu_kernels.py [--formats all] [--json FILE]`.
+"""How fast the Triton kernels are on this CUDA GPU.
+
+    python bench/gpu_kernels.py [--formats all] [--peers humming] [--json FILE]
 
 Bfloat16 activations; experts with their routing, and linears. Prints a table in Markdown. First a small problem of each
 kind is compared with float64. Calls are captured in a CUDA graph, with other routes and, where weights are small, other
 weights each time, so that no cache holds them. Microseconds are the median of replays.
+
+With `--peers humming` the package humming-kernels multiplies the same weights in the same run: its graph and ours are
+replayed in turn, and its results are compared with ours. `peers/humming_kernels.py` says how it is called.
 """
 
 from __future__ import annotations
@@ -20,9 +25,11 @@ from microscale.backends import triton as backend
 from microscale.bench.gpu import (
     LINEARS,
     MODELS,
+    MoeCell,
+    Times,
     ceilings,
     floor,
-    microseconds,
+    interleaved,
     moe_cell,
     moe_layers,
     random_routes,
@@ -31,6 +38,7 @@ from microscale.bench.gpu import (
 from microscale.formats import FORMATS
 from microscale.quant import quantize
 from microscale.tolerance import linear_budget, moe_budget
+from peers import humming_kernels
 
 TOKENS = (1, 8, 32, 64, 128, 256, 512, 2048, 8192)
 
@@ -66,16 +74,88 @@ def check(name: str) -> None:
         )
 
 
-def time_linear(name: str, tokens: int, weights: list[Any], peaks: tuple[float, float]) -> dict[str, Any]:
-    """One cell, and what torch takes for the same product of bfloat16."""
+def time_linear(
+    name: str, tokens: int, weights: list[Any], peaks: tuple[float, float], peer: list[Any]
+) -> dict[str, Any]:
+    """One cell, what torch takes for the same product of bfloat16, and what a peer does for the same weights."""
     n, k = LINEARS[name]
     x = torch.randn(tokens, k, device="cuda").bfloat16()
     plain = [torch.randn(n, k, device="cuda").bfloat16() for _ in range(4)]
     read = n * k * weights[0].format.bits_per_weight / 8 + 2 * tokens * (n + k)
-    used = weights if tokens <= 128 else weights[:4]
-    us = microseconds([partial(backend.linear, x, w) for w in used])
-    bf16 = microseconds([partial(torch.nn.functional.linear, x, p) for p in plain])
-    return {"us": us, "floor": floor(read, 2.0 * tokens * n * k, peaks), "bf16": bf16}
+    used = len(weights) if tokens <= 128 else 4
+    kinds: dict[str, Any] = {
+        "us": [partial(backend.linear, x, w) for w in weights[:used]],
+        "bf16": [partial(torch.nn.functional.linear, x, p) for p in plain],
+    }
+    if peer:
+        kinds["humming"] = [partial(humming_kernels.linear, x, w) for w in peer[:used]]
+        agree(f"{name}, {tokens} tokens", kinds["us"][0](), kinds["humming"][0]())
+    return cell(interleaved(kinds), floor(read, 2.0 * tokens * n * k, peaks))
+
+
+def time_experts(
+    made: MoeCell, layers: list[Any], peaks: tuple[float, float], peer: list[Any]
+) -> dict[str, Any]:
+    """One cell, and what a peer takes for the same weights and routes."""
+    b13, b2 = made.biases
+    kinds: dict[str, Any] = {"us": [partial(backend.moe, *g, b13=b13, b2=b2) for g in made.given]}
+    for way in humming_kernels.ways(made.given[0][0].shape[0]) if peer else ():
+        kinds[f"humming {way}"] = [
+            humming_kernels.experts(way, *g[:3], *peer[i % len(layers)], g[5])
+            for i, g in enumerate(made.given)
+        ]
+        agree(f"experts, {way}", kinds["us"][0](), kinds[f"humming {way}"][0]())
+    return cell(interleaved(kinds), floor(made.read, made.operations, peaks))
+
+
+def agree(what: str, ours: torch.Tensor, theirs: torch.Tensor) -> None:
+    """A peer that computes something else is not timed. It rounds more often than we do."""
+    error = ((theirs.double() - ours.double()).norm() / ours.double().norm()).item()
+    assert error <= 1e-2, f"{what}: humming's result is {error:.3g} away from ours"
+
+
+def cell(times: dict[str, Times], least: float) -> dict[str, Any]:
+    """A row of the table: medians, and quartiles beside them."""
+    row: dict[str, Any] = {"floor": least} | {name: t.median for name, t in times.items()}
+    row["quartiles"] = {name: (t.low, t.high) for name, t in times.items()}
+    theirs = {name: t.median for name, t in times.items() if name.startswith("humming")}
+    if theirs:
+        row["peer"] = min(theirs, key=theirs.__getitem__)
+    return row
+
+
+def made_layers(what: str, name: str, peer: bool) -> tuple[list[Any], list[Any]]:
+    """Layers of a model or a linear in a format, and of linears a peer's copies."""
+    if what in MODELS:
+        return moe_layers(MODELS[what], name, 1 if what == "gpt-oss-120b" else 2), []
+    n, k = LINEARS[what]
+    bytes_each = n * k * FORMATS[name].bits_per_weight / 8
+    layers = [random_weights(name, n, k) for _ in range(max(4, int(3.5e8 / bytes_each)))]
+    return layers, [humming_kernels.pack(backend.unpack(w)) for w in layers] if peer else []
+
+
+def pack_experts(layer: tuple[Any, Any], biases: tuple[Any, Any]) -> tuple[Any, Any]:
+    """A peer's w13 and w2, which hold the biases, too."""
+    w13, w2 = (humming_kernels.pack(backend.unpack(w), b) for w, b in zip(layer, biases, strict=True))
+    return w13, w2
+
+
+def compile_experts(peer: tuple[Any, Any], top_k: int, tokens: list[int]) -> None:
+    """A peer's kernels for all cells of a model."""
+    ways = [(humming_kernels.WAYS[way], m * top_k) for m in tokens for way in humming_kernels.ways(m)]
+    humming_kernels.compile_for([*peer], ways)
+
+
+def line(row: dict[str, Any]) -> str:
+    """Of the table, in Markdown."""
+    bf16 = f"{row['bf16']:.1f}" if "bf16" in row else ""
+    peer, times = "", ""
+    if "peer" in row:
+        way = row["peer"].removeprefix("humming").strip()
+        peer, times = f"{row[row['peer']]:.1f} {way}".strip(), f"{row[row['peer']] / row['us']:.2f}"
+    part = row["floor"] / row["us"]
+    head = f"| {row['format']} | {row['what']} | {row['tokens']} | {row['us']:.1f} | {part:.2f} "
+    return f"{head}| {bf16} | {peer} | {times} |"
 
 
 def main() -> None:
@@ -83,6 +163,9 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=[*MODELS, *LINEARS], choices=[*MODELS, *LINEARS])
     parser.add_argument("--formats", nargs="*", default=["mxfp4"], choices=[*FORMATS, "all"])
     parser.add_argument("--tokens", nargs="*", type=int, default=TOKENS)
+    parser.add_argument(
+        "--peers", nargs="*", default=[], choices=["humming"], help="time these packages, too"
+    )
     parser.add_argument("--json", type=Path, help="write the rows here too")
     args = parser.parse_args()
     formats = list(FORMATS) if "all" in args.formats else args.formats
@@ -92,31 +175,31 @@ def main() -> None:
     peaks = ceilings()
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}: ", end="")
     print(f"reads {peaks[0]:.0f} GB/s, {peaks[1]:.0f} TFLOP/s in bfloat16\n")
-    print("| format | layer | tokens | us | of the floor | torch bf16 us |")
-    print("| --- | --- | ---: | ---: | ---: | ---: |")
+    asked = {name: humming_kernels.refuse(name) if args.peers else "" for name in formats}
+    for name, why in asked.items():
+        if why:
+            print(f"humming is not timed beside {name}: {why}\n")
+    print("| format | layer | tokens | us | of the floor | torch bf16 us | humming us | humming / ours |")
+    print("| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |")
     rows = []
     for name in formats:
         for what in args.only:
-            layers: list[Any]
-            if what in MODELS:
-                layers = moe_layers(MODELS[what], name, 1 if what == "gpt-oss-120b" else 2)
-            else:
-                n, k = LINEARS[what]
-                bytes_each = n * k * FORMATS[name].bits_per_weight / 8
-                layers = [random_weights(name, n, k) for _ in range(max(4, int(3.5e8 / bytes_each)))]
+            layers, peer = made_layers(what, name, asked[name] is None)
+            if peer:
+                humming_kernels.compile_for(peer[:1], [("dense", m) for m in args.tokens])
             for tokens in args.tokens:
                 if what in MODELS:
-                    cell = moe_cell(MODELS[what], layers, tokens)
-                    b13, b2 = cell.biases
-                    us = microseconds([partial(backend.moe, *g, b13=b13, b2=b2) for g in cell.given])
-                    row = {"us": us, "floor": floor(cell.read, cell.operations, peaks)}
+                    made = moe_cell(MODELS[what], layers, tokens)
+                    if asked[name] is None:
+                        peer = [pack_experts(layer, made.biases) for layer in layers]
+                        if tokens == args.tokens[0]:
+                            compile_experts(peer[0], MODELS[what].top_k, args.tokens)
+                    row = time_experts(made, layers, peaks, peer)
                 else:
-                    row = time_linear(what, tokens, layers, peaks)
+                    row = time_linear(what, tokens, layers, peaks, peer)
                 rows.append({"format": name, "what": what, "tokens": tokens} | row)
-                bf16 = f"{row['bf16']:.1f}" if "bf16" in row else ""
-                part = row["floor"] / row["us"]
-                print(f"| {name} | {what} | {tokens} | {row['us']:.1f} | {part:.2f} | {bf16} |", flush=True)
-            del layers
+                print(line(rows[-1]), flush=True)
+            del layers, peer
             torch.cuda.empty_cache()
     if args.json:
         found = {
@@ -124,6 +207,8 @@ def main() -> None:
             "torch": torch.__version__,
             "triton": triton.__version__,
         }
+        if None in asked.values():
+            found["humming"] = humming_kernels.version()
         args.json.write_text(json.dumps(found | {"peaks": peaks, "rows": rows}, indent=1))
 
 

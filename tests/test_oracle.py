@@ -284,3 +284,25 @@ def test_table_ends_with_emulation_and_every_backend_says_how() -> None:
     assert names[-1] == "emulation"
     assert len(set(names)) == len(names)
     assert all(b.how for b in table())
+
+
+def test_a_choice_says_how_it_compares_where_that_was_measured() -> None:
+    h200 = INVENTED["h200"]
+    qwen = replace(MOE, n=2048, k=2048, intermediate=768, experts=128, top_k=8, activation=Activation("silu"))
+
+    def said(problem: Problem, machine: Machine = h200) -> str | None:
+        return choose(problem.on(machine), BACKENDS).compared
+
+    ours = said(MOE)
+    assert ours is not None
+    assert ours.endswith("on an NVIDIA H200: humming took 1.08 to 1.74 times as long, for 1 to 8192 tokens")
+    assert ours in choose(MOE.on(h200), BACKENDS).explain()
+    behind = str(said(qwen))
+    assert (
+        "humming took 1.11 to 1.83 times as long, but 0.96 to 0.98 times for 2048 and 8192 tokens" in behind
+    )
+    assert "but not in this shape: in others humming took 1.02 to 1.39 times as long" in str(said(MXFP4))
+    assert said(replace(MXFP4, dtype="fp16")) is None
+    assert said(replace(MXFP4, weight="nvfp4")) is None
+    assert said(MOE, INVENTED["b200"]) is None
+    assert said(MOE, INVENTED["zen5"]) is None

@@ -7,6 +7,7 @@ from microscale.formats import FORMATS, Format, get_format
 from microscale.integrations import hf as _hf
 
 if TYPE_CHECKING:
+    from microscale.integrations.hf.graph import Decoder
     from microscale.quant import QuantTensor, dequantize, quantize
 
 __version__ = "0.1.0"
@@ -32,6 +33,10 @@ def __getattr__(name: str) -> Any:
         from microscale import quant
 
         return getattr(quant, name)
+    if name == "Decoder":
+        from microscale.integrations.hf.graph import Decoder
+
+        return Decoder
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
@@ -41,6 +46,7 @@ __all__ = [
     "FORMATS",
     "BackendError",
     "CheckpointError",
+    "Decoder",
     "Format",
     "FormatError",
     "MicroscaleError",

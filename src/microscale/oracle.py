@@ -81,6 +81,10 @@ def _unsaid(problem: Problem) -> str:
     return ""
 
 
+def _not_compared(problem: Problem) -> str | None:
+    return None
+
+
 @dataclass(frozen=True)
 class Backend:
     """One way to run quantised layers.
@@ -96,6 +100,7 @@ class Backend:
         arithmetic: what is multiplied, in a sentence that begins with one word: "native" (the hardware multiplies
             stored codes), "decoded" (weights become numbers of the activations' dtype first) or "emulated" (all become
             float32 numbers, and PyTorch multiplies them).
+        compared: how it was faster or slower than those behind it in a problem, in a sentence; None: not measured.
     """
 
     name: str
@@ -106,6 +111,7 @@ class Backend:
     before: str = "emulation"
     accumulation: Callable[[Problem], Accumulation] = _float32
     arithmetic: Callable[[Problem], str] = _unsaid
+    compared: Callable[[Problem], str | None] = _not_compared
 
 
 @dataclass(frozen=True)
@@ -136,9 +142,16 @@ class Choice:
         """A sentence on what is multiplied; empty where a backend of another package says nothing."""
         return self.backend.arithmetic(self.problem)
 
+    @property
+    def compared(self) -> str | None:
+        """A sentence on how the chosen backend does beside one behind it; None: not measured."""
+        return self.backend.compared(self.problem)
+
     def explain(self) -> str:
-        """One line for the chosen backend and one for each refused one."""
+        """One line for the chosen backend, one on how it compares if that was measured, one for each refused one."""
         lines = [f"+ {self.backend.name}: {self.backend.how}"]
+        if self.compared is not None:
+            lines.append(f"  {self.compared}")
         return "\n".join(lines + [f"- {name}: {why}" for name, why in self.refused])
 
 

@@ -9,7 +9,7 @@ from concurrent.futures import Future
 
 import pytest
 import torch
-from triton_ahead import KERNELS, PRODUCTS, TARGETS, Job, Made, pool, run
+from triton_ahead import KERNELS, POINTERS, PRODUCTS, STEP, TARGETS, Job, Made, pool, run
 
 from microscale.backends.triton_rules import refuse
 from microscale.formats import FORMATS
@@ -18,12 +18,14 @@ from microscale.oracle import Problem
 
 
 def everything() -> list[Job]:
-    """Every kernel for every target; products of every format in bfloat16, and two more linears of each.
+    """Every kernel for every target; those of a step in every dtype; products of every format in bfloat16, and two
+    more linears of each.
 
     One of those has the largest tile, where memory could be short, and one another dtype. Where E8M0 scales go, into
     the tile or on the sums, takes turns.
     """
-    jobs = [Job(t, kernel) for t in TARGETS for kernel in KERNELS if kernel not in PRODUCTS]
+    jobs = [Job(t, kernel) for t in TARGETS for kernel in KERNELS if kernel not in (*PRODUCTS, *STEP)]
+    jobs += [Job(t, kernel, dtype=dtype) for t in TARGETS for kernel in STEP for dtype in POINTERS]
     for t, target in enumerate(TARGETS):
         for f, (name, fmt) in enumerate(FORMATS.items()):
             powers = fmt.scale == "e8m0"

@@ -137,8 +137,25 @@ KERNELS = {
     "count": ("routing", "_count_kernel"),
     "place": ("routing", "_place_kernel"),
     "total": ("total", "_total_kernel"),
+    "span": ("attend", "_span_kernel"),
+    "masked_span": ("attend", "_span_kernel"),
+    "ring_span": ("attend", "_span_kernel"),
+    "together": ("attend", "_together_kernel"),
+    "norm": ("small", "_rms_norm_kernel"),
+    "turn": ("small", "_turn_kernel"),
+    "choose": ("small", "_route_kernel"),
 }
 PRODUCTS = ("linear", "w13", "w2")
+# Those of a decoded token beside its products: what distinguishes each, and its warps.
+STEP: dict[str, tuple[dict[str, Any], int]] = {
+    "span": ({"MASKED": False, "RING": False, "ONE": True}, 4),
+    "masked_span": ({"MASKED": True, "RING": False, "ONE": True}, 4),
+    "ring_span": ({"MASKED": False, "RING": True, "ONE": False}, 4),
+    "together": ({}, 4),
+    "norm": ({"BLOCK": 4096}, 8),
+    "turn": ({"BLOCK": 32}, 1),
+    "choose": ({"TOP_K": 4, "SLOTS": 4, "BLOCK": 128}, 1),
+}
 
 
 @dataclass(frozen=True)
@@ -147,7 +164,8 @@ class Job:
 
     Attributes:
         kernel: of `KERNELS`.
-        format, dtype, tokens, bias: of a product: weights, activations, how many tokens meet each matrix.
+        format, tokens, bias: of a product: weights, how many tokens meet each matrix.
+        dtype: activations, of a product or a kernel of `STEP`.
         in_tile: E8M0 scales go into the tile; else, as those of random bytes do, on the sums.
     """
 
@@ -168,6 +186,8 @@ class Job:
             f"M{self.tokens}",
         ]
         words += [w for w, on in (("in_tile", self.in_tile), ("no_bias", not self.bias)) if on]
+        if self.kernel in STEP:
+            return f"{self.target}-{self.kernel}-{words[3]}"
         return "-".join(words if self.format else words[:2])
 
 
@@ -175,7 +195,12 @@ def run(job: Job) -> Made:
     """Compile one job."""
     module, function = KERNELS[job.kernel]
     kernel = getattr(import_module(f"microscale.backends.triton.{module}"), function)
-    given, options = product(job) if job.format else (routes(job.target), {})
+    if job.format:
+        given, options = product(job)
+    elif job.kernel in STEP:
+        given, options = step(job)
+    else:
+        given, options = routes(job.target), {}
     return made(job.target, lambda: compiled(kernel, job.target, given, options))
 
 
@@ -220,6 +245,33 @@ def routes(target: str) -> dict[str, Any]:
     given |= {"ids": "*i64", "expert_map": "*i64", "HAS_MAP": True, "y": "*bf16", "shares": "*fp32"}
     given |= {"BLOCK_M": 16, "BLOCK_E": 128, "BLOCK": 256, "TILES": 8, "TOP_K": 4}
     return given | {"PDL": target == "sm_90"}
+
+
+def step(job: Job) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(arguments, compiler's options) of a decoded token's other kernels, in gpt-oss' shapes."""
+    flags, warps = STEP[job.kernel]
+    own = POINTERS[job.dtype]
+    given: dict[str, Any] = dict.fromkeys(
+        ("y", "x", "w", "q", "k", "v", "mask", "sinks", "cos", "sin", "logits", "weights", "values"), own
+    )
+    given |= dict.fromkeys(("sums", "peaks", "totals"), "*fp32")
+    given |= dict.fromkeys(("position", "slot", "ids"), "*i64") | dict.fromkeys(("scaling", "eps"), "fp32")
+    strides = [f"{t}_{d}" for t in ("k", "v", "keys", "values") for d in "bhk"]
+    counts = ["spans", "key_heads", "heads", "N", "E", "q_b", "q_h", "mask_b", "mask_k", "turns_b"]
+    given |= dict.fromkeys(strides + counts, "i32")
+    given["keys"] = own if job.kernel == "turn" else "i32"  # a cache; how many there are
+    given |= {
+        "D": 64,
+        "WIDTH": 64,
+        "ROUND": 64,
+        "KEYS": 64,
+        "STEPS": 2,
+        "GROUP": 8,
+        "ROWS": 16,
+        "HEADS": 64,
+        "HALF": 32,
+    }
+    return given | flags, {"num_warps": warps}
 
 
 @cache

@@ -89,6 +89,20 @@ def test_timing_is_refused_where_the_core_does_not_run(
     assert "--timing looks into the C++ core, and the model would run on cuda" in result.stderr
 
 
+def test_why_tokens_are_not_replayed_is_said(cli: Cli, tiny: Path) -> None:
+    options = ("--max-new-tokens", "4", "--device", "cpu")
+    why = "CUDA graphs are for CUDA, and the model is on cpu"
+    assert document(cli("run", tiny, "abc", *options, "--json"))["graph"] == {
+        "replayed": False,
+        "why_not": why,
+    }
+    found = document(cli("run", tiny, "abc", *options, "--no-graph", "--json"))
+    assert found["graph"] == {"replayed": False, "why_not": "CUDA graphs are switched off"}
+    assert "graph" not in cli("run", tiny, "abc", *options).stderr, "nobody expects one on a CPU"
+    if detect().core:
+        assert f"not from a graph: {why}" in cli("run", tiny, "abc", *options, "--timing").stderr
+
+
 def test_a_prompt_comes_through_a_pipe(cli: Cli, tiny: Path) -> None:
     found = document(cli("run", tiny, "--max-new-tokens", "2", "--json", input="from a pipe"))
     assert found["prompt"] == "from a pipe"

@@ -17,6 +17,7 @@ from microscale.backends.adapters.torch_scaled_rules import refuse as refuse_tor
 from microscale.backends.adapters.xpu_kernels_rules import refuse as refuse_xpu_kernels
 from microscale.backends.contract import Contract
 from microscale.backends.cpu_rules import refuse as refuse_cpu
+from microscale.backends.measured import beside_humming
 from microscale.backends.triton_rules import refuse as refuse_triton
 from microscale.oracle import Backend, Problem
 
@@ -28,10 +29,9 @@ def _refuse_nothing(problem: Problem) -> str | None:
 
 
 # Native first, emulation last: the order is the only priority. Adapters to other packages stand behind our own
-# kernels: where both were measured (docs/benchmarks-gpu.md, NVIDIA H200) ours lead or tie but for a linear of
-# 8192 x 8192 at 128 tokens, and how many tokens will come is not known when a layer is placed. Elsewhere nothing was
-# measured. Among adapters, the one that needs no further package comes first, then those whose products take quantised
-# activations as they are, then the one that widens them to bf16.
+# kernels: `measured.py` has both in one run on an NVIDIA H200, and how many tokens will come is not known when a layer
+# is placed. Elsewhere nothing was measured. Among adapters, the one that needs no further package comes first, then
+# those whose products take quantised activations as they are, then the one that widens them to bf16.
 BACKENDS: tuple[Backend, ...] = (
     Backend(
         "cpu",
@@ -48,12 +48,14 @@ BACKENDS: tuple[Backend, ...] = (
         "weights decoded in registers, multiplied in the activations' dtype, summed in float32; routing on the device",
         proven="NVIDIA H200",
         arithmetic=arithmetic.triton,
+        compared=beside_humming,
     ),
     Backend(
         "torch_scaled",
         "microscale.backends.adapters.torch_scaled",
         refuse_torch_scaled,
         "torch's scaled_mm: both operands stay quantised, multiplied by the vendor's library; experts one by one",
+        proven="NVIDIA H200",
         accumulation=accumulation_torch_scaled,
         arithmetic=arithmetic.torch_scaled,
     ),
@@ -84,6 +86,7 @@ BACKENDS: tuple[Backend, ...] = (
         refuse_humming,
         "humming-kernels: weights decoded in registers, activations multiplied in bf16, in batch-invariant kernels",
         arithmetic=arithmetic.humming,
+        proven="NVIDIA H200",
     ),
     Backend(
         "emulation",

@@ -41,17 +41,32 @@ MODELS = {
 LINEARS = {"8192x8192": (8192, 8192), "5120x2880": (5120, 2880)}
 
 
-def microseconds(calls: list[Callable[[], object]], budget_ms: float = 40) -> float:
-    """Median of one call, all of them in one graph."""
-    for call in calls[:2]:
-        call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
+@dataclass(frozen=True)
+class Times:
+    """Microseconds of one call: the median of replays, and the quartiles around it."""
 
-    def once() -> float:
+    median: float
+    low: float
+    high: float
+
+
+def interleaved(kinds: dict[str, list[Callable[[], object]]], budget_ms: float = 40) -> dict[str, Times]:
+    """Times of calls of each kind, all calls of a kind in one graph, and the graphs replayed in turn.
+
+    Args:
+        budget_ms: that the replays of a kind may take, but there are 5 at least.
+    """
+    graphs = {}
+    for name, calls in kinds.items():
+        for call in calls[:2]:
+            call()
+        torch.cuda.synchronize()
+        graphs[name] = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graphs[name]):
+            for call in calls:
+                call()
+
+    def once(graph: torch.cuda.CUDAGraph) -> float:
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
         graph.replay()
@@ -59,9 +74,24 @@ def microseconds(calls: list[Callable[[], object]], budget_ms: float = 40) -> fl
         end.synchronize()
         return float(begin.elapsed_time(end))
 
-    once()
-    runs = max(5, min(25, int(budget_ms / max(once(), 0.05))))
-    return sorted(once() for _ in range(runs))[runs // 2] * 1e3 / len(calls)
+    for graph in graphs.values():
+        once(graph)
+    longest = max(once(graph) for graph in graphs.values())
+    runs = max(5, min(25, int(budget_ms / max(longest, 0.05))))
+    found: dict[str, list[float]] = {name: [] for name in kinds}
+    for _ in range(runs):
+        for name, graph in graphs.items():
+            found[name].append(once(graph) * 1e3 / len(kinds[name]))
+    order = {name: sorted(times) for name, times in found.items()}
+    return {
+        name: Times(*(times[i] for i in (runs // 2, runs // 4, runs - 1 - runs // 4)))
+        for name, times in order.items()
+    }
+
+
+def microseconds(calls: list[Callable[[], object]], budget_ms: float = 40) -> float:
+    """Median of one call, all of them in one graph."""
+    return interleaved({"": calls}, budget_ms)[""].median
 
 
 @triton.jit

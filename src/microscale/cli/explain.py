@@ -259,6 +259,7 @@ def _placed_document(p: Placed, plan: Plan) -> dict[str, Any]:
         }
         if backend.name != HOST:
             document |= {
+                "compared": p.choice.compared,
                 "numerics": p.choice.numerics,
                 "arithmetic": p.choice.arithmetic,
                 "proven": {"on": backend.proven, "here": proven(backend, plan.machine, plan.device)},
@@ -305,9 +306,10 @@ def _show_reasons(plan: Plan) -> None:
                 p.refused,
                 p.choice.skipped if p.choice else (),
                 (p.choice.numerics, p.choice.arithmetic) if p.choice else ("", ""),
+                p.choice.compared if p.choice else None,
             )
             answers.setdefault(key, []).append(p.layer.name)
-    for (backend, refused, skipped, (numerics, arithmetic)), names in answers.items():
+    for (backend, refused, skipped, (numerics, arithmetic), compared), names in answers.items():
         say(f"{', '.join(dict.fromkeys(names))}:")
         if backend is None:
             say("no backend: every one refused", indent=2)
@@ -317,6 +319,8 @@ def _show_reasons(plan: Plan) -> None:
                 for line in filter(None, (arithmetic, numerics)):
                     say(line, indent=4, hang=0)
                 say(_proven_line(backend, plan), indent=4, hang=0)
+                if compared is not None:
+                    say(compared, indent=4, hang=0)
         for name, why in refused:
             say(f"- {name}: {why}", indent=2)
         if skipped:

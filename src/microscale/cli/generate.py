@@ -14,6 +14,7 @@ from transformers.generation.streamers import BaseStreamer, TextStreamer
 from microscale.errors import MicroscaleError
 
 if TYPE_CHECKING:
+    from microscale import Decoder
     from microscale.cli.timing import Timing, Watch
 
 
@@ -60,6 +61,7 @@ class Generation:
         prefill, decode: seconds until the first token, and from there to the last.
         stopped: "length", "end" (the model ended it) or "interrupted".
         timing: where a decoded token's time went, if it was asked for and there are two.
+        eager: why tokens were not replayed from a CUDA graph; None: they were.
     """
 
     prompt_ids: list[int]
@@ -69,6 +71,7 @@ class Generation:
     decode: float = 0.0
     stopped: str = "length"
     timing: Timing | None = None
+    eager: str | None = None
 
     @property
     def prefill_rate(self) -> float:
@@ -82,7 +85,7 @@ class Generation:
 
 
 def generate(
-    model: Any,
+    decoder: Decoder,
     tokenizer: Any,
     prompt_ids: Sequence[int],
     settings: Settings,
@@ -98,6 +101,7 @@ def generate(
     Raises:
         MicroscaleError: the prompt is empty or as long as the model's context.
     """
+    model = decoder.model
     settings = _fitted(model, len(prompt_ids), settings)
     result = Generation(list(prompt_ids))
     streamer = _Stream(tokenizer, result, write, watch)
@@ -109,10 +113,10 @@ def generate(
     started = time.perf_counter()
     try:
         with torch.inference_mode(), watch.running() if watch else nullcontext():
-            model.generate(
-                input_ids=ids,
+            decoder.generate(
+                ids,
+                settings.max_new_tokens,
                 attention_mask=torch.ones_like(ids),
-                max_new_tokens=settings.max_new_tokens,
                 streamer=streamer,
                 **arguments,
             )
@@ -121,6 +125,7 @@ def generate(
         result.stopped = "interrupted"
         if not interruptible:
             raise
+    result.eager = decoder.why
     if streamer.times:
         result.prefill = streamer.times[0] - started
         result.decode = streamer.times[-1] - streamer.times[0]

@@ -70,6 +70,12 @@ def run(
     chat: Annotated[
         bool | None, typer.Option("--chat/--no-chat", help="Use the chat template; default: if there is one.")
     ] = None,
+    graph: Annotated[
+        bool,
+        typer.Option(
+            "--graph/--no-graph", help="On a GPU: replay each token from a CUDA graph where that can be."
+        ),
+    ] = True,
     timing: Annotated[
         bool,
         typer.Option(
@@ -111,6 +117,7 @@ def run(
         chat,
         tokenizer,
         timing=timing,
+        graph=graph,
         device=None if device is None else device.replace("rocm", "cuda"),
         backend=backend,
         act=act,
@@ -195,6 +202,7 @@ def _document(session: Session, prompt: str, result: Generation) -> dict[str, An
         "seed": session.settings.seed,
         "samples": session.settings.samples(session.model),
         "seconds": {"load": session.loading, "prefill": result.prefill, "decode": result.decode},
+        "graph": {"replayed": result.eager is None, "why_not": result.eager},
         "tokens_per_second": {"prefill": result.prefill_rate, "decode": result.decode_rate},
         **({"timing": result.timing.document()} if result.timing is not None else {}),
         "layers": session.layers(),

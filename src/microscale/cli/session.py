@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
-from microscale import load
+from microscale import Decoder, load
 from microscale.cli.generate import Generation, Settings, generate
 from microscale.cli.output import clean, progress, quiet_libraries, say
 from microscale.dense import DenseModule
@@ -35,6 +35,7 @@ class Session:
         chat: prompts go through the chat template.
         loading: seconds that it took.
         bytes: of weights that a decoded token reads; 0: nobody asked, and generations are not timed in detail.
+        graph: on a GPU, replay tokens from a CUDA graph where that can be.
     """
 
     name: str
@@ -44,6 +45,10 @@ class Session:
     chat: bool
     loading: float
     bytes: int = 0
+    graph: bool = True
+
+    def __post_init__(self) -> None:
+        self._decoder = Decoder(self.model, self.graph)
 
     def encode(self, prompt: str | None) -> tuple[str, list[int]]:
         """A prompt as text and ids. Without a tokenizer, `prompt` is ids in words, or None for random ones.
@@ -90,7 +95,7 @@ class Session:
             from microscale.cli.timing import Watch
 
             watch = Watch(self.bytes)
-        return generate(self.model, self.tokenizer, ids, self.settings, write, interruptible, watch)
+        return generate(self._decoder, self.tokenizer, ids, self.settings, write, interruptible, watch)
 
     def layers(self) -> list[dict[str, Any]]:
         """What runs each class of layers that were placed, and what its canary said."""
@@ -128,6 +133,8 @@ class Session:
         parts = [f"{self.name} on {self.model.device}: " + (", ".join(made) or "nothing is quantised")]
         if result is not None:
             parts.append(rates(result))
+            if result.timing is not None or self.model.device.type != "cpu":
+                parts.append(f"not from a graph: {result.eager}" if result.eager else "from a CUDA graph")
             if self.settings.samples(self.model):
                 parts.append(f"seed {self.settings.seed}")
         parts.append(f"loaded in {self.loading:.1f} s")
@@ -147,12 +154,20 @@ def _proofs(layer: dict[str, Any]) -> str:
 
 
 def open_session(
-    name: str, settings: Settings, chat: bool | None, tokenizer: Any, *, timing: bool = False, **options: Any
+    name: str,
+    settings: Settings,
+    chat: bool | None,
+    tokenizer: Any,
+    *,
+    timing: bool = False,
+    graph: bool = True,
+    **options: Any,
 ) -> Session:
     """Load a model. `options` go to `load`.
 
     Args:
         timing: generations note where a token's time goes.
+        graph: see `Session`.
 
     Raises:
         MicroscaleError: it cannot be loaded, or `chat` is asked for and there is no chat template.
@@ -165,7 +180,7 @@ def open_session(
     model = load(name, progress=lambda items: progress(items, "placing layers"), **options)
     loading = time.perf_counter() - started
     read = outline(name, layers=options.get("layers")).read if timing else 0
-    return Session(name, model, tokenizer, settings, template if chat is None else chat, loading, read)
+    return Session(name, model, tokenizer, settings, template if chat is None else chat, loading, read, graph)
 
 
 def tokenizer_of(name: str) -> Any:

@@ -1,6 +1,7 @@
 """humming-kernels 0.1.19 (PyPI wheel, cp310-abi3-manylinux_2_28_x86_64), the part for 16-bit activations.
 
-Signatures: transform.py (prepare_and_transform_humming_tensors), forward.py (humming_forward), schema/humming.py.
+Signatures: transform.py (prepare_and_transform_humming_tensors), forward.py (humming_forward), schema/humming.py,
+tune/__init__.py (get_heuristics_config).
 Checks: csrc/launcher/tensor.h (check_tensor_*), schema/base.py (validate_tensors). Layout: process.cuh in
 include/humming/kernel (weight_repack_nk, humming_pack_weight) step by step, transform_humming_weight_scale. The kernels
 read what the package packed, so the stub remembers what it packed and refuses anything else.
@@ -165,6 +166,9 @@ class Package:
         check(
             compute.get("use_batch_invariant") is True, "stream-K kernels need locks, and round partial sums"
         )
+        check(
+            tuning_config == _tuning(inputs.shape[0], compute["gemm_type"]), f"tuning_config {tuning_config}"
+        )
         n, k = config.shape_n - config.pad_shape_n, config.shape_k - config.pad_shape_k
         check(inputs.dtype == torch.bfloat16 and inputs.is_contiguous(), f"a: {inputs.dtype}")
         _shape("a", inputs, (inputs.shape[0], k))
@@ -195,6 +199,25 @@ class Package:
         for e, (a, b) in enumerate(itertools.pairwise(edges)):
             y[a:b] = inputs[a:b].double() @ values[e].T
         return y.to(torch.bfloat16)
+
+
+def get_heuristics_config(
+    layer_config: LayerConfig,
+    shape_m: int | None = None,
+    use_f16_accum: bool = False,
+    use_batch_invariant: bool = False,
+    use_m_major_input_scale: bool = False,
+    gemm_type: str | None = "dense",
+    device: Any = None,
+) -> Any:
+    check(shape_m is not None and shape_m > 0, f"shape_m {shape_m}")
+    check(use_batch_invariant, "the settings of stream-K")
+    assert shape_m is not None
+    return _tuning(shape_m, str(gemm_type))
+
+
+def _tuning(rows: int, gemm_type: str) -> dict[str, Any]:
+    return {"rows": rows, "gemm_type": gemm_type}
 
 
 def repack(codes: np.ndarray, bits: int, native: bool) -> np.ndarray:
@@ -273,4 +296,5 @@ def stub(monkeypatch: pytest.MonkeyPatch, native: bool = False) -> Package:
     }
     install(monkeypatch, "humming.transform", **made)
     install(monkeypatch, "humming.forward", humming_forward=package.humming_forward)
+    install(monkeypatch, "humming.tune", get_heuristics_config=get_heuristics_config)
     return package

@@ -26,8 +26,6 @@ from microscale.quant import QuantTensor
 
 REPACKS = True  # see `contract.Contract`
 
-_DENSE = {"gemm_type": "dense", "use_batch_invariant": True}
-_GROUPED = {"gemm_type": "grouped_contiguous", "use_batch_invariant": True}
 _ELEMENTS = {
     "e2m1": "float4e2m1",
     "e2m3": "float6e2m3",
@@ -40,7 +38,7 @@ _SCALE_VIEWS = {"e8m0": "float8_e8m0fnu", "e4m3": "float8_e4m3fn"}
 # Its kernels hold weights up to this many powers of two below their values, and scale the result back.
 _SHIFT = 4
 # Padding inside the packed form: rows and columns that every kernel of the package divides into its tiles.
-_PAD_N, _PAD_K = 256, 128
+PAD_N, PAD_K = 256, 128
 
 
 @dataclass(eq=False)
@@ -94,8 +92,8 @@ def pack(w: QuantTensor) -> Packed:
         k,
         schema,
         num_experts=lead[0] if lead else None,
-        pad_n_to_multiple=_PAD_N,
-        pad_k_to_multiple=_PAD_K,
+        pad_n_to_multiple=PAD_N,
+        pad_k_to_multiple=PAD_K,
         torch_dtype=torch.bfloat16,
         device=w.device,
     )
@@ -163,17 +161,23 @@ def moe(
 
 
 def _product(x: Tensor, w: Packed, bias: Tensor | None, act: Format | None) -> Tensor:
-    return _forward(as_bf16(x, act), w, compute_config=_DENSE)
+    return _forward(as_bf16(x, act), w, "dense")
 
 
 def _grouped(rows: Tensor, w: Packed, offsets: Tensor, bias: Tensor | None, act: Format | None) -> Tensor:
-    return _forward(as_bf16(rows, act), w, compute_config=_GROUPED, expert_layout=offsets)
+    return _forward(as_bf16(rows, act), w, "grouped_contiguous", expert_layout=offsets)
 
 
-def _forward(x: Tensor, w: Packed, **options: Any) -> Tensor:
+def _forward(x: Tensor, w: Packed, kind: str, **options: Any) -> Tensor:
     from humming.forward import humming_forward
+    from humming.tune import get_heuristics_config
 
-    y: Tensor = humming_forward(w.config, inputs=x, **w.tensors, **options)
+    how = {"gemm_type": kind, "use_batch_invariant": True}
+    # For these rows alone: without it the package compiles its kernels for every number of rows at the first call.
+    tuned = get_heuristics_config(w.config, shape_m=x.shape[0], device=x.device, **how)
+    y: Tensor = humming_forward(
+        w.config, inputs=x, **w.tensors, compute_config=how, tuning_config=tuned, **options
+    )
     return y
 
 

@@ -1,7 +1,7 @@
 """Attention with sinks (gpt-oss): prompts through PyTorch's fused kernels, which know none, and tokens through ours.
 
-transformers computes it eagerly: [heads, T, T] scores and all for a prompt, which on a CPU is most of the time of a
-long window, and for a token a copy of the whole cache for every head.
+transformers computes it eagerly: [heads, T, T] scores and all for a prompt, which is most of the time of a long one,
+and for a token a copy of the whole cache for every head.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from transformers.masking_utils import sdpa_mask
 from microscale.backends import autograd
 from microscale.canary import DTYPES
 from microscale.machine import detect
+from microscale.nn import device_kind
 
 NAME = "microscale_sinks"  # the word for transformers' `attn_implementation`
 _ARCHITECTURES = ("gpt_oss",)  # those whose modules hand their sinks over as `s_aux`
@@ -36,7 +37,20 @@ def fuse_sinks(model: Any) -> bool:
     AttentionInterface.register(NAME, sink_attention)
     AttentionMaskInterface.register(NAME, sdpa_mask)
     model.set_attn_implementation(NAME)
+    if triton_steps(model.device):
+        from microscale.integrations.hf.gpt_oss import take_steps
+
+        take_steps(model)
     return True
+
+
+def triton_steps(device: torch.device) -> bool:
+    """Whether a token's attention, norms and routes are Triton's there: where they ran for us, or nearly."""
+    return (
+        device_kind(device) == "cuda"
+        and "triton" in dict(detect().packages)
+        and torch.cuda.get_device_capability(device) >= (8, 0)
+    )
 
 
 def sink_attention(
@@ -73,6 +87,10 @@ def sink_attention(
             from microscale.backends import cpu_core
 
             return cpu_core.attend(query, key, value, attention_mask, s_aux, scaling), None
+    if not dropout and _one(query, key, value, s_aux):
+        from microscale.backends.triton.attend import attend
+
+        return attend(query, key, value, attention_mask, s_aux, scaling), None
     heads, length, width = query.shape[1:]
     repeat = heads // key.shape[1]
     causal = attention_mask is None and length > 1
@@ -86,6 +104,20 @@ def sink_attention(
     mask = None if attention_mask is None else F.pad(attention_mask, (_SLOTS, 0), value=True)
     out = F.scaled_dot_product_attention(query, key, value, mask, dropout, causal, scale=scaling)
     return out[:, :, _SLOTS if causal else 0 :, :width].transpose(1, 2).contiguous(), None
+
+
+def _one(query: Tensor, key: Tensor, value: Tensor, sinks: Tensor) -> bool:
+    """Whether the Triton kernel takes it: a query for each sequence, on CUDA."""
+    tensors = (query, key, value, sinks)
+    return (
+        query.is_cuda
+        and query.shape[2] == 1
+        and triton_steps(query.device)
+        and all(t.dtype is sinks.dtype and t.stride(-1) == 1 for t in tensors)
+        and sinks.dtype in DTYPES.values()
+        and not torch.compiler.is_compiling()
+        and not autograd.watched(*tensors)
+    )
 
 
 def _few(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, sinks: Tensor) -> bool:

@@ -52,34 +52,40 @@ def meta_model(config: Any) -> Any:
     return model
 
 
-def random_state(model: Any, seed: int = 0) -> dict[str, Tensor]:
-    """A value for every parameter of a meta model: random bytes for codes, moderate scales, small normals."""
-    generator = torch.Generator().manual_seed(seed)
-    state: dict[str, Tensor] = {}
+def fill(model: Any, device: torch.device, seed: int = 0) -> None:
+    """Give every parameter a value, on a device: random bytes for codes, moderate scales, small normals."""
+    generator = torch.Generator(device).manual_seed(seed)
     for name, p in model.named_parameters():
         if p.dtype == torch.uint8:
-            state[name] = _random_bytes(p.shape, generator)
+            value = _random_bytes(p.shape, generator)
             if name.endswith("_scales"):
-                state[name].remainder_(_SCALE_BYTES[1] - _SCALE_BYTES[0] + 1).add_(_SCALE_BYTES[0])
-        elif p.dim() < 2 and name.endswith("weight"):  # norms
-            state[name] = torch.ones(p.shape, dtype=p.dtype)
+                value.remainder_(_SCALE_BYTES[1] - _SCALE_BYTES[0] + 1).add_(_SCALE_BYTES[0])
         else:
-            state[name] = torch.empty(p.shape, dtype=p.dtype).normal_(0.0, 0.02, generator=generator)
-    return state
+            value = torch.empty(p.shape, dtype=p.dtype, device=device)
+            if p.dim() < 2 and name.endswith("weight"):  # norms
+                value.fill_(1)
+            else:
+                value.normal_(0.0, 0.02, generator=generator)
+        p.data = value
 
 
 def _random_bytes(shape: torch.Size, generator: torch.Generator) -> Tensor:
     """Eight bytes a draw: gigabytes are wanted."""
-    words = torch.empty(-(-shape.numel() // 8), dtype=torch.int64)
+    words = torch.empty(-(-shape.numel() // 8), dtype=torch.int64, device=generator.device)
     words.random_(-(2**63), None, generator=generator)
     return words.view(torch.uint8)[: shape.numel()].view(shape)
 
 
-def dummy_model(path: Path, config: dict[str, Any], layers: int | None, dtype: Any = "auto") -> Any:
-    """A transformers model with random weights; memory is taken once, for the packed weights themselves."""
+def dummy_model(
+    path: Path, config: dict[str, Any], layers: int | None, dtype: Any, device: torch.device
+) -> Any:
+    """A transformers model with random weights on a device; memory is taken once, for the packed weights themselves."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
     cut = dummy_config(path, config, layers)
-    state = random_state(meta_model(cut))
+    # transformers is given one number for each tensor, stretched to its shape, and what it makes of these is filled.
+    state = {n: p.new_zeros((), device="cpu").expand(p.shape) for n, p in meta_model(cut).named_parameters()}
     architecture: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(cut)]
-    return architecture.from_pretrained(None, config=cut, state_dict=state, dtype=dtype)
+    model = architecture.from_pretrained(None, config=cut, state_dict=state, dtype=dtype)
+    fill(model, device)
+    return model

@@ -59,7 +59,7 @@ def load(
         from microscale.integrations.hf.dummy import dummy_model
 
         with using(Options(backend, act, canary, place=False, checkpoint=path)) as options:
-            host = dummy_model(path, read_config(path), layers, dtype)
+            host = dummy_model(path, read_config(path), layers, dtype, target)
         return _ready(host, target, options, progress, kwargs)
     if layers is not None:
         raise CheckpointError(path, "layers can be cut with load_format='dummy' only")
@@ -83,12 +83,13 @@ def load(
 def _ready(
     host: Any, target: torch.device, options: Options, progress: Progress | None, kwargs: dict[str, Any]
 ) -> Any:
-    from microscale.integrations.hf.attention import fuse_sinks
+    from microscale.integrations.hf.attention import fuse_sinks, triton_steps
     from microscale.integrations.hf.quantizer import place_all
 
     host = host.to(target).eval()
     place_all(host, options.placer(), progress)
-    if target.type == "cpu" and kwargs.get("attn_implementation") is None:
+    ours = target.type == "cpu" or triton_steps(target)
+    if ours and kwargs.get("attn_implementation") is None:
         fuse_sinks(host)
     return host
 

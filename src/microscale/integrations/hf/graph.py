@@ -1,0 +1,220 @@
+"""Generation whose steps are replayed from a CUDA graph.
+
+A token of gpt-oss-20b is some 600 kernels, which take the GPU a tenth of the time that Python takes to launch them. So
+the second step of a generation is captured, and that one and those behind it are replayed. Prompts run as they always
+do, and everything around the model's forward (sampling, stopping, streaming) stays transformers'.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationMixin
+
+from microscale.integrations.hf.step import MASKS, Step
+from microscale.integrations.hf.step_cache import KINDS, StepCache, layer_kinds
+from microscale.kv_cache import kv_cache
+from microscale.nn import runner_of
+
+_GRAIN = 256  # tokens that a cache's capacity is a multiple of at the least; masks must be aligned, too
+_ROOM = 0.5  # of the free memory that a cache may take at once; transformers' own grows
+# What `generate` may be asked for: nothing of it changes what a step computes.
+_ALLOWED = {
+    "attention_mask",
+    "do_sample",
+    "eos_token_id",
+    "pad_token_id",
+    "streamer",
+    "temperature",
+    "top_k",
+    "top_p",
+}
+# Settings of a generation config that would change it, and the value at which they do not.
+_PLAIN = {
+    "num_beams": 1,
+    "num_return_sequences": 1,
+    "cache_implementation": None,
+    "prefill_chunk_size": None,
+    "prompt_lookup_num_tokens": None,
+    "dola_layers": None,
+    "penalty_alpha": None,
+    "output_attentions": False,
+    "output_hidden_states": False,
+}
+
+
+class Decoder:
+    """Generates with one model, and keeps the captured step for the next prompt.
+
+    Attributes:
+        why: why the steps of the last generation were not replayed, in a sentence; None: they were.
+    """
+
+    def __init__(self, model: Any, graph: bool = True) -> None:
+        """`graph=False`: never capture."""
+        self.model = model
+        self._never = refuse(model) if graph else "CUDA graphs are switched off"
+        self.why = self._never
+        self._cache: StepCache | None = None
+        self._step: Step | None = None
+        self._weights: tuple[list[int], list[Any]] = [], []
+
+    def generate(self, input_ids: Tensor, max_new_tokens: int, **arguments: Any) -> Tensor:
+        """transformers' `generate` of [B, T] ids; returns [B, T + new] ids.
+
+        Args:
+            arguments: of `generate`. Some, such as beams, are for steps that are not captured.
+        """
+        call: dict[str, Any] = {"input_ids": input_ids, "max_new_tokens": max_new_tokens, **arguments}
+        capacity = capacity_for(input_ids.shape[1] + max_new_tokens)
+        self.why = (
+            self._never or self._refuse_call(arguments) or self._refuse_room(input_ids.shape[0], capacity)
+        )
+        if self.why is not None:
+            return self._generate(call)
+        cache, step = self._ready(input_ids.shape[0], capacity)
+        self.why = "two steps run before one is replayed"
+        try:
+            with _in_place_of(self.model, step):
+                return self._generate(call | {"past_key_values": cache})
+        finally:
+            if step.why is not None:
+                self._never, self._cache, self._step = step.why, None, None
+            if step.why is not None or step.captured:
+                self.why = step.why
+
+    def _generate(self, call: dict[str, Any]) -> Tensor:
+        found: Tensor = self.model.generate(**call)
+        return found
+
+    def _refuse_call(self, arguments: dict[str, Any]) -> str | None:
+        asked = sorted(set(arguments) - _ALLOWED)
+        if asked:
+            return f"{asked[0]} was given to generate, and a captured step does not know it"
+        config = self.model.generation_config
+        for name, plain in _PLAIN.items():
+            value = getattr(config, name, None)
+            if value and value != plain:
+                return f"the generation config has {name} = {value}, and a captured step does not know it"
+        if getattr(config, "use_cache", None) is False:
+            return "the generation config has use_cache = False, and a step needs a cache"
+        mask = arguments.get("attention_mask")
+        if mask is not None and not bool(mask.all()):
+            return "prompts are padded, and a captured step takes sequences of one length"
+        return None
+
+    def _refuse_room(self, batch: int, capacity: int) -> str | None:
+        if self.model.device.type != "cuda" or self._fits(batch, capacity):
+            return None
+        kv = kv_cache(self.model.config.get_text_config(decoder=True))
+        early = min(capacity, kv.window) if kv.window else capacity
+        wanted = batch * (early * kv.per_token + (capacity - early) * kv.beyond)
+        where = self.model.device
+        free, _ = torch.cuda.mem_get_info(where)
+        free += torch.cuda.memory_reserved(where) - torch.cuda.memory_allocated(
+            where
+        )  # torch holds it, unused
+        if wanted <= _ROOM * free:
+            return None
+        return f"its cache would take {wanted / 1e9:.1f} GB at once, and {free / 1e9:.1f} GB are free"
+
+    def _fits(self, batch: int, capacity: int) -> bool:
+        """Whether the cache of before is for this batch, and neither too small nor far too large."""
+        cache, step = self._cache, self._step
+        same = cache is not None and step is not None and step.batch == batch
+        return same and cache is not None and capacity <= cache.capacity <= 2 * capacity
+
+    def _ready(self, batch: int, capacity: int) -> tuple[StepCache, Step]:
+        """A cache that is empty, and its step: those of before where they fit."""
+        weights = _weights(self.model)
+        cache, step = self._cache, self._step
+        if cache is None or step is None or not self._fits(batch, capacity) or weights[0] != self._weights[0]:
+            self._cache = self._step = cache = step = None  # its memory first
+            cache = StepCache(self.model.config.get_text_config(decoder=True), capacity, self.model.device)
+            step = Step(self.model, cache, batch)
+            self._cache, self._step, self._weights = cache, step, weights
+        cache.reset()
+        return cache, step
+
+
+def capacity_for(tokens: int) -> int:
+    """Of a cache for so many tokens, in steps of up to a quarter, so that a conversation rarely needs another."""
+    grain = max(_GRAIN, 1 << max(tokens.bit_length() - 3, 0))
+    return -(-tokens // grain) * grain
+
+
+def refuse(model: Any) -> str | None:
+    """None, or why the steps of a model cannot be captured, in a sentence."""
+    if model.device.type != "cuda":
+        return f"CUDA graphs are for CUDA, and the model is on {model.device.type}"
+    return refuse_model(model)
+
+
+def refuse_model(model: Any) -> str | None:
+    """None, or what about a model a `Step` does not know, wherever it is."""
+    config = model.config.get_text_config(decoder=True)
+    if model.config.is_encoder_decoder:
+        return "it has an encoder, which a captured step does not know"
+    strange = sorted(set(layer_kinds(config)) - set(KINDS))
+    if strange:
+        return f"it has layers of {strange[0]}, whose cache a captured step does not know"
+    if getattr(config, "num_kv_shared_layers", None):
+        return "its layers share keys, which a captured step does not know"
+    own = type(model).prepare_inputs_for_generation is not GenerationMixin.prepare_inputs_for_generation
+    if own or hasattr(model, "create_masks_for_generate"):
+        return "it makes its inputs or masks in a way of its own, which a captured step does not know"
+    attention = model.config._attn_implementation
+    if attention not in MASKS:
+        return f"its attention is {attention}, and captured steps hand a mask to {', '.join(MASKS)}"
+    devices = set((getattr(model, "hf_device_map", None) or {}).values())
+    if len(devices) > 1:
+        return f"it lies on {len(devices)} devices"
+    return None
+
+
+def _weights(model: Any) -> tuple[list[int], list[Any]]:
+    """What a captured step reads: addresses and identities, and the packed weights, to be kept while these count."""
+    placed = [runner_of(module) for module in model.modules()]
+    held = [runner.placement for runner in placed if runner is not None]
+    addresses = [t.data_ptr() for t in (*model.parameters(), *model.buffers())]
+    return addresses + [id(placement) for placement in held], held
+
+
+@contextmanager
+def _in_place_of(model: Any, step: Step) -> Iterator[None]:
+    """While it lasts, a model that is called with the step's cache takes the step, once its prompt is in."""
+    forward, inputs, cache = model.forward, model.prepare_inputs_for_generation, step.cache
+
+    @functools.wraps(forward)  # transformers reads the signature
+    def forward_or_step(*args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("past_key_values") is not cache:
+            return forward(*args, **kwargs)
+        if cache.length:
+            return step(kwargs["input_ids"])
+        output = forward(*args, **kwargs)
+        cache.start(kwargs["input_ids"].shape[1])
+        return output
+
+    @functools.wraps(inputs)
+    def inputs_or_token(input_ids: Tensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        if kwargs.get("past_key_values") is cache and cache.length:
+            return {"input_ids": input_ids[:, -1:], "past_key_values": cache}
+        found: dict[str, Any] = inputs(input_ids, *args, **kwargs)
+        return found
+
+    names = {"forward": forward_or_step, "prepare_inputs_for_generation": inputs_or_token}
+    before = {name: model.__dict__.get(name) for name in names}
+    model.__dict__.update(names)
+    try:
+        yield
+    finally:
+        for name, old in before.items():
+            if old is None:
+                del model.__dict__[name]
+            else:
+                model.__dict__[name] = old

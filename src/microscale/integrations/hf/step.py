@@ -1,0 +1,108 @@
+"""One token through a model over a cache that stays in place: run, captured in a CUDA graph, proved, replayed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from microscale.integrations.hf.attention import NAME
+from microscale.integrations.hf.quantizer import activation_dtype
+from microscale.integrations.hf.step_cache import StepCache
+
+MASKS = {
+    "eager": True,
+    "sdpa": False,
+    NAME: False,
+}  # attention that takes a mask: whether it is added to logits
+
+
+class Step:
+    """One token for each sequence of a batch: [B, 1] ids to logits, over a `StepCache`.
+
+    The first call runs, and so compiles and loads all there is. The second is captured and replayed. The third does
+    both, and they must agree to the bit: whatever the host had worked out from the cache's length would be that of the
+    second. What cannot be captured, or disagrees, runs as the first did; `why` then says so.
+
+    Attributes:
+        why: why it is not replayed, in a sentence; None: it is, or will be.
+        captured: it is.
+    """
+
+    def __init__(self, model: Any, cache: StepCache, batch: int) -> None:
+        self.model, self.cache, self.batch = model, cache, batch
+        self.forward = model.forward
+        self.why: str | None = None
+        self.captured = False
+        self._added = activation_dtype(model) if MASKS[model.config._attn_implementation] else None
+        self._one_mask = not hasattr(model.config.get_text_config(decoder=True), "layer_types")
+        with torch.inference_mode(False):
+            self.ids = torch.zeros(batch, 1, dtype=torch.int64, device=model.device)
+        self._runs = 0
+        self._replay: Callable[[], None] | None = None
+        self._output: Any = None
+
+    def __call__(self, ids: Tensor) -> Any:
+        """The model's output for the next token of each sequence."""
+        if self.cache.length >= self.cache.capacity:
+            raise IndexError(f"the cache has room for {self.cache.capacity} tokens")
+        self.ids.copy_(ids)
+        if self._runs == 1 and self.why is None:
+            self._capture()
+        if self._replay is None:
+            output = self.run()
+        elif not self.captured and self._runs > 1:
+            output = self._proved(self._replay)
+        else:
+            self._replay()
+            output = self._output
+        self._runs += 1
+        self.cache.length += 1
+        return output
+
+    def run(self) -> Any:
+        """What is captured: only tensors that stay where they are come in, and the position moves on."""
+        masks: Any = self.cache.begin_step(self._added)
+        if self._one_mask:
+            (masks,) = masks.values()
+        position = self.cache.position
+        output = self.forward(
+            input_ids=self.ids,
+            attention_mask=masks,
+            position_ids=position.expand(self.batch, 1),
+            past_key_values=self.cache,
+            use_cache=True,
+            return_dict=True,
+        )
+        position.add_(1)
+        return output
+
+    def _capture(self) -> None:
+        try:
+            self._replay, self._output = capture(self.run)
+        except Exception as error:  # noqa: BLE001 (whatever a model does that no graph can hold, it still runs)
+            text = str(error).splitlines()[0] if str(error) else "no message"
+            self.why = f"its step cannot be captured: {type(error).__name__}: {text}"
+
+    def _proved(self, replay: Callable[[], None]) -> Any:
+        """The output of running, once replaying has given the same."""
+        replay()
+        replayed = self._output.logits.clone()
+        self.cache.position.sub_(1)
+        output = self.run()
+        if torch.equal(output.logits, replayed):
+            self.captured = True
+        else:
+            self.why = "its captured step gave other logits than the step itself"
+            self._replay = self._output = None
+        return output
+
+
+def capture(run: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
+    """Record what `run` launches: (replays it, its output, which replaying fills). Nothing is computed yet."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = run()
+    return graph.replay, output
