@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import time
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -59,12 +60,17 @@ def main() -> None:
     parser.add_argument("--level", default="avx2,avx512,avx512_bf16", help="commas between")
     parser.add_argument("--m", default="1,16", help="tokens, with commas between")
     parser.add_argument("--repeat", type=int, default=15)
+    parser.add_argument(
+        "--own-time", action="store_true", help="one thread and its own time: other processes matter little"
+    )
     parser.add_argument("--save", type=Path, help="write a JSON document here")
     args = parser.parse_args()
 
     cache, memory = cache_bytes() or 256 << 20, detect().memory
     generator = torch.Generator().manual_seed(0)
-    threads = torch.get_num_threads()
+    if args.own_time:
+        torch.set_num_threads(1)
+    threads, clock = torch.get_num_threads(), time.thread_time if args.own_time else time.perf_counter
     probe = Probe(CPU_LEVELS[cpu_core.level()], threads, cache, memory)
     base = Layers(args.shape, FORMATS[BASE], cache, memory // 8, generator)
     print(f"{detect().cpu}, {threads} threads")
@@ -78,7 +84,7 @@ def main() -> None:
             for m in map(int, args.m.split(",")):
                 with torch.inference_mode():
                     kinds = (partial(base.call, m), partial(layers.call, m))
-                    before, after = measure(kinds, probe.at(level), args.repeat, pause=PAUSE)
+                    before, after = measure(kinds, probe.at(level), args.repeat, pause=PAUSE, clock=clock)
                 rows.append(row(args.shape, name, level, m, before, after))
                 print(line(rows[-1]), flush=True)
     if args.save is not None:
