@@ -3,8 +3,8 @@
 //
 // Every block of weights is summed on its own, in order of k, and its sum is then multiplied by the block's scale and
 // added to the total. So a decoder need not know scales, any scale is exact, and whether a tile was decoded for one row
-// or for a thousand, a row's result is the same to the bit. `D::order`: decoders may give every four steps in another
-// order, and all paths take that one; order(i) is the i-th of the four.
+// or for a thousand, a row's result is the same to the bit. `D::order`: decoders may give every eight steps in another
+// order, and all paths take that one; order(i) is the i-th of the eight.
 #pragma once
 #include "table.h"
 #include "../layout.h"
@@ -43,7 +43,7 @@ inline void units_of_tile(const D &decoder, const uint8_t *const *codes, const u
 template <class V, class D, int R, bool kSpecial>
 void direct(const PanelPlace *at, int64_t panels, const uint8_t *weights, int64_t tiles,
             const typename V::Operand *const *rows, float *out, int64_t stride) {
-  constexpr int kMost = kGroupPanels * V::kUnits, Q = V::at_once(R);
+  constexpr int kMost = kGroupPanels * V::kUnits, Q = V::at_once(R, D::kBlocks);
   typename V::Total total[kMost][R];
   const typename V::Operand *x[R];
   const uint8_t *codes[kMost], *scales[kMost];
@@ -103,10 +103,10 @@ inline void staged_rows(int64_t count, const typename V::Weights *w, const typen
   for (int block = 0; block < D::kBlocks; ++block, w += kSteps) {
     typename V::Sum sum[R];
     for (int r = 0; r < R; ++r) sum[r] = V::no_sum();
-    for (int four = 0; four < kSteps; four += 4)
-#pragma GCC unroll 4
-      for (int i = 0; i < 4; ++i) {
-        const int step = four + D::order(i);
+    for (int eight = 0; eight < kSteps; eight += 8)
+#pragma GCC unroll 8
+      for (int i = 0; i < 8; ++i) {
+        const int step = eight + D::order(i);
 #pragma GCC unroll 8
         for (int r = 0; r < R; ++r) V::multiply(sum[r], w[step], x[r] + V::kStep * step);
       }

@@ -14,7 +14,7 @@ struct Avx512Bf16 : Avx512 {
   // What takes long to decode is decoded once for more rows than one group has.
   static constexpr int few(int blocks, int bits) { return blocks == 1 && bits < 8 ? 16 : 8; }
   static constexpr int kRows = 8, kDecodedRows = 6;
-  static constexpr int at_once(int rows) { return rows <= 2 ? 4 : rows <= 4 ? 2 : 1; }
+  static constexpr int at_once(int rows, int) { return rows <= 2 ? 4 : rows <= 4 ? 2 : 1; }
 
   static void multiply(Sum &sum, const Weights &w, const Operand *x) {
     int32_t both;

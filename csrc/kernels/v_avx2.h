@@ -25,7 +25,7 @@ struct Avx2 {
   static constexpr int few(int blocks, int) { return blocks == 1 ? 4 : 2; }
   // At a time. More lines fetched at once than a core can wait for would stop it: four panels of 8 bits take 36.
   static constexpr int64_t panels(int bits) { return bits == 8 ? 2 : kGroupPanels; }
-  static constexpr int at_once(int rows) { return rows == 1 ? 4 : rows == 2 ? 2 : 1; }
+  static constexpr int at_once(int rows, int blocks) { return rows == 1 ? 4 : rows == 2 && blocks == 1 ? 2 : 1; }
 
   static Sum no_sum() { return {{_mm256_setzero_ps(), _mm256_setzero_ps()}}; }
   static Total no_total() { return {{_mm256_setzero_ps(), _mm256_setzero_ps()}}; }
@@ -87,36 +87,48 @@ constexpr ByteTables byte_tables(uint32_t exponent) {
   return t;
 }
 
-// 4 bits: two byte lookups make bfloat16 numbers, of which even and odd ones become floats.
-template <uint32_t kExponent>
-struct FourBits {
-  static constexpr ByteTables kTables = byte_tables(kExponent);
-  const __m256i high = _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i *>(kTables.high)));
-  const __m256i low = _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i *>(kTables.low)));
-
-  static constexpr int order(int i) { return i == 1 || i == 2 ? 3 - i : i; }
+// Low and high bytes of bfloat16 numbers, of which even and odd ones become floats.
+struct Bytes {
   // Columns 0 0 1 1 4 4 5 5 and 2 2 3 3 6 6 7 7.
   static constexpr int column(int part, int i) { return 2 * part + i % 2 + i / 2 * 4; }
   static __m256 columns(__m256 a, __m256 b) { return _mm256_hadd_ps(a, b); }
 
-  template <bool kSpecial, class Emit>
-  void pairs(const uint8_t *codes, int first, Emit emit) const {
-    const __m256i nibble = _mm256_set1_epi8(15), odd = _mm256_set1_epi32(static_cast<int>(0xffff0000));
+  // `first` and `second`: the pairs in the even and odd bytes.
+  template <class Emit>
+  static void emit_bytes(int first, int second, __m256i l, __m256i h, Emit emit) {
+    const __m256i odd = _mm256_set1_epi32(static_cast<int>(0xffff0000));
     const auto even_of = [](__m256i w) { return _mm256_castsi256_ps(_mm256_slli_epi32(w, 16)); };
     const auto odd_of = [&](__m256i w) { return _mm256_castsi256_ps(_mm256_and_si256(w, odd)); };
-    const int q = first / 4, n = first / 2 % 2;  // low nibbles are pairs 4 q and 4 q + 2, high ones those behind them
-    const __m256i v = load256(codes + 64 * q);
-    const __m256i index = _mm256_and_si256(n ? _mm256_srli_epi16(v, 4) : v, nibble);
-    const __m256i h = _mm256_shuffle_epi8(high, index), l = _mm256_shuffle_epi8(low, index);
     // Even k in the low half of each dword, odd k in the high one.
     const __m256i lower = _mm256_unpacklo_epi8(l, h), upper = _mm256_unpackhi_epi8(l, h);
-    emit(4 * q + n, {{even_of(lower), even_of(upper)}});
-    emit(4 * q + n + 2, {{odd_of(lower), odd_of(upper)}});
+    emit(first, {{even_of(lower), even_of(upper)}});
+    emit(second, {{odd_of(lower), odd_of(upper)}});
+  }
+};
+
+// 4 bits: two byte lookups.
+template <uint32_t kExponent>
+struct FourBits : Bytes {
+  static constexpr int kParts = 8;
+  static constexpr ByteTables kTables = byte_tables(kExponent);
+  const __m256i high = _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i *>(kTables.high)));
+  const __m256i low = _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i *>(kTables.low)));
+
+  static constexpr int order(int i) { return i % 4 == 1 ? i + 1 : i % 4 == 2 ? i - 1 : i; }
+
+  template <bool kSpecial, class Emit>
+  void steps(const uint8_t *codes, int part, Emit emit) const {
+    const __m256i nibble = _mm256_set1_epi8(15);
+    const int q = part / 2, n = part % 2;  // low nibbles are pairs 4 q and 4 q + 2, high ones those behind them
+    const __m256i v = load256(codes + 64 * q);
+    const __m256i index = _mm256_and_si256(n ? _mm256_srli_epi16(v, 4) : v, nibble);
+    emit_bytes(4 * q + n, 4 * q + n + 2, _mm256_shuffle_epi8(low, index), _mm256_shuffle_epi8(high, index), emit);
   }
 };
 
 // Other formats go through float16, whose conversion normalises subnormals; what is missing in the exponent is kShift.
 struct Halves {
+  static constexpr int kParts = 8;
   static constexpr int order(int i) { return i; }
   // Columns 0 0 1 1 2 2 3 3 and 4 4 5 5 6 6 7 7.
   static constexpr int column(int part, int i) { return 4 * part + i; }
@@ -129,20 +141,66 @@ struct Halves {
   }
 };
 
-// 6 bits: the four low bits and the two high ones of a code are shifted to where float16 has them. The arithmetic
+// E2M3 magnitudes as bfloat16, a byte of it at a time. Those of 2 and more are 0x4000 and the four low bits, shifted;
+// smaller ones differ from that.
+struct alignas(16) Differences {
+  uint8_t high[16], low[16];
+};
+constexpr Differences differences() {
+  Differences t{};
+  for (uint32_t n = 0; n < 16; ++n) {
+    const uint32_t bits = bf16_bits(kE2M3, n) ^ n << 4;
+    t.high[n] = static_cast<uint8_t>(bits >> 8);
+    t.low[n] = static_cast<uint8_t>(bits);
+  }
+  return t;
+}
+
+// E2M3: a byte shuffle makes zero where its control's top bit is set, and so leaves the large ones alone. As the words
+// of high bits hold pairs q and q + 4 at the same place of their bytes, those are decoded together.
+struct E2M3 : Bytes {
+  static constexpr int kParts = 4;
+  static constexpr Differences kDiffer = differences();
+  const __m256i high = _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i *>(kDiffer.high)));
+  const __m256i low = _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i *>(kDiffer.low)));
+
+  static constexpr int order(int i) { return i / 2 + i % 2 * 4; }
+
+  template <bool kSpecial, class Emit>
+  void steps(const uint8_t *codes, int part, Emit emit) const {
+    const __m256i nibble = _mm256_set1_epi8(15), two = _mm256_set1_epi8(static_cast<char>(0xc0));
+    const __m256i upper = _mm256_set1_epi16(static_cast<short>(0xff00));
+    const int eight = part / 2, second = part % 2;
+    const __m256i a = load256(codes + 128 * eight), b = load256(codes + 128 * eight + 64);
+    const __m256i highs = load256(codes + 256 + 64 * eight);
+    const __m256i v = second ? _mm256_blendv_epi8(_mm256_srli_epi16(a, 8), b, upper)
+                             : _mm256_blendv_epi8(a, _mm256_slli_epi16(b, 8), upper);
+#pragma GCC unroll 2
+    for (int j = 0; j < 2; ++j) {
+      const int q = 2 * second + j;
+      const __m256i n = _mm256_and_si256(j ? _mm256_srli_epi16(v, 4) : v, nibble);
+      const __m256i top = _mm256_and_si256(q < 3 ? _mm256_slli_epi16(highs, 6 - 2 * q) : highs, two);
+      const __m256i index = _mm256_or_si256(n, _mm256_add_epi8(top, top));
+      const __m256i l = _mm256_xor_si256(_mm256_shuffle_epi8(low, index), _mm256_slli_epi16(n, 4));
+      const __m256i h = _mm256_or_si256(_mm256_shuffle_epi8(high, index), top);
+      emit_bytes(8 * eight + q, 8 * eight + q + 4, l, h, emit);
+    }
+  }
+};
+
+// E3M2: the four low bits and the two high ones of a code are shifted to where float16 has them. The arithmetic
 // shift takes the sign and the highest bit of the exponent apart.
-template <Encoding kEncoding>
-struct SixBits : Halves {
+struct E3M2 : Halves {
   static __m256i shifted(__m256i v, int left) {
     return left > 0 ? _mm256_slli_epi16(v, left) : left < 0 ? _mm256_srli_epi16(v, -left) : v;
   }
   template <bool kSpecial, class Emit>
-  void pairs(const uint8_t *codes, int first, Emit emit) const {
-    constexpr int kPlace = 10 - kEncoding.mantissa_bits;  // of the lowest bit
+  void steps(const uint8_t *codes, int part, Emit emit) const {
+    constexpr int kPlace = 10 - kE3M2.mantissa_bits;  // of the lowest bit
     const __m256i four = _mm256_set1_epi16(15 << kPlace);
     const __m256i two = _mm256_set1_epi16(static_cast<short>(0x8000 | 16 << kPlace));
 #pragma GCC unroll 2
-    for (int pair = first; pair < first + 2; ++pair) {
+    for (int pair = 2 * part; pair < 2 * part + 2; ++pair) {
       const __m256i lows = load256(codes + 64 * (pair / 4)), highs = load256(codes + 256 + 64 * (pair / 8));
       const __m256i low = _mm256_and_si256(shifted(lows, kPlace - 4 * (pair % 4)), four);
       const __m256i top = shifted(highs, 14 - 2 * (pair % 8));
@@ -165,22 +223,22 @@ struct EightBits : Halves {
     return _mm256_or_si256(r, _mm256_and_si256(nan, _mm256_set1_epi16(0x7e00)));
   }
   template <bool kSpecial, class Emit>
-  void pairs(const uint8_t *codes, int first, Emit emit) const {
-    const __m256i v = load256(codes + 32 * first);
-    emit(first, floats(value<kSpecial>(_mm256_slli_epi16(v, 8))));
-    emit(first + 1, floats(value<kSpecial>(v)));
+  void steps(const uint8_t *codes, int part, Emit emit) const {
+    const __m256i v = load256(codes + 64 * part);
+    emit(2 * part, floats(value<kSpecial>(_mm256_slli_epi16(v, 8))));
+    emit(2 * part + 1, floats(value<kSpecial>(v)));
   }
 };
 
 struct Integers : Halves {
   static __m256 value(__m128i words) { return _mm256_cvtepi32_ps(_mm256_cvtepi16_epi32(words)); }
   template <bool kSpecial, class Emit>
-  void pairs(const uint8_t *codes, int first, Emit emit) const {
-    const __m256i v = load256(codes + 32 * first);
+  void steps(const uint8_t *codes, int part, Emit emit) const {
+    const __m256i v = load256(codes + 64 * part);
 #pragma GCC unroll 2
     for (int j = 0; j < 2; ++j) {
       const __m256i words = _mm256_srai_epi16(j ? v : _mm256_slli_epi16(v, 8), 8);
-      emit(first + j, {{value(_mm256_castsi256_si128(words)), value(_mm256_extracti128_si256(words, 1))}});
+      emit(2 * part + j, {{value(_mm256_castsi256_si128(words)), value(_mm256_extracti128_si256(words, 1))}});
     }
   }
 };
@@ -196,11 +254,11 @@ struct Codes<MS_NVFP4> : FourBits<8> {  // its scales come as float16 numbers th
   static constexpr int kShift = 0;
 };
 template <>
-struct Codes<MS_MXFP6_E2M3> : SixBits<kE2M3> {
-  static constexpr int kShift = 14;
+struct Codes<MS_MXFP6_E2M3> : E2M3 {
+  static constexpr int kShift = 0;
 };
 template <>
-struct Codes<MS_MXFP6_E3M2> : SixBits<kE3M2> {
+struct Codes<MS_MXFP6_E3M2> : E3M2 {
   static constexpr int kShift = 12;
 };
 template <>
@@ -233,11 +291,11 @@ struct Decoder256 {
 
   static __m256 columns(__m256 a, __m256 b) { return Codes<kFormat>::columns(a, b); }
   static constexpr int order(int i) { return Codes<kFormat>::order(i); }
-  static constexpr int kParts = 8;
+  static constexpr int kParts = Codes<kFormat>::kParts;
 
   template <bool kSpecial, class Emit>
   void steps(const uint8_t *unit, int part, Emit emit) const {
-    codes.template pairs<kSpecial>(unit, 2 * part, emit);
+    codes.template steps<kSpecial>(unit, part, emit);
   }
 
   // A power of two for each lane, times 2^kShift unless special.

@@ -16,7 +16,7 @@ struct Plain {
   static constexpr int64_t kAhead = 1, kScratch = 16 << 10;
   static constexpr int64_t panels(int) { return kGroupPanels; }
   static constexpr int few(int, int) { return 2; }
-  static constexpr int at_once(int) { return 1; }
+  static constexpr int at_once(int, int) { return 1; }
 
   static Sum no_sum() { return Sum{}; }
   static Total no_total() { return Total{}; }

@@ -16,6 +16,8 @@ BUDGET = 2.0  # seconds of calls after which there are no more than that
 LONG = 0.25  # seconds of a call that needs none before it to be warm
 PROBES = 8  # of the ceilings, spread over a case
 
+Clock = Callable[[], float]
+
 
 @dataclass(frozen=True)
 class Times:
@@ -77,15 +79,20 @@ class Times:
         }
 
 
-def timed(call: Call) -> float:
+def timed(call: Call, clock: Clock = time.perf_counter) -> float:
     """Seconds of one call."""
-    start = time.perf_counter()
+    start = clock()
     call.run()
-    return time.perf_counter() - start
+    return clock() - start
 
 
 def measure(
-    kinds: Sequence[Callable[[], Call]], probe: Probe, repeat: int, *, pause: float = 0.0
+    kinds: Sequence[Callable[[], Call]],
+    probe: Probe,
+    repeat: int,
+    *,
+    pause: float = 0.0,
+    clock: Clock = time.perf_counter,
 ) -> tuple[Times, ...]:
     """Time calls of each kind in turn, with the ceilings probed between the turns.
 
@@ -95,6 +102,7 @@ def measure(
         kinds: make the next call of their kind; untimed.
         repeat: timings of each; fewer, but at least `FEWEST`, once they take `BUDGET` seconds together.
         pause: seconds of sleep in front of each, in which the threads of the kind before stop spinning.
+        clock: `time.thread_time` counts the calling thread's own time, for one thread on a machine that others use.
     """
     first, spent, every = len(probe.reads), 0.0, max(1, repeat // PROBES)
     calls: list[list[tuple[float, Call]]] = [[] for _ in kinds]
@@ -106,9 +114,9 @@ def measure(
         for fresh, done in zip(kinds, calls, strict=True):
             time.sleep(pause)
             if not done or done[-1][0] < LONG:
-                spent += timed(fresh())
+                spent += timed(fresh(), clock)
             call = fresh()
-            done.append((timed(call), call))
+            done.append((timed(call, clock), call))
             spent += done[-1][0]
     ceilings = probe.since(first)
     return tuple(
