@@ -21,7 +21,7 @@ from torch import Tensor
 from microscale.activations import GPT_OSS
 from microscale.backends import triton as backend
 from microscale.backends.triton import cuts, hopper, hopper_moe, tiles
-from microscale.backends.triton.cuts import Cut
+from microscale.backends.triton.cuts import Cut, LinearRow
 from microscale.backends.triton.fragments import Fragments
 from microscale.bench import gpu
 from microscale.errors import MicroscaleError
@@ -31,32 +31,44 @@ from microscale.tolerance import linear_budget, moe_budget
 
 # The format that stands for its group.
 FORMAT_OF = {"4 bits": "mxfp4", "6 or 8 bits": "mxfp8_e4m3", "block": "fp8_block128"}
-TOKENS = (1, 8, 32, 128, 512, 2048, 8192)
-# tiles, chunks, warps, stages, and bulk; each with and without overlap where there is a choice.
+TOKENS = (1, 8, 32, 64, 128, 256, 512, 2048, 8192)
+# tiles, chunks, warps, stages, bulk, and programs; each with and without overlap where there is a choice.
 _SHAPES = {
-    8: ((1, 4, 4, 4, 0), (1, 4, 4, 6, 0), (1, 2, 4, 8, 0), (2, 2, 4, 4, 0), (2, 2, 4, 3, 0), (2, 4, 4, 3, 0)),
-    16: ((1, 4, 4, 4, 0), (2, 2, 4, 4, 0), (2, 2, 4, 3, 0), (2, 1, 4, 6, 0), (4, 1, 4, 4, 0)),
-    32: ((1, 4, 4, 4, 0), (1, 2, 4, 6, 0), (2, 1, 4, 6, 0), (2, 1, 4, 5, 0), (2, 2, 8, 4, 0)),
-    64: ((1, 4, 4, 4, 4), (1, 2, 4, 5, 0), (2, 1, 4, 6, 0), (2, 1, 4, 5, 0), (2, 2, 4, 3, 0), (2, 2, 4, 4, 1)),
-    128: ((1, 4, 4, 3, 4), (1, 2, 4, 4, 4), (2, 1, 8, 5, 1), (2, 1, 8, 5, 4), (2, 2, 8, 4, 4), (2, 1, 4, 4, 4)),
-    256: ((2, 1, 8, 4, 1), (2, 1, 8, 4, 4)),
-}  # fmt: skip
+    8: (
+        (1, 4, 4, 4, 0, 0),
+        (1, 4, 4, 6, 0, 0),
+        (1, 2, 4, 8, 0, 0),
+        (2, 2, 4, 4, 0, 0),
+        (2, 2, 4, 3, 0, 0),
+        (2, 4, 4, 3, 0, 0),
+    ),
+    16: ((1, 4, 4, 4, 0, 0), (2, 2, 4, 4, 0, 0), (2, 2, 4, 3, 0, 0), (2, 1, 4, 6, 0, 0), (4, 1, 4, 4, 0, 0)),
+    32: ((1, 4, 4, 4, 0, 0), (1, 2, 4, 6, 0, 0), (2, 1, 4, 6, 0, 0), (2, 1, 4, 5, 0, 0), (2, 2, 4, 3, 0, 0)),
+    40: ((2, 1, 4, 3, 4, 0),),
+    64: ((1, 4, 4, 4, 4, 0), (1, 2, 4, 4, 4, 0), (1, 2, 4, 5, 0, 0), (2, 1, 4, 6, 0, 0), (2, 1, 4, 5, 0, 0)),
+    80: ((2, 1, 4, 3, 4, 0),),
+    128: (
+        (1, 4, 4, 3, 4, 0),
+        (1, 2, 4, 4, 4, 0),
+        (1, 2, 4, 3, 4, 0),
+        (2, 1, 8, 3, 1, 2),
+        (2, 1, 8, 3, 4, 2),
+        (2, 1, 4, 3, 4, 0),
+    ),
+    192: ((2, 1, 8, 3, 4, 0), (2, 1, 8, 4, 4, 0)),
+    256: ((2, 1, 8, 4, 1, 0), (2, 1, 8, 4, 4, 0)),
+}
 
 
 def candidates(fmt: Format, tokens: float, tail: bool) -> list[Cut]:
-    """Cuts for up to `tokens` tokens a matrix: blocks of as many, or half as many."""
-    largest = 128 if fmt.scale == "f32" else max(_SHAPES)  # its second sums leave no room for more
-    tokens = min(tokens, largest)
-    sizes = [m for m in _SHAPES if tokens / 2 <= m <= max(tokens, 8)]
+    """Cuts for up to `tokens` tokens a matrix: blocks of half as many to half as many again."""
+    tokens = min(tokens, max(_SHAPES))
+    sizes = [m for m in _SHAPES if tokens / 2 <= m <= max(tokens * 1.5, 8)]
     found = []
     for m in sizes:
-        for (t, c, w, s, bulk), overlap in itertools.product(_SHAPES[m], (False, True)):
-            cut = Cut(m, t, c, w, s, overlap, tail and m >= 32, bulk)
-            sums = m * t * 2 // w  # registers of a thread, and for block FP8 twice as many
-            apart = fmt.scale == "f32"
-            if (apart and (c != 2 or sums > 32)) or (bulk and not overlap):
-                continue
-            if cut.shared(fmt, 1) <= cuts.HOPPER_SHARED:
+        for (t, c, w, s, bulk, programs), overlap in itertools.product(_SHAPES[m], (False, True)):
+            cut = Cut(m, t, c, w, s, overlap, tail and m >= 16, bulk, programs)
+            if (overlap or not bulk) and cut.shared(fmt, 1) <= cuts.HOPPER_SHARED:
                 found.append(cut)
     return found
 
@@ -137,6 +149,25 @@ def _best(times: dict[Any, dict[str, float]]) -> Any:
     return min(times, key=loss)
 
 
+def timed_with(rows: tuple[LinearRow, ...], row: LinearRow) -> tuple[int, list[str]]:
+    """Tokens, and those of `gpu.LINEARS` for which these rows take this one.
+
+    Raises:
+        MicroscaleError: there are none.
+    """
+    m = int(min(row.tokens, 2048))
+    while m <= 1 << 14:
+        found = [
+            name
+            for name, (n, _) in gpu.LINEARS.items()
+            if next(r for r in rows if r.holds(m, n // 64)) is row
+        ]
+        if found:
+            return m, found
+        m *= 2
+    raise MicroscaleError(f"no matrix of {list(gpu.LINEARS)} takes the row of up to {row.tokens} tokens")
+
+
 def tune_linear(name: str, say: Callable[[str], None]) -> Iterator[dict[str, Any]]:
     """The rows of linears, as `cuts.json` has them."""
     fmt = FORMATS[FORMAT_OF[name]]
@@ -145,16 +176,16 @@ def tune_linear(name: str, say: Callable[[str], None]) -> Iterator[dict[str, Any
         what: [gpu.random_weights(fmt.name, n, k) for _ in range(max(4, int(3.5e8 / (n * k))))]
         for what, (n, k) in gpu.LINEARS.items()
     }
-    for row in cuts.table()[name][0]:
-        m = int(min(row.tokens, 2048))
+    rows = cuts.table()[name][0]
+    for row in rows:
+        m, of_row = timed_with(rows, row)
         times: dict[Cut, dict[str, float]] = {}
         for cut in dict.fromkeys([row.cut, *candidates(fmt, m, tail=False)]):
             found = {}
-            for what, layers in weights.items():
-                if gpu.LINEARS[what][0] // 64 >= row.tiles:
-                    x = torch.randn(m, gpu.LINEARS[what][1], device="cuda").bfloat16()
-                    used = layers if m <= 128 else layers[:4]
-                    found[f"{what} M={m}"] = _time([partial(hopper.linear, x, w, None, cut) for w in used])
+            for what in of_row:
+                x = torch.randn(m, gpu.LINEARS[what][1], device="cuda").bfloat16()
+                used = weights[what] if m <= 128 else weights[what][:4]
+                found[f"{what} M={m}"] = _time([partial(hopper.linear, x, w, None, cut) for w in used])
             if max(found.values()) < inf and checked.linear(cut):
                 times[cut] = found
         best = _best(times)

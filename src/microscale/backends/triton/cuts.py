@@ -17,7 +17,20 @@ from microscale.backends.triton.fragments import Fragments
 from microscale.formats import Format
 
 HOPPER_SHARED = 227 << 10  # bytes that a program may use
-_WORD = re.compile(r"m(\d+)t(\d+)c(\d+)w(\d+)s(\d+)(o?)(h?)(?:b(\d+))?")
+REGISTERS = 1 << 16  # of a multiprocessor
+_WORD = re.compile(r"m(\d+)t(\d+)c(\d+)w(\d+)s(\d+)(o?)(h?)(?:b(\d+))?(?:p(\d))?")
+
+
+def split(block_m: int) -> tuple[int, int]:
+    """Tokens that the matrix unit takes in one instruction, and in a second one with the same weights, or 0."""
+    main = 1 << block_m.bit_length() - 1
+    return main, block_m - main
+
+
+def tail_of(block_m: int) -> int:
+    """The smaller number of tokens of a cut with `tail`."""
+    main, rest = split(block_m)
+    return main if rest else main // 2
 
 
 @dataclass(frozen=True)
@@ -25,15 +38,16 @@ class Cut:
     """How Hopper's kernels cut a product into programs and steps. Decides the speed only: no sum depends on it.
 
     Attributes:
-        block_m: tokens of a program, 8 to 256.
+        block_m: tokens of a program, 8 to 256: a power of two or, with `bulk`, the sum of two, see `split`.
         tiles: of 64 rows in a program.
         chunks: of 64 columns in a step; 1 for activations of several parts, whose sums take turns by the step.
         warps: 4, or 8 and at least two tiles.
-        stages: steps whose weights and tokens are in shared memory; at least 3.
+        stages: steps whose weights and tokens are in shared memory, with `bulk` copies of tokens; at least 3.
         overlap: decode the next step while the matrix unit works.
-        tail: experts' last tiles of at most half the tokens take the time of half the tokens; block_m at least 16.
+        tail: experts' last tiles that fit into `tail_of` tokens take the time of so many; block_m at least 16.
         bulk: other than 0: by `hopper_bulk`; from 2 on, codes are asked for so many steps before they are multiplied.
             One part only, and with `overlap`.
+        programs: other than 0: the compiler is held to the registers with which so many fit a multiprocessor.
     """
 
     block_m: int
@@ -44,12 +58,14 @@ class Cut:
     overlap: bool = False
     tail: bool = False
     bulk: int = 0
+    programs: int = 0
 
     def __str__(self) -> str:
         flags = (
             ("o" if self.overlap else "")
             + ("h" if self.tail else "")
             + (f"b{self.bulk}" if self.bulk else "")
+            + (f"p{self.programs}" if self.programs else "")
         )
         return f"m{self.block_m}t{self.tiles}c{self.chunks}w{self.warps}s{self.stages}{flags}"
 
@@ -59,8 +75,9 @@ class Cut:
         found = _WORD.fullmatch(word)
         if found is None:
             raise ValueError(f"{word!r} names no cut, as m128t2c1w8s5ohb1 does")
-        m, t, c, w, s, overlap, tail, bulk = found.groups()
-        return Cut(int(m), int(t), int(c), int(w), int(s), overlap == "o", tail == "h", int(bulk or 0))
+        m, t, c, w, s, overlap, tail, bulk, programs = found.groups()
+        sizes = (int(m), int(t), int(c), int(w), int(s))
+        return Cut(*sizes, overlap == "o", tail == "h", int(bulk or 0), int(programs or 0))
 
     def constants(self, w: Fragments) -> dict[str, Any]:
         """Compile-time arguments of the kernels."""
@@ -78,13 +95,13 @@ class Cut:
             "ODD": steps % 2 == 1,
             "ROW_SCALE": w.row_scale is not None,
             "num_warps": self.warps,
-        } | ({"maxnreg": 128} if self._twice(w.format) else {})
+        } | ({"maxnreg": REGISTERS // (32 * self.warps * self.programs) & -8} if self.programs else {})
 
-    def _twice(self, fmt: Format) -> bool:
-        """Whether two programs fit a multiprocessor if the compiler is held to half of its registers each."""
-        return (
-            self.bulk > 0 and self.warps == 8 and self.block_m * self.tiles == 256 and fmt.element.bits == 4
-        )
+    @property
+    def copied(self) -> int:
+        """Chunks in a bulk copy of tokens: a step's, or of one chunk two steps', so that warps wait half as often for
+        each other. Of 256 tokens that would leave room for too few copies."""
+        return 2 if self.chunks == 1 and self.block_m < 256 else self.chunks
 
     def sizes(self, w: Fragments) -> tuple[int, int, int]:
         """Of the matrix: tiles, chunks, and the steps that these are cut into."""
@@ -92,9 +109,9 @@ class Cut:
 
     def shared(self, fmt: Format, parts: int) -> int:
         """Bytes of shared memory that the loop takes, for weights of a format and activations of `parts` parts."""
-        scales = 0 if fmt.scale == "f32" else 4096 // fmt.block[1]
+        scales = 256 if fmt.scale == "e4m3" else 128
         if self.bulk:  # codes go straight to registers
-            return self.stages * (self.chunks * 128 * self.block_m + 8)
+            return self.stages * (self.copied * 128 * self.block_m + 8)
         return (
             self.stages
             * self.chunks
@@ -102,12 +119,8 @@ class Cut:
         )
 
     def fitted(self, fmt: Format, parts: int) -> Cut:
-        """For a format that it was not measured with: what fits, and for block FP8 a step a block."""
+        """For a format that it was not measured with: what fits."""
         cut = self
-        if fmt.scale == "f32":
-            # Sums of a step and of all steps: a thread's registers hold 64 of each.
-            warps = 8 if self.block_m > 64 and self.tiles > 1 else self.warps
-            cut = replace(self, chunks=2, warps=warps)
         while cut.shared(fmt, parts) > HOPPER_SHARED and cut.stages > 3:
             cut = replace(cut, stages=cut.stages - 1)
         return cut
@@ -120,6 +133,9 @@ class LinearRow:
     tokens: float
     tiles: int
     cut: Cut
+
+    def holds(self, tokens: float, tiles: int) -> bool:
+        return tokens <= self.tokens and tiles >= self.tiles
 
 
 @dataclass(frozen=True)
@@ -159,7 +175,7 @@ def linear_cut(fmt: Format, tokens: int, tiles: int, parts: int) -> Cut:
     if parts > 1:
         return _in_parts(tokens).fitted(fmt, parts)
     rows = table()[group(fmt)][0]
-    return next(r.cut for r in rows if tokens <= r.tokens and tiles >= r.tiles).fitted(fmt, parts)
+    return next(row.cut for row in rows if row.holds(tokens, tiles)).fitted(fmt, parts)
 
 
 def moe_cuts(

@@ -6,7 +6,8 @@ of each thread lie one after the other, so that a load is as wide as it gets. Ro
 in one thread, so that a gate meets its up. `placement` says which bit is where.
 
 MX scales are bfloat16 exponents that have what the elements miss besides (4 bits: 2^126), so that one product puts both
-in. NVFP4's stay E4M3 without the sign bit, block FP8's stay float32 and wait for the sums.
+in. NVFP4's stay E4M3 without the sign bit. Of block FP8's, which are float32, the power of two goes in like an MX
+scale, and what is left, 1 to 2, waits for the sums: see `ratios`.
 """
 
 from __future__ import annotations
@@ -36,10 +37,12 @@ class Fragments:
     Attributes:
         format, shape, rule: as in the `QuantTensor`, [N, K] or [E, N, K].
         codes: int32 [E, ceil(N / 64), ceil(K / 64), 128 * bits of a code].
-        scales: int32 [E, ceil(N / 64), ceil(K / 64), 32], NVFP4 64; block FP8: float32 [E, ceil(N / 128),
-            ceil(K / 128)].
+        scales: int32 [E, ceil(N / 64), ceil(K / 64), 32], NVFP4 64.
+        ratios: float32 [E, ceil(N / 128), ceil(K / 128) + 1], of block FP8: what the sums so far are multiplied by
+            before each block of columns, and at the end, so that they are always in units of the block's rest of the
+            scale; None elsewhere.
         row_scale: float32 [E, N], the tensor scale spread over rows times `NVFP4_REST`; None without one.
-        tensor_scale: as it came, for `unpack`.
+        tensor_scale, block_scales: as they came, for `unpack`; None where there are none.
     """
 
     format: Format
@@ -49,6 +52,8 @@ class Fragments:
     scales: Tensor
     row_scale: Tensor | None
     tensor_scale: Tensor | None
+    ratios: Tensor | None = None
+    block_scales: Tensor | None = None
 
     @property
     def tiles(self) -> int:
@@ -75,6 +80,12 @@ def suits(w: QuantTensor) -> bool:
     """Whether every weight is exact in this layout and rows of activations can be copied. Waits for the device."""
     if w.shape[-1] % 32 or 0 in w.shape:
         return False
+    if w.format.scale == "f32":
+        # Zeros and NaNs have their place, and a scale far from 1 would leave bfloat16 no room for the element.
+        least, greatest = layout.exponent_range(w.format.element, torch.bfloat16)
+        size = w.scales.abs()
+        there = (size == 0) | size.isnan() | (size >= 2.0 ** (least - 127)) & (size < 2.0 ** (greatest - 126))
+        return bool(there.all()) and not _has_specials(w)
     if w.format.scale == "e4m3":  # no sign, no NaN
         return bool(w.scales.max() <= 126)
     if w.format.scale == "e8m0":
@@ -104,28 +115,50 @@ def pack(w: QuantTensor) -> Fragments:
     tiles, chunks, bits = -(-n // ROWS), -(-k // COLUMNS), fmt.element.bits
     codes = torch.empty(experts, tiles, chunks, 128 * bits, dtype=torch.int32, device=w.device)
     scales = w.scales.reshape(experts, *w.scales.shape[-2:])
-    packed = scales.contiguous()
-    if fmt.scale != "f32":
-        count = 32 * 64 // (2 * fmt.block[1])
-        packed = torch.empty(experts, tiles, chunks, count, dtype=torch.int32, device=w.device)
+    count = 64 if fmt.scale == "e4m3" else 32
+    packed = torch.empty(experts, tiles, chunks, count, dtype=torch.int32, device=w.device)
+    ratios = None
+    if fmt.scale == "f32":
+        rest, powers = _split(scales, fmt.element)
+        ratios = torch.cat(
+            (torch.ones_like(rest[..., :1]), rest[..., :-1] / rest[..., 1:], rest[..., -1:]), -1
+        )
     for e, c in enumerate(w.codes.reshape(experts, n, -1)):
         for start in range(0, tiles, step := max(2**24 // (k * ROWS), 1)):
             rows = slice(start * ROWS, (start + step) * ROWS)
             part = _padded(unpack_codes(c[rows], bits, k), ROWS, COLUMNS)
             codes[e, start : start + step] = _code_words(part, fmt.element)
-        if fmt.scale != "f32":
+        if fmt.scale == "f32":
+            # Two tiles of rows and two of columns share one, and the words of each have it for all of their rows.
+            spread = powers[e].repeat_interleave(2, 0)[:tiles].repeat_interleave(2, 1)[:, :chunks]
+            packed[e] = spread[..., None]
+        else:
             packed[e] = _scale_words(_padded(scales[e], ROWS, COLUMNS // fmt.block[1]), fmt)
     row_scale = None
     if w.tensor_scale is not None:
         row_scale = w.tensor_scale.expand(w.shape[:-1]).reshape(experts, n) * NVFP4_REST
-    return Fragments(fmt, w.shape, w.rule, codes, packed, row_scale, w.tensor_scale)
+    given = scales.contiguous() if fmt.scale == "f32" else None
+    return Fragments(fmt, w.shape, w.rule, codes, packed, row_scale, w.tensor_scale, ratios, given)
+
+
+def _split(scales: Tensor, element: Element) -> tuple[Tensor, Tensor]:
+    """Float32 scales as a power of two times a rest: the rest, 1 to 2 or its negative, and E8M0's words of the power.
+
+    The power of a zero is the word 0, which multiplies by 0, and its rest is 1; the rest of a NaN is NaN.
+    """
+    mantissa, exponent = torch.frexp(scales)  # 0.5 to 1
+    usual = scales.isfinite() & (scales != 0)
+    rest = torch.where(usual, mantissa * 2, torch.where(scales == 0, 1.0, scales))
+    field = torch.where(usual, _exponents((exponent + 126).clamp(0, 255).to(torch.uint8), element), 0)
+    return rest, field * 0x00800080 | _rotated(field * 0x00800080, -8)
 
 
 def unpack(packed: Fragments) -> QuantTensor:
     """The exact inverse of `pack`."""
     (n, k), fmt = packed.shape[-2:], packed.format
     codes, scales = [], []
-    for c, s in zip(packed.codes, packed.scales, strict=True):
+    held = packed.scales if packed.block_scales is None else packed.block_scales
+    for c, s in zip(packed.codes, held, strict=True):
         codes.append(pack_codes(_codes(c, fmt.element)[:n, :k].contiguous(), fmt.element.bits))
         scales.append(s if fmt.scale == "f32" else _scales(s, fmt)[:n, : -(-k // fmt.block[1])])
     shape = packed.shape[:-2]

@@ -12,22 +12,43 @@ from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from microscale.backends.triton import cuts, hopper_bulk, tiles
-from microscale.backends.triton.cuts import Cut
+from microscale.backends.triton.cuts import Cut, split, tail_of
 from microscale.backends.triton.fragments import Fragments
+from microscale.backends.triton.hopper_bulk import main_of, rest_of
 from microscale.backends.triton.hopper_decode import accumulator, finish, in_order, slots, store_layout
+from microscale.backends.triton.hopper_fetch import fetch
 from microscale.backends.triton.hopper_loop import buffers, copy_weights, pointers, product
 
+# Of a program's chunks, those that it asks for before the kernel ahead of it has ended.
+EARLY = 16
 PARTS = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}
+
+
+@gluon.jit
+def _store(
+    y, acc, first, second, token, row_scale, bias, M, N,
+    ROW_SCALE: gl.constexpr, HAS_BIAS: gl.constexpr, TOKENS: gl.constexpr, T: gl.constexpr,
+):  # fmt: skip
+    """Sums of TOKENS tokens from `token` on, to where they belong."""
+    WARPS: gl.constexpr = gl.num_warps()
+    rows = gl.minimum(slots(first, second, T, gl.SliceLayout(1, accumulator(TOKENS, WARPS))), N - 1)
+    acc = finish(acc, row_scale, bias, rows, ROW_SCALE, HAS_BIAS)
+    STORE: gl.constexpr = store_layout(T * 64, WARPS)
+    out = gl.convert_layout(in_order(acc.to(y.dtype.element_ty), T, TOKENS), STORE)
+    n = first * 64 + gl.arange(0, T * 64, gl.SliceLayout(1, STORE))
+    m = token + gl.arange(0, TOKENS, gl.SliceLayout(0, STORE))
+    gl.store(y + m.to(gl.int64)[None, :] * N + n[:, None], out, mask=(n < N)[:, None] & (m < M)[None, :])
 
 
 @gluon.jit(do_not_specialize=["M", "TILES", "CHUNKS", "STEPS"])
 def _linear_kernel(
-    y, x, codes, scales, row_scale, bias, M, N, K, TILES, CHUNKS, STEPS,
+    y, x, x_rest, codes, scales, ratios, row_scale, bias, M, N, K, TILES, CHUNKS, STEPS,
     ELEMENT: gl.constexpr, SCALE: gl.constexpr, EVEN: gl.constexpr, ROW_SCALE: gl.constexpr, HAS_BIAS: gl.constexpr,
     GROUP: gl.constexpr, BLOCK_M: gl.constexpr, T: gl.constexpr, C: gl.constexpr, STAGES: gl.constexpr,
-    OVERLAP: gl.constexpr, ODD: gl.constexpr, PARTS: gl.constexpr, BULK: gl.constexpr,
+    OVERLAP: gl.constexpr, ODD: gl.constexpr, PARTS: gl.constexpr, BULK: gl.constexpr, EARLY: gl.constexpr,
 ):  # fmt: skip
     WARPS: gl.constexpr = gl.num_warps()
     # GROUP blocks of tokens take turns with the rows, so that both are found in the cache.
@@ -39,11 +60,22 @@ def _linear_kernel(
     first = block_n * T
     second = first + T // 2
     matrix = gl.to_tensor(0).to(gl.int64)
+    out = (row_scale, bias, M, N)
+    if EARLY:
+        # The kernel before this one may still run, and may write the activations. It may have written the weights, too.
+        for step in range(gl.minimum(EARLY // C, STEPS)):
+            fetch(codes, scales, matrix, first, second, TILES, CHUNKS, step, T, C, ELEMENT, SCALE)
+        gdc_wait()
+        gdc_launch_dependents()
     if BULK:
-        acc = hopper_bulk.product(
-            x, block_m * BLOCK_M, codes, scales, matrix, first, second, TILES, STEPS, CHUNKS,
+        accs = hopper_bulk.product(
+            (x, x_rest), block_m * BLOCK_M, codes, scales, ratios, matrix, first, second, TILES, STEPS, CHUNKS,
             ELEMENT, SCALE, BLOCK_M, T, C, STAGES, ODD, BULK,
         )  # fmt: skip
+        _store(y, accs[0], first, second, block_m * BLOCK_M, *out, ROW_SCALE, HAS_BIAS, main_of(BLOCK_M), T)
+        if rest_of(BLOCK_M):
+            rest = block_m * BLOCK_M + main_of(BLOCK_M)
+            _store(y, accs[1], first, second, rest, *out, ROW_SCALE, HAS_BIAS, rest_of(BLOCK_M), T)
     else:
         held = buffers(T, C, STAGES, ELEMENT, SCALE)
         at = pointers(codes, scales, matrix, first, second, TILES, CHUNKS, T, C, ELEMENT, SCALE)
@@ -53,16 +85,10 @@ def _linear_kernel(
         m = block_m * BLOCK_M + gl.arange(0, BLOCK_M, gl.SliceLayout(1, TOKENS))
         m = gl.minimum(m, M - 1).to(gl.int64)
         acc = product(
-            x, m, held, at, first, second, TILES, STEPS, CHUNKS, K,
+            x, m, held, at, ratios, matrix, first, second, TILES, STEPS, CHUNKS, K,
             ELEMENT, SCALE, EVEN, BLOCK_M, T, C, STAGES, OVERLAP, ODD, PARTS,
         )  # fmt: skip
-    rows = gl.minimum(slots(first, second, T, gl.SliceLayout(1, accumulator(BLOCK_M, WARPS))), N - 1)
-    acc = finish(acc, row_scale, bias, rows, ROW_SCALE, HAS_BIAS)
-    STORE: gl.constexpr = store_layout(T * 64, WARPS)
-    out = gl.convert_layout(in_order(acc.to(y.dtype.element_ty), T, BLOCK_M), STORE)
-    n = first * 64 + gl.arange(0, T * 64, gl.SliceLayout(1, STORE))
-    m = block_m * BLOCK_M + gl.arange(0, BLOCK_M, gl.SliceLayout(0, STORE))
-    gl.store(y + m.to(gl.int64)[None, :] * N + n[:, None], out, mask=(n < N)[:, None] & (m < M)[None, :])
+        _store(y, acc, first, second, block_m * BLOCK_M, *out, ROW_SCALE, HAS_BIAS, BLOCK_M, T)
 
 
 def linear(x: Tensor, w: Fragments, bias: Tensor | None, cut: Cut | None = None) -> Tensor:
@@ -71,20 +97,30 @@ def linear(x: Tensor, w: Fragments, bias: Tensor | None, cut: Cut | None = None)
     parts = PARTS[x.dtype]
     cut = cut or cuts.linear_cut(w.format, m, w.tiles, parts)
     y = torch.empty(m, n, dtype=x.dtype, device=x.device)
-    tokens = in_blocks(as_parts(x), cut) if cut.bulk else as_parts(x)
+    tokens, _, rest = read_as(x, cut)
     with tiles.on(x.device):
         _linear_kernel[(-(-w.tiles // cut.tiles) * -(-m // cut.block_m),)](
-            y, tokens, w.codes, w.scales, w.row_scale, bias, m, n, k, *cut.sizes(w),
-            HAS_BIAS=bias is not None, GROUP=8, PARTS=parts, **cut.constants(w),
+            y, tokens, rest, w.codes, w.scales, w.ratios, w.row_scale, bias, m, n, k, *cut.sizes(w),
+            HAS_BIAS=bias is not None, GROUP=8, PARTS=parts, EARLY=EARLY, launch_pdl=EARLY > 0, **cut.constants(w),
         )  # fmt: skip
     return y
 
 
-def in_blocks(x: Tensor, cut: Cut, half: bool = False) -> TensorDescriptor:
-    """bfloat16 [M, K] for bulk copies of a step of a cut's tokens, or of half as many."""
-    block = [cut.block_m // 2 if half else cut.block_m, 64 * cut.chunks]
-    layout = gl.NVMMASharedLayout.get_default_for(block, gl.bfloat16)
-    return TensorDescriptor.from_tensor(x.view(-1, x.shape[-1]), block, layout)
+def read_as(x: Tensor, cut: Cut) -> tuple[Tensor | TensorDescriptor, ...]:
+    """How a cut's kernels read x [M, K]: its main blocks, those of a tail, and the rest of each block, see `cuts`.
+
+    Descriptors for bulk copies of so many tokens, or three times bfloat16 [M, PARTS, K].
+    """
+    parts = as_parts(x)
+    if not cut.bulk:
+        return parts, parts, parts
+    main, rest = split(cut.block_m)
+    found = []
+    for tokens in (main, tail_of(cut.block_m) if cut.tail else main, rest or main):
+        block = [tokens, 64 * cut.copied]
+        layout = gl.NVMMASharedLayout.get_default_for(block, gl.bfloat16)
+        found.append(TensorDescriptor.from_tensor(parts.view(-1, parts.shape[-1]), block, layout))
+    return tuple(found)
 
 
 def as_parts(x: Tensor) -> Tensor:

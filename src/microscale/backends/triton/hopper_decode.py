@@ -56,8 +56,6 @@ mul.rn.bf16x2 t, t, big;
 mul.rn.bf16x2 s, s, rest;
 mul.rn.bf16x2 t, t, rest;
 """
-# A scale that waits for the sums leaves the 2^120 that E4M3's bits miss.
-_NONE = "mov.b32 s, 0x7B807B80;\nmov.b32 t, s;\n"
 
 
 def _unpacking(element: str, given: list[str]) -> str:
@@ -99,7 +97,7 @@ def _text(element: str, scale: str) -> str:
     """Inline assembly of a group of 16 codes. $0 to $7 are its results; then come two registers of each operand."""
     count = words(element)
     given = ["$8", "$9", "$10", "$11"][:count]
-    spread = {"e8m0": _E8M0, "e4m3": _E4M3, "f32": _NONE}[scale].format("$10" if count == 2 else "$12")
+    spread = (_E4M3 if scale == "e4m3" else _E8M0).format("$10" if count == 2 else "$12")
     lines = ["{", ".reg .b32 a, b, c, d, e, f, u, v, z, s, t, even0, odd0, even1, odd1;", ".reg .b16 p, q;"]
     lines += [_unpacking(element, given), spread, _SPREAD]
     lines += [f"mul.rn.bf16x2 ${i}, {_PAIRS[i]}, {_SCALE_OF[i]};" for i in range(8)]
@@ -121,7 +119,7 @@ def _assembly(ELEMENT, SCALE):
 
 @gluon.constexpr_function
 def _constraints(ELEMENT, SCALE):
-    operands = (_BITS[ELEMENT] > 4) + (SCALE != "f32") + 1
+    operands = (_BITS[ELEMENT] > 4) + 2
     return ",".join(["=r"] * 8 + ["r"] * (2 * operands))
 
 
@@ -195,7 +193,7 @@ def store_layout(ROWS, WARPS):
 def _halves(scale_words, T: gl.constexpr, C: gl.constexpr, SCALE: gl.constexpr):
     """Scale words [T * C * 32, 4, 2, 2] of each group."""
     WIDE: gl.constexpr = groups_layout(T, C, gl.num_warps())
-    if SCALE == "e8m0":
+    if SCALE != "e4m3":
         first = scale_words & 0x7F807F80
         second = ((scale_words << 8) | ((scale_words >> 24) & 0xFF)) & 0x7F807F80
     else:
@@ -233,9 +231,12 @@ def decode(
 ):  # fmt: skip
     """Codes and their scale words -> bfloat16 [T * 64, C * 64], slots of rows, or a piece of its columns.
 
+    Returns:
+        Of each 32 columns the first 16, and the others, with dimensions as threads hold them: see `operand`.
+
     Args:
         words: int32 [T * C * 128, 4], of 8 bits [T * C * 256, 4]; more: of 6 bits [T * C * 128, 2].
-        scale_words: [T * C * 32], NVFP4 [T * C * 64]; "f32": not looked at.
+        scale_words: [T * C * 32], NVFP4 [T * C * 64].
     """
     WIDE: gl.constexpr = groups_layout(T, C, gl.num_warps())
     BITS: gl.constexpr = bits_of(ELEMENT)
@@ -253,30 +254,22 @@ def decode(
                 more.reshape([T * C * 32, 4, 2]), gl.SliceLayout(3, WIDE), assert_trivial=True
             )
             first, second = gl.broadcast(first, second[:, :, :, None])
-    if SCALE == "f32":
-        given = [_piece(first, PIECE, PIECES, T, C), _piece(second, PIECE, PIECES, T, C)]
+    first, s = gl.broadcast(first, _halves(scale_words, T, C, SCALE))
+    if BITS == 4:
+        given = [_piece(first, PIECE, PIECES, T, C), _piece(s, PIECE, PIECES, T, C)]
     else:
-        first, s = gl.broadcast(first, _halves(scale_words, T, C, SCALE))
-        if BITS == 4:
-            given = [_piece(first, PIECE, PIECES, T, C), _piece(s, PIECE, PIECES, T, C)]
-        else:
-            given = [
-                _piece(first, PIECE, PIECES, T, C),
-                _piece(second, PIECE, PIECES, T, C),
-                _piece(s, PIECE, PIECES, T, C),
-            ]
+        given = [
+            _piece(first, PIECE, PIECES, T, C),
+            _piece(second, PIECE, PIECES, T, C),
+            _piece(s, PIECE, PIECES, T, C),
+        ]
     o = gl.inline_asm_elementwise(
         _assembly(ELEMENT, SCALE), _constraints(ELEMENT, SCALE), given,
         dtype=(gl.bfloat16,) * 8, is_pure=True, pack=2,
     )  # fmt: skip
     low = gl.join(gl.join(o[0], o[1]), gl.join(o[2], o[3]))
     high = gl.join(gl.join(o[4], o[5]), gl.join(o[6], o[7]))
-    # A piece of 32 columns is one of a chunk's two p.
-    P: gl.constexpr = 1 if PIECES == 2 * C else 2
-    CHUNKS: gl.constexpr = 2 * C // PIECES // P
-    a = gl.join(low, high).reshape([T, CHUNKS, 4, 8, 4, P, 2, 2, 2, 2])
-    # tile, chunk, warp, g, t, p, odd column; odd row, h, q -> tile, warp, odd row, g; chunk, p, q, h, t, odd column
-    return a.permute([0, 2, 7, 3, 1, 5, 9, 8, 4, 6]).reshape([T * 64, CHUNKS * P * 32])
+    return low, high
 
 
 @gluon.jit
@@ -286,11 +279,36 @@ def operand(
 ):  # fmt: skip
     """`decode` of (codes, their further bits, scales), as the matrix unit takes it."""
     words, more, scale = weights
-    return gl.convert_layout(
-        decode(words, more, scale, PIECE, PIECES, T, C, ELEMENT, SCALE),
-        gl.DotOperandLayout(0, ACC, 2),
-        assert_trivial=True,
-    )
+    low, high = decode(words, more, scale, PIECE, PIECES, T, C, ELEMENT, SCALE)
+    # A piece of 32 columns is one of a chunk's two p.
+    P: gl.constexpr = 1 if PIECES == 2 * C else 2
+    CHUNKS: gl.constexpr = 2 * C // PIECES // P
+    a = gl.join(low, high).reshape([T, CHUNKS, 4, 8, 4, P, 2, 2, 2, 2])
+    # tile, chunk, warp, g, t, p, odd column; odd row, h, q -> tile, warp, odd row, g; chunk, p, q, h, t, odd column
+    a = a.permute([0, 2, 7, 3, 1, 5, 9, 8, 4, 6]).reshape([T * 64, CHUNKS * P * 32])
+    return gl.convert_layout(a, gl.DotOperandLayout(0, ACC, 2), assert_trivial=True)
+
+
+@gluon.jit
+def _half(columns, ACC: gl.constexpr, T: gl.constexpr):
+    """16 columns as the matrix unit takes them."""
+    # tile, warp, g, t, odd column; odd row, h -> tile, warp, odd row, g; h, t, odd column
+    a = columns.reshape([T, 4, 8, 4, 2, 2, 2]).permute([0, 1, 5, 2, 6, 3, 4]).reshape([T * 64, 16])
+    return gl.convert_layout(a, gl.DotOperandLayout(0, ACC, 2), assert_trivial=True)
+
+
+@gluon.jit
+def operands(
+    weights, PIECE: gl.constexpr, PIECES: gl.constexpr, ACC: gl.constexpr,
+    T: gl.constexpr, C: gl.constexpr, ELEMENT: gl.constexpr, SCALE: gl.constexpr,
+):  # fmt: skip
+    """Tuple of `operand`'s columns: of a piece of 32, two for one instruction each."""
+    if PIECES == 2 * C:
+        words, more, scale = weights
+        low, high = decode(words, more, scale, PIECE, PIECES, T, C, ELEMENT, SCALE)
+        return (_half(low, ACC, T), _half(high, ACC, T))
+    else:
+        return (operand(weights, PIECE, PIECES, ACC, T, C, ELEMENT, SCALE),)
 
 
 @gluon.jit

@@ -1,8 +1,8 @@
 """The loop over K on Hopper: codes, scales and tokens arrive by asynchronous copies, several steps ahead.
 
 Weights are wgmma's left operand, in registers; tokens its right one, in shared memory. One program walks all of K in
-steps of 16, whatever its sizes, so a token's result depends, to the bit, on no other token. Block FP8's scales multiply
-sums over 128 columns, one step.
+steps of 16, whatever its sizes, so a token's result depends, to the bit, on no other token. Block FP8's sums are
+rescaled before every 128 columns, see `fragments.Fragments.ratios`: then they are waited for.
 """
 
 from __future__ import annotations
@@ -43,15 +43,14 @@ def buffers(
     """Shared memory for the codes, their further bits and the scales of STAGES steps."""
     ROWS: gl.constexpr = T * C * wide_rows(ELEMENT)
     cs = gl.allocate_shared_memory(gl.int32, [STAGES, ROWS, 4], gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
-    ds, ss = cs, cs
+    ds = cs
     if bits_of(ELEMENT) == 6:
         ds = gl.allocate_shared_memory(
             gl.int32, [STAGES, T * C * 128, 2], gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
         )
-    if SCALE != "f32":
-        ss = gl.allocate_shared_memory(
-            gl.int32, [STAGES, T * C * 32 * scale_words(SCALE)], gl.SwizzledSharedLayout(1, 1, 1, [0])
-        )
+    ss = gl.allocate_shared_memory(
+        gl.int32, [STAGES, T * C * 32 * scale_words(SCALE)], gl.SwizzledSharedLayout(1, 1, 1, [0])
+    )
     return cs, ds, ss
 
 
@@ -84,25 +83,22 @@ def pointers(
     codes, scales, matrix, first, second, TILES, CHUNKS,
     T: gl.constexpr, C: gl.constexpr, ELEMENT: gl.constexpr, SCALE: gl.constexpr,
 ):  # fmt: skip
-    """Where a program's codes, their further bits and its scales of step 0 lie; block FP8: the matrix's scales.
+    """Where a program's codes, their further bits and its scales of step 0 lie.
 
     Args:
         matrix: int64, the expert; first, second: number of the first tile, and of the one that half way follows.
     """
     BITS: gl.constexpr = bits_of(ELEMENT)
     cp = _pointers(codes, matrix, first, second, TILES, CHUNKS, 128 * BITS, 0, T, C, wide_rows(ELEMENT), 4)
-    dp, sp = cp, scales
+    dp = cp
     if BITS == 6:
         dp = _pointers(codes, matrix, first, second, TILES, CHUNKS, 768, 512, T, C, 128, 2)
-    if SCALE == "f32":
-        sp = scales + matrix * (gl.cdiv(TILES, 2) * gl.cdiv(CHUNKS, 2))
-    else:
-        WORDS: gl.constexpr = scale_words(SCALE)
-        LAYOUT: gl.constexpr = gl.BlockedLayout([4], [32], [gl.num_warps()], [0])
-        j = gl.arange(0, T * C * 32 * WORDS, LAYOUT)
-        tile = tile_of(j // (C * 32 * WORDS), first, second, TILES, T)
-        sp = scales + matrix * TILES * CHUNKS * (32 * WORDS)
-        sp = sp + tile * (CHUNKS * 32 * WORDS) + j % (C * 32 * WORDS)
+    WORDS: gl.constexpr = scale_words(SCALE)
+    LAYOUT: gl.constexpr = gl.BlockedLayout([4], [32], [gl.num_warps()], [0])
+    j = gl.arange(0, T * C * 32 * WORDS, LAYOUT)
+    tile = tile_of(j // (C * 32 * WORDS), first, second, TILES, T)
+    sp = scales + matrix * TILES * CHUNKS * (32 * WORDS)
+    sp = sp + tile * (CHUNKS * 32 * WORDS) + j % (C * 32 * WORDS)
     return cp, dp, sp
 
 
@@ -136,15 +132,14 @@ def copy_weights(
     _copy(cs, cp, step, slot, STEPS, CHUNKS, 128 * BITS, T, C, wide_rows(ELEMENT), 4, EVEN)
     if BITS == 6:
         _copy(ds, dp, step, slot, STEPS, CHUNKS, 768, T, C, 128, 2, EVEN)
-    if SCALE != "f32":
-        WORDS: gl.constexpr = scale_words(SCALE)
-        if EVEN:
-            mask = step < STEPS
-        else:
-            LAYOUT: gl.constexpr = gl.BlockedLayout([4], [32], [gl.num_warps()], [0])
-            j = gl.arange(0, T * C * 32 * WORDS, LAYOUT)
-            mask = step * C + j // (32 * WORDS) % C < CHUNKS
-        async_copy.async_copy_global_to_shared(ss.index(slot), sp + step * (C * 32 * WORDS), mask=mask)
+    WORDS: gl.constexpr = scale_words(SCALE)
+    if EVEN:
+        mask = step < STEPS
+    else:
+        LAYOUT: gl.constexpr = gl.BlockedLayout([4], [32], [gl.num_warps()], [0])
+        j = gl.arange(0, T * C * 32 * WORDS, LAYOUT)
+        mask = step * C + j // (32 * WORDS) % C < CHUNKS
+    async_copy.async_copy_global_to_shared(ss.index(slot), sp + step * (C * 32 * WORDS), mask=mask)
 
 
 @gluon.jit
@@ -169,25 +164,21 @@ def _load(held, slot, T: gl.constexpr, C: gl.constexpr, ELEMENT: gl.constexpr, S
     WARPS: gl.constexpr = gl.num_warps()
     cs, ds, ss = held
     words = cs.index(slot).load(words_layout(T, C, WARPS, wide_rows(ELEMENT), 4))
-    more, scale = words, words
+    more = words
     if bits_of(ELEMENT) == 6:
         more = ds.index(slot).load(words_layout(T, C, WARPS, 128, 2))
-    if SCALE != "f32":
-        scale = ss.index(slot).load(scales_layout(T, C, WARPS, scale_words(SCALE)))
-    return words, more, scale
+    return words, more, ss.index(slot).load(scales_layout(T, C, WARPS, scale_words(SCALE)))
 
 
 @gluon.jit
-def _multiply(
-    w, xs, slot, acc, HALF: gl.constexpr, C: gl.constexpr, PARTS: gl.constexpr, FRESH: gl.constexpr
-):
-    """Starts acc + w @ the slot's tokens, or FRESH w @ them: PARTS groups of instructions."""
+def _multiply(w, xs, slot, acc, HALF: gl.constexpr, C: gl.constexpr, PARTS: gl.constexpr):
+    """Starts acc + w @ a half of the slot's tokens, or 2: all: PARTS groups of instructions."""
     sums = acc
     for p in gl.static_range(PARTS):
         x = xs.index(slot * PARTS + p)
         if HALF < 2:
             x = x.slice(HALF * (C * 32), C * 32, dim=1)
-        sums = warpgroup_mma(w, x.permute((1, 0)), sums, use_acc=p > 0 or not FRESH, is_async=True)
+        sums = warpgroup_mma(w, x.permute((1, 0)), sums, is_async=True)
     return sums
 
 
@@ -212,23 +203,28 @@ def _refill(
 
 
 @gluon.jit
-def block_scales(sp, step, STEPS, first, second, TILES, T: gl.constexpr, ACC: gl.constexpr):
-    """Of a step's 128 columns, float32 [T * 64]: two tiles of rows share one."""
+def ratio_pointers(ratios, matrix, first, second, TILES, CHUNKS, T: gl.constexpr, ACC: gl.constexpr):
+    """Block FP8: [T * 64], where each row's ratio before the first block is. Two tiles of rows share one."""
     i = gl.arange(0, T * 64, gl.SliceLayout(1, ACC))
-    tile = tile_of(i // 64, first, second, TILES, T)
-    return gl.load(sp + tile // 2 * STEPS + gl.minimum(step, STEPS - 1))
+    row = matrix * gl.cdiv(TILES, 2) + tile_of(i // 64, first, second, TILES, T) // 2
+    return ratios + row * (gl.cdiv(CHUNKS, 2) + 1)
 
 
 @gluon.jit
-def add_block(part, scale, acc):
-    """acc + part [rows, tokens] * scale [rows]."""
-    # Spelt as fma: whether a compiler joins a product and a sum must not depend on the sizes.
-    return gl.fma(part, gl.broadcast(scale[:, None], part)[0], acc)
+def ratio_at(rp, block, CHUNKS):
+    """What sums are multiplied by before a block of 128 columns; past the end 1."""
+    return gl.load(rp + block, mask=rp.to(gl.int64) * 0 + block < gl.cdiv(CHUNKS, 2), other=1.0)
+
+
+@gluon.jit
+def rescaled(acc, ratio):
+    """[rows, tokens] times [rows]."""
+    return acc * gl.broadcast(ratio[:, None], acc)[0]
 
 
 @gluon.jit
 def product(
-    x, rows, held, at, first, second, TILES, STEPS, CHUNKS, K,
+    x, rows, held, at, ratios, matrix, first, second, TILES, STEPS, CHUNKS, K,
     ELEMENT: gl.constexpr, SCALE: gl.constexpr, EVEN: gl.constexpr,
     BLOCK_M: gl.constexpr, T: gl.constexpr, C: gl.constexpr,
     STAGES: gl.constexpr, OVERLAP: gl.constexpr, ODD: gl.constexpr, PARTS: gl.constexpr,
@@ -237,23 +233,31 @@ def product(
 
     Args:
         x: bfloat16 [*, PARTS, K], activations as a sum of parts; rows: int64 [BLOCK_M].
-        held, at: as in `copy_weights`; first, second, TILES: as in `pointers`.
+        held, at: as in `copy_weights`; ratios: of all matrices; matrix, first, second, TILES: as in `pointers`.
     """
     WARPS: gl.constexpr = gl.num_warps()
     ACC: gl.constexpr = accumulator(BLOCK_M, WARPS)
     TOKENS: gl.constexpr = gl.BlockedLayout([1, 8], [4 // C, 8 * C], [WARPS, 1], [1, 0])
     XS: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_M, C * 64], gl.bfloat16)
-    # Block FP8: sums of a step, and then those of all.
-    APART: gl.constexpr = SCALE == "f32"
-    sp = at[2]
+    BLOCKS: gl.constexpr = SCALE == "f32"
     xs = gl.allocate_shared_memory(gl.bfloat16, [STAGES * PARTS, BLOCK_M, C * 64], XS)
+    rp = ratios
+    if BLOCKS:
+        rp = ratio_pointers(ratios, matrix, first, second, TILES, CHUNKS, T, ACC)
+        # After the last half of a turn, and before the others that begin a block; asked for a turn before it is needed.
+        ratio0 = ratio_at(rp, C if OVERLAP else 0, CHUNKS)
+        ratio1, ratio2, ratio3 = ratio0, ratio0, ratio0
+        if C > 1:
+            ratio2 = ratio_at(rp, C // 2, CHUNKS)
+        if C == 4:
+            ratio1, ratio3 = ratio_at(rp, 1, CHUNKS), ratio_at(rp, 3, CHUNKS)
     tp = x + rows[:, None] * (PARTS * K) + gl.arange(0, C * 64, gl.SliceLayout(0, TOKENS))[None, :]
     for s in gl.static_range(STAGES - 1):
         _copy_tokens(xs, tp, s, s, STEPS, K, C, EVEN, PARTS)
         async_copy.commit_group()
     acc = gl.zeros([T * 64, BLOCK_M], gl.float32, ACC)
     slot, free = 0, STAGES - 1
-    if OVERLAP and not APART:
+    if OVERLAP:
         # While halves of a step are multiplied, those of the next one are decoded, each into the registers of a half
         # that is done. A warp that starts a product waits until the one before it has begun, so what a half is decoded
         # beside must come between two of them. Two steps a turn, so that no register is copied while it is read.
@@ -265,7 +269,7 @@ def product(
         odd0, odd1 = even0, even1
         for turn in range(STEPS // 2):
             ahead = 2 * turn + STAGES - 1
-            sums = _multiply(even0, xs, slot, acc, 0, C, PARTS, False)
+            sums = _multiply(even0, xs, slot, acc, 0, C, PARTS)
             acc, odd0, odd1 = warpgroup_mma_wait(PARTS, deps=[sums, odd0, odd1])
             _refill(
                 xs, held, tp, at, ahead, free, STEPS, CHUNKS, K, STAGES - 3,
@@ -275,9 +279,17 @@ def product(
             slot = next_slot(slot, STAGES)
             loaded = _load(held, slot, T, C, ELEMENT, SCALE)
             odd0 = operand(loaded, 0, 2, ACC, T, C, ELEMENT, SCALE)
-            acc = _multiply(even1, xs, free, acc, 1, C, PARTS, False)
+            if BLOCKS and C == 4:
+                acc, even0 = warpgroup_mma_wait(0, deps=[acc, even0])
+                acc = rescaled(acc, ratio1)
+                ratio1 = ratio_at(rp, (turn + 1) * C + 1, CHUNKS)
+            acc = _multiply(even1, xs, free, acc, 1, C, PARTS)
             odd1 = operand(loaded, 1, 2, ACC, T, C, ELEMENT, SCALE)
-            sums = _multiply(odd0, xs, slot, acc, 0, C, PARTS, False)
+            if BLOCKS and C > 1:
+                acc, even0, even1 = warpgroup_mma_wait(0, deps=[acc, even0, even1])
+                acc = rescaled(acc, ratio2)
+                ratio2 = ratio_at(rp, (turn + 1) * C + C // 2, CHUNKS)
+            sums = _multiply(odd0, xs, slot, acc, 0, C, PARTS)
             acc, even0, even1 = warpgroup_mma_wait(PARTS, deps=[sums, even0, even1])
             _refill(
                 xs, held, tp, at, ahead + 1, free, STEPS, CHUNKS, K, STAGES - 3,
@@ -287,63 +299,51 @@ def product(
             slot = next_slot(slot, STAGES)
             loaded = _load(held, slot, T, C, ELEMENT, SCALE)
             even0 = operand(loaded, 0, 2, ACC, T, C, ELEMENT, SCALE)
-            sums = _multiply(odd1, xs, free, acc, 1, C, PARTS, False)
+            if BLOCKS and C == 4:
+                acc, odd0 = warpgroup_mma_wait(0, deps=[acc, odd0])
+                acc = rescaled(acc, ratio3)
+                ratio3 = ratio_at(rp, (turn + 1) * C + 3, CHUNKS)
+            sums = _multiply(odd1, xs, free, acc, 1, C, PARTS)
             acc = warpgroup_mma_wait(2 * PARTS, deps=[sums])
             even1 = operand(loaded, 1, 2, ACC, T, C, ELEMENT, SCALE)
+            if BLOCKS:
+                # No product may be under way here, or the compiler lets none be under way anywhere.
+                acc, odd0, odd1 = warpgroup_mma_wait(0, deps=[acc, odd0, odd1])
+                acc = rescaled(acc, ratio0)
+                ratio0 = ratio_at(rp, (turn + 2) * C, CHUNKS)
         if ODD:
-            acc = _multiply(even0, xs, slot, acc, 0, C, PARTS, False)
-            acc = _multiply(even1, xs, slot, acc, 1, C, PARTS, False)
+            acc = _multiply(even0, xs, slot, acc, 0, C, PARTS)
+            if BLOCKS and C == 4:
+                acc, even0 = warpgroup_mma_wait(0, deps=[acc, even0])
+                acc = rescaled(acc, ratio1)
+            acc = _multiply(even1, xs, slot, acc, 1, C, PARTS)
         acc, even0, even1, odd0, odd1 = warpgroup_mma_wait(0, deps=[acc, even0, even1, odd0, odd1])
-    elif OVERLAP:
-        # A step is decoded while the one before it is multiplied.
-        async_copy.wait_group(STAGES - 2)
-        barrier()
-        even = operand(_load(held, 0, T, C, ELEMENT, SCALE), 0, 1, ACC, T, C, ELEMENT, SCALE)
-        for turn in range(STEPS // 2):
-            ahead = 2 * turn + STAGES - 1
-            scale = block_scales(sp, 2 * turn, STEPS, first, second, TILES, T, ACC)
-            sums = _multiply(even, xs, slot, acc, 2, C, PARTS, True)
-            _refill(
-                xs, held, tp, at, ahead, free, STEPS, CHUNKS, K, STAGES - 3,
-                T, C, ELEMENT, SCALE, EVEN, PARTS,
-            )  # fmt: skip
-            free = slot
-            slot = next_slot(slot, STAGES)
-            odd = operand(_load(held, slot, T, C, ELEMENT, SCALE), 0, 1, ACC, T, C, ELEMENT, SCALE)
-            sums, even = warpgroup_mma_wait(0, deps=[sums, even])
-            acc = add_block(sums, scale, acc)
-            scale = block_scales(sp, 2 * turn + 1, STEPS, first, second, TILES, T, ACC)
-            sums = _multiply(odd, xs, slot, acc, 2, C, PARTS, True)
-            _refill(
-                xs, held, tp, at, ahead + 1, free, STEPS, CHUNKS, K, STAGES - 3,
-                T, C, ELEMENT, SCALE, EVEN, PARTS,
-            )  # fmt: skip
-            free = slot
-            slot = next_slot(slot, STAGES)
-            even = operand(_load(held, slot, T, C, ELEMENT, SCALE), 0, 1, ACC, T, C, ELEMENT, SCALE)
-            sums, odd = warpgroup_mma_wait(0, deps=[sums, odd])
-            acc = add_block(sums, scale, acc)
-        if ODD:
-            scale = block_scales(sp, STEPS - 1, STEPS, first, second, TILES, T, ACC)
-            sums = _multiply(even, xs, slot, acc, 2, C, PARTS, True)
-            sums, even = warpgroup_mma_wait(0, deps=[sums, even])
-            acc = add_block(sums, scale, acc)
     else:
+        HALVES: gl.constexpr = 2 if BLOCKS and C == 4 else 1
         for step in range(STEPS):
             ahead = step + STAGES - 1
             _refill(
                 xs, held, tp, at, ahead, free, STEPS, CHUNKS, K, STAGES - 2,
                 T, C, ELEMENT, SCALE, EVEN, PARTS,
             )  # fmt: skip
-            if APART:
-                scale = block_scales(sp, step, STEPS, first, second, TILES, T, ACC)
-            w = operand(_load(held, slot, T, C, ELEMENT, SCALE), 0, 1, ACC, T, C, ELEMENT, SCALE)
-            sums = warpgroup_mma_wait(0, deps=[_multiply(w, xs, slot, acc, 2, C, PARTS, APART)])
-            if APART:
-                acc = add_block(sums, scale, acc)
-            else:
-                acc = sums
+            loaded = _load(held, slot, T, C, ELEMENT, SCALE)
+            for half in gl.static_range(HALVES):
+                if BLOCKS:
+                    if C == 1:
+                        acc = rescaled(acc, gl.where(step % 2 == 0, ratio0, 1.0))
+                        ratio0 = ratio_at(rp, (step + 1) // 2, CHUNKS)
+                    elif half == 0:
+                        acc = rescaled(acc, ratio0)
+                        ratio0 = ratio_at(rp, (step + 1) * C // 2, CHUNKS)
+                    else:
+                        acc = rescaled(acc, ratio1)
+                        ratio1 = ratio_at(rp, (step + 1) * C // 2 + 1, CHUNKS)
+                w = operand(loaded, half, HALVES, ACC, T, C, ELEMENT, SCALE)
+                sums = _multiply(w, xs, slot, acc, half if HALVES == 2 else 2, C, PARTS)
+                acc = warpgroup_mma_wait(0, deps=[sums])
             free = slot
             slot = next_slot(slot, STAGES)
     async_copy.wait_group(0)
+    if BLOCKS:
+        acc = rescaled(acc, gl.load(rp + gl.cdiv(CHUNKS, 2)))
     return acc

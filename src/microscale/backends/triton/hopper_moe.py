@@ -1,7 +1,7 @@
 """The experts on Hopper: w13 with its activation is one kernel, w2 with the routing weight another; see `hopper`.
 
-From the routing on, a kernel starts while the one before it ends. A single token needs no routing: each of its routes
-is a tile.
+Each kernel may start while the one before it ends, and waits for it. A single token needs no routing: each of its
+routes is a tile.
 """
 
 from __future__ import annotations
@@ -10,22 +10,20 @@ import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from microscale.activations import Activation
-from microscale.backends.triton import activation as _activation
 from microscale.backends.triton import hopper_bulk, routing, tiles
 from microscale.backends.triton.cuts import Cut, moe_cuts
 from microscale.backends.triton.fragments import ROWS, Fragments
-from microscale.backends.triton.hopper import PARTS, as_parts, in_blocks
-from microscale.backends.triton.hopper_decode import accumulator, finish, in_order, slots, store_layout
+from microscale.backends.triton.hopper import PARTS, read_as
+from microscale.backends.triton.hopper_bulk import half_of, main_of, rest_of
 from microscale.backends.triton.hopper_loop import buffers, copy_weights, pointers, product
+from microscale.backends.triton.hopper_results import activated, routes_at, weighted
 from microscale.backends.triton.ordering import tokens_in_order
 from microscale.backends.triton.routing import Table
 from microscale.backends.triton.total import total
 
-activate = gluon.jit(_activation.activate.fn)
 key_of = gluon.jit(routing.key_of.fn)
 
 
@@ -50,17 +48,9 @@ def _span(tile, expert, tile_starts, ends, DIRECT: gl.constexpr):
 
 
 @gluon.jit
-def _routes(order, place, DIRECT: gl.constexpr):
-    if DIRECT:
-        return place
-    else:
-        return gl.load(order + place)
-
-
-@gluon.jit
 def _first(
-    h, x, codes, scales, row_scale, bias, order, topk_weights, held, at, expert, block, first, second, start, end,
-    top_k, N, WIDTH, K, TILES, CHUNKS, STEPS, alpha, beta, limit,
+    h, x, codes, scales, ratios, row_scale, bias, order, topk_weights, held, at, expert, block,
+    first, second, start, end, top_k, N, WIDTH, K, TILES, CHUNKS, STEPS, alpha, beta, limit,
     ELEMENT: gl.constexpr, SCALE: gl.constexpr, EVEN: gl.constexpr, ROW_SCALE: gl.constexpr, HAS_BIAS: gl.constexpr,
     KIND: gl.constexpr, GATED: gl.constexpr, INTERLEAVED: gl.constexpr, HAS_LIMIT: gl.constexpr,
     WEIGHT_ON_INPUT: gl.constexpr, DIRECT: gl.constexpr,
@@ -68,53 +58,38 @@ def _first(
     OVERLAP: gl.constexpr, ODD: gl.constexpr, PARTS: gl.constexpr, BULK: gl.constexpr,
 ):  # fmt: skip
     """A tile of `_first_kernel`, of at most BLOCK_M tokens."""
-    WARPS: gl.constexpr = gl.num_warps()
-    OUT: gl.constexpr = T * 32 if GATED else T * 64
+    MAIN: gl.constexpr = main_of(BLOCK_M) if BULK else BLOCK_M
+    out = (row_scale, bias, order, topk_weights, expert, block, first, second)
+    sizes = (N, WIDTH, alpha, beta, limit)
     if BULK:  # x is in the order of the routes
-        acc = hopper_bulk.product(
-            x, start, codes, scales, expert, first, second, TILES, STEPS, CHUNKS,
+        accs = hopper_bulk.product(
+            x, start, codes, scales, ratios, expert, first, second, TILES, STEPS, CHUNKS,
             ELEMENT, SCALE, BLOCK_M, T, C, STAGES, ODD, BULK,
         )  # fmt: skip
     else:
-        TOKENS: gl.constexpr = gl.BlockedLayout([1, 8], [4 // C, 8 * C], [WARPS, 1], [1, 0])
+        TOKENS: gl.constexpr = gl.BlockedLayout([1, 8], [4 // C, 8 * C], [gl.num_warps(), 1], [1, 0])
         place = gl.minimum(start + gl.arange(0, BLOCK_M, gl.SliceLayout(1, TOKENS)), end - 1)
-        token = (_routes(order, place, DIRECT) // top_k).to(gl.int64)
-        acc = product(
-            x, token, held, at, first, second, TILES, STEPS, CHUNKS, K,
+        token = (routes_at(order, place, DIRECT) // top_k).to(gl.int64)
+        sums = product(
+            x[0], token, held, at, ratios, expert, first, second, TILES, STEPS, CHUNKS, K,
             ELEMENT, SCALE, EVEN, BLOCK_M, T, C, STAGES, OVERLAP, ODD, PARTS,
         )  # fmt: skip
-    ACC: gl.constexpr = accumulator(BLOCK_M, WARPS)
-    if WEIGHT_ON_INPUT:
-        place = gl.minimum(start + gl.arange(0, BLOCK_M, gl.SliceLayout(0, ACC)), end - 1)
-        acc = acc * gl.load(topk_weights + _routes(order, place, DIRECT)).to(gl.float32)[None, :]
-    rows = gl.minimum(slots(first, second, T, gl.SliceLayout(1, ACC)), N - 1)
-    acc = finish(acc, row_scale, bias, expert * N + rows, ROW_SCALE, HAS_BIAS)
-    if GATED and not INTERLEAVED:
-        both = in_order(acc, T, BLOCK_M).reshape([2, OUT, BLOCK_M]).permute([1, 2, 0])
-        gate, up = gl.convert_layout(
-            both, gl.BlockedLayout([2, 1, 2], [16, 2, 1], [1, WARPS, 1], [2, 0, 1])
-        ).split()
-        out = activate(gate, up, alpha, beta, limit, KIND, GATED, HAS_LIMIT)
-    elif GATED:
-        gate, up = acc.reshape([T * 4, 2, 8, BLOCK_M]).permute([0, 2, 3, 1]).split()
-        out = activate(gate, up, alpha, beta, limit, KIND, GATED, HAS_LIMIT).reshape([OUT, BLOCK_M])
-    else:
-        out = in_order(activate(acc, acc, alpha, beta, limit, KIND, GATED, HAS_LIMIT), T, BLOCK_M)
-    STORE: gl.constexpr = store_layout(OUT, WARPS)
-    out = gl.convert_layout(out.to(h.dtype.element_ty), STORE)
-    n = block * OUT + gl.arange(0, OUT, gl.SliceLayout(1, STORE))
-    place = start + gl.arange(0, BLOCK_M, gl.SliceLayout(0, STORE))
-    gl.store(
-        h + place.to(gl.int64)[None, :] * WIDTH + n[:, None],
-        out,
-        mask=(n < WIDTH)[:, None] & (place < end)[None, :],
-    )
+        accs = (sums,)
+    activated(
+        h, accs[0], *out, start, end, *sizes, ROW_SCALE, HAS_BIAS,
+        KIND, GATED, INTERLEAVED, HAS_LIMIT, WEIGHT_ON_INPUT, DIRECT, MAIN, T,
+    )  # fmt: skip
+    if BULK and rest_of(BLOCK_M):
+        activated(
+            h, accs[1], *out, start + MAIN, end, *sizes, ROW_SCALE, HAS_BIAS,
+            KIND, GATED, INTERLEAVED, HAS_LIMIT, WEIGHT_ON_INPUT, DIRECT, rest_of(BLOCK_M), T,
+        )  # fmt: skip
 
 
 @gluon.jit(do_not_specialize=["top_k", "TILES", "CHUNKS", "STEPS", "experts", "known"])
 def _first_kernel(
-    h, x, x_half, codes, scales, row_scale, bias, tile_experts, tile_starts, ends, order, expert_map, topk_weights,
-    top_k, experts, known, N, WIDTH, K, TILES, CHUNKS, STEPS, alpha, beta, limit,
+    h, x, x_half, x_rest, codes, scales, ratios, row_scale, bias, tile_experts, tile_starts, ends, order, expert_map,
+    topk_weights, top_k, experts, known, N, WIDTH, K, TILES, CHUNKS, STEPS, alpha, beta, limit,
     ELEMENT: gl.constexpr, SCALE: gl.constexpr, EVEN: gl.constexpr, ROW_SCALE: gl.constexpr, HAS_BIAS: gl.constexpr,
     KIND: gl.constexpr, GATED: gl.constexpr, INTERLEAVED: gl.constexpr, HAS_LIMIT: gl.constexpr,
     WEIGHT_ON_INPUT: gl.constexpr, DIRECT: gl.constexpr, HAS_MAP: gl.constexpr,
@@ -144,17 +119,17 @@ def _first_kernel(
             for s in gl.static_range(STAGES - 1):
                 copy_weights(held, at, s, s, STEPS, CHUNKS, T, C, ELEMENT, SCALE, EVEN)
         start, end = _span(tile, expert, tile_starts, ends, DIRECT)
-        if TAIL and end - start <= BLOCK_M // 2:
+        if TAIL and end - start <= half_of(BLOCK_M):
             _first(
-                h, x_half, codes, scales, row_scale, bias, order, topk_weights, held, at, expert, block, first, second,
-                start, end, top_k, N, WIDTH, K, TILES, CHUNKS, STEPS, alpha, beta, limit,
+                h, (x_half, x_half), codes, scales, ratios, row_scale, bias, order, topk_weights, held, at, expert,
+                block, first, second, start, end, top_k, N, WIDTH, K, TILES, CHUNKS, STEPS, alpha, beta, limit,
                 ELEMENT, SCALE, EVEN, ROW_SCALE, HAS_BIAS, KIND, GATED, INTERLEAVED, HAS_LIMIT, WEIGHT_ON_INPUT, DIRECT,
-                BLOCK_M // 2, T, C, STAGES, OVERLAP, ODD, PARTS, BULK,
+                half_of(BLOCK_M), T, C, STAGES, OVERLAP, ODD, PARTS, BULK,
             )  # fmt: skip
         else:
             _first(
-                h, x, codes, scales, row_scale, bias, order, topk_weights, held, at, expert, block, first, second,
-                start, end, top_k, N, WIDTH, K, TILES, CHUNKS, STEPS, alpha, beta, limit,
+                h, (x, x_rest), codes, scales, ratios, row_scale, bias, order, topk_weights, held, at, expert, block,
+                first, second, start, end, top_k, N, WIDTH, K, TILES, CHUNKS, STEPS, alpha, beta, limit,
                 ELEMENT, SCALE, EVEN, ROW_SCALE, HAS_BIAS, KIND, GATED, INTERLEAVED, HAS_LIMIT, WEIGHT_ON_INPUT, DIRECT,
                 BLOCK_M, T, C, STAGES, OVERLAP, ODD, PARTS, BULK,
             )  # fmt: skip
@@ -162,7 +137,7 @@ def _first_kernel(
 
 @gluon.jit
 def _second(
-    shares, h, codes, scales, row_scale, bias, order, topk_weights, held, at, expert, first, start, end,
+    shares, h, codes, scales, ratios, row_scale, bias, order, topk_weights, held, at, expert, first, start, end,
     N, K, TILES, CHUNKS, STEPS,
     ELEMENT: gl.constexpr, SCALE: gl.constexpr, EVEN: gl.constexpr, ROW_SCALE: gl.constexpr, HAS_BIAS: gl.constexpr,
     WEIGHT_ON_INPUT: gl.constexpr, DIRECT: gl.constexpr,
@@ -170,37 +145,33 @@ def _second(
     OVERLAP: gl.constexpr, ODD: gl.constexpr, PARTS: gl.constexpr, BULK: gl.constexpr,
 ):  # fmt: skip
     """A tile of `_second_kernel`, of at most BLOCK_M tokens."""
-    WARPS: gl.constexpr = gl.num_warps()
+    MAIN: gl.constexpr = main_of(BLOCK_M) if BULK else BLOCK_M
+    out = (row_scale, bias, order, topk_weights, expert, first)
     if BULK:
-        acc = hopper_bulk.product(
-            h, start, codes, scales, expert, first, first + T // 2, TILES, STEPS, CHUNKS,
+        accs = hopper_bulk.product(
+            h, start, codes, scales, ratios, expert, first, first + T // 2, TILES, STEPS, CHUNKS,
             ELEMENT, SCALE, BLOCK_M, T, C, STAGES, ODD, BULK,
         )  # fmt: skip
     else:
-        TOKENS: gl.constexpr = gl.BlockedLayout([1, 8], [4 // C, 8 * C], [WARPS, 1], [1, 0])
+        TOKENS: gl.constexpr = gl.BlockedLayout([1, 8], [4 // C, 8 * C], [gl.num_warps(), 1], [1, 0])
         rows = gl.minimum(start + gl.arange(0, BLOCK_M, gl.SliceLayout(1, TOKENS)), end - 1).to(gl.int64)
-        acc = product(
-            h, rows, held, at, first, first + T // 2, TILES, STEPS, CHUNKS, K,
+        sums = product(
+            h[0], rows, held, at, ratios, expert, first, first + T // 2, TILES, STEPS, CHUNKS, K,
             ELEMENT, SCALE, EVEN, BLOCK_M, T, C, STAGES, OVERLAP, ODD, PARTS,
         )  # fmt: skip
-    ACC: gl.constexpr = accumulator(BLOCK_M, WARPS)
-    rows = gl.minimum(slots(first, first + T // 2, T, gl.SliceLayout(1, ACC)), N - 1)
-    acc = finish(acc, row_scale, bias, expert * N + rows, ROW_SCALE, HAS_BIAS)
-    if not WEIGHT_ON_INPUT:
-        place = gl.minimum(start + gl.arange(0, BLOCK_M, gl.SliceLayout(0, ACC)), end - 1)
-        acc = acc * gl.load(topk_weights + _routes(order, place, DIRECT)).to(gl.float32)[None, :]
-    STORE: gl.constexpr = store_layout(T * 64, WARPS)
-    out = gl.convert_layout(in_order(acc.to(shares.dtype.element_ty), T, BLOCK_M), STORE)
-    n = first * 64 + gl.arange(0, T * 64, gl.SliceLayout(1, STORE))
-    place = start + gl.arange(0, BLOCK_M, gl.SliceLayout(0, STORE))
-    route = _routes(order, gl.minimum(place, end - 1), DIRECT).to(gl.int64)
-    gl.store(shares + route[None, :] * N + n[:, None], out, mask=(n < N)[:, None] & (place < end)[None, :])
+        accs = (sums,)
+    weighted(shares, accs[0], *out, start, end, N, ROW_SCALE, HAS_BIAS, WEIGHT_ON_INPUT, DIRECT, MAIN, T)
+    if BULK and rest_of(BLOCK_M):
+        weighted(
+            shares, accs[1], *out, start + MAIN, end, N,
+            ROW_SCALE, HAS_BIAS, WEIGHT_ON_INPUT, DIRECT, rest_of(BLOCK_M), T,
+        )  # fmt: skip
 
 
 @gluon.jit(do_not_specialize=["TILES", "CHUNKS", "STEPS", "experts", "known"])
 def _second_kernel(
-    shares, h, h_half, codes, scales, row_scale, bias, tile_experts, tile_starts, ends, order, expert_map, topk_weights,
-    experts, known, N, K, TILES, CHUNKS, STEPS,
+    shares, h, h_half, h_rest, codes, scales, ratios, row_scale, bias, tile_experts, tile_starts, ends, order,
+    expert_map, topk_weights, experts, known, N, K, TILES, CHUNKS, STEPS,
     ELEMENT: gl.constexpr, SCALE: gl.constexpr, EVEN: gl.constexpr, ROW_SCALE: gl.constexpr, HAS_BIAS: gl.constexpr,
     WEIGHT_ON_INPUT: gl.constexpr, DIRECT: gl.constexpr, HAS_MAP: gl.constexpr,
     BLOCK_M: gl.constexpr, T: gl.constexpr, C: gl.constexpr, STAGES: gl.constexpr,
@@ -224,17 +195,18 @@ def _second_kernel(
         if PDL:
             gdc_wait()
             gdc_launch_dependents()
-        if TAIL and end - start <= BLOCK_M // 2:
+        if TAIL and end - start <= half_of(BLOCK_M):
             _second(
-                shares, h_half, codes, scales, row_scale, bias, order, topk_weights, held, at,
+                shares, (h_half, h_half), codes, scales, ratios, row_scale, bias, order, topk_weights, held, at,
                 expert, first, start, end, N, K, TILES, CHUNKS, STEPS,
                 ELEMENT, SCALE, EVEN, ROW_SCALE, HAS_BIAS, WEIGHT_ON_INPUT, DIRECT,
-                BLOCK_M // 2, T, C, STAGES, OVERLAP, ODD, PARTS, BULK,
+                half_of(BLOCK_M), T, C, STAGES, OVERLAP, ODD, PARTS, BULK,
             )  # fmt: skip
         else:
             _second(
-                shares, h, codes, scales, row_scale, bias, order, topk_weights, held, at, expert, first, start, end,
-                N, K, TILES, CHUNKS, STEPS, ELEMENT, SCALE, EVEN, ROW_SCALE, HAS_BIAS, WEIGHT_ON_INPUT, DIRECT,
+                shares, (h, h_rest), codes, scales, ratios, row_scale, bias, order, topk_weights, held, at,
+                expert, first, start, end, N, K, TILES, CHUNKS, STEPS,
+                ELEMENT, SCALE, EVEN, ROW_SCALE, HAS_BIAS, WEIGHT_ON_INPUT, DIRECT,
                 BLOCK_M, T, C, STAGES, OVERLAP, ODD, PARTS, BULK,
             )  # fmt: skip
     elif PDL:
@@ -244,12 +216,6 @@ def _second_kernel(
 def refuse(w13: Fragments, activation: Activation) -> bool:
     """Gates and ups that lie apart must both begin at a tile."""
     return activation.gated and not activation.interleaved and w13.shape[1] // 2 % ROWS != 0
-
-
-def _tokens(x: Tensor, cut: Cut) -> tuple[Tensor | TensorDescriptor, Tensor | TensorDescriptor]:
-    """What the kernels read them from, and what they read half a tile from."""
-    parts = as_parts(x)
-    return (in_blocks(parts, cut), in_blocks(parts, cut, half=cut.tail)) if cut.bulk else (parts, parts)
 
 
 def first(
@@ -276,7 +242,7 @@ def first(
     h = torch.empty(weights.numel(), inner, dtype=x.dtype, device=x.device)
     per_block = cut.tiles * (32 if activation.gated else 64)
     _first_kernel[(table.count * -(-inner // per_block),)](
-        h, *_tokens(x, cut), w.codes, w.scales, w.row_scale, bias,
+        h, *read_as(x, cut), w.codes, w.scales, w.ratios, w.row_scale, bias,
         table.tile_experts, table.tile_starts, table.ends, table.order, expert_map, weights,
         weights.shape[1], experts, experts if expert_map is None else expert_map.numel(),
         rows, inner, hidden, *cut.sizes(w),
@@ -294,7 +260,7 @@ def first(
         # branch between two sizes of tile ("PassManager::run failed", in ConvertTritonGPUToLLVM).
         TAIL=cut.tail and not direct,
         PDL=pdl,
-        launch_pdl=pdl and not direct,
+        launch_pdl=pdl,
         **cut.constants(w),
     )  # fmt: skip
     return h
@@ -316,7 +282,7 @@ def second(
     experts, n, inner = w.shape
     shares = torch.empty(weights.numel(), n, dtype=h.dtype, device=h.device)
     _second_kernel[(table.count * -(-w.tiles // cut.tiles),)](
-        shares, *_tokens(h, cut), w.codes, w.scales, w.row_scale, bias,
+        shares, *read_as(h, cut), w.codes, w.scales, w.ratios, w.row_scale, bias,
         table.tile_experts, table.tile_starts, table.ends, table.order, expert_map, weights,
         experts, experts if expert_map is None else expert_map.numel(), n, inner, *cut.sizes(w),
         HAS_BIAS=bias is not None,

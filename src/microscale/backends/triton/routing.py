@@ -73,6 +73,7 @@ def _route_kernel(
 ):
     """One program per expert."""
     if PDL:
+        gdc_wait()
         gdc_launch_dependents()
     expert = tl.program_id(0)
     lane = tl.arange(0, BLOCK)
@@ -117,6 +118,7 @@ def _count_kernel(
 ):
     """counts[block, expert] of each block of routes."""
     if PDL:
+        gdc_wait()
         gdc_launch_dependents()
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     key = key_of(ids, expert_map, i, routes, experts, known, HAS_MAP)
@@ -196,7 +198,7 @@ def route(
     """Of [M, T] global ids; M and T at least 1.
 
     Args:
-        pdl: let the next kernel start early; it must wait.
+        pdl: start before the kernel ahead ends, and wait for it; let the next one start early, which must wait.
     """
     routes, device = topk_ids.numel(), topk_ids.device
     # Each expert's last tile may be partly empty.
@@ -209,13 +211,15 @@ def route(
     ids = (topk_ids.contiguous(), expert_map, routes, experts)
     known = experts if expert_map is None else expert_map.numel()
     constants = {"HAS_MAP": expert_map is not None, "BLOCK_E": block_e, "PDL": pdl}
+    launch = {"launch_pdl": True} if pdl else {}
     with tiles.on(device):
         if blocks == 0:
             block = max(triton.next_power_of_2(routes), 128)
-            _route_kernel[(experts,)](*table, *ids, known, count, BLOCK_M=block_m, BLOCK=block, **constants)
+            _route_kernel[(experts,)](
+                *table, *ids, known, count, BLOCK_M=block_m, BLOCK=block, **constants, **launch
+            )
         else:
-            launch = {"launch_pdl": True} if pdl else {}
-            _count_kernel[(blocks,)](counts, *ids, known, BLOCK=_BLOCK, **constants)
+            _count_kernel[(blocks,)](counts, *ids, known, BLOCK=_BLOCK, **constants, **launch)
             _place_kernel[(blocks,)](
                 *table, counts, *ids, known, count, blocks, BLOCK_M=block_m, BLOCK=_BLOCK,
                 TILES=triton.next_power_of_2(-(-count // blocks)), **constants, **launch,

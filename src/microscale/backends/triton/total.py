@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_wait
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from microscale.backends.triton import tiles
 from microscale.backends.triton.routing import key_of
@@ -32,6 +32,7 @@ def _total_kernel(
     acc = tl.zeros((BLOCK,), tl.float32)
     if PDL:
         gdc_wait()
+        gdc_launch_dependents()
     for t in tl.static_range(TOP_K):
         route = token * TOP_K + t
         key = key_of(ids, expert_map, route, route + 1, experts, known, HAS_MAP)
