@@ -168,6 +168,8 @@ def main() -> None:
     )
     parser.add_argument("--json", type=Path, help="write the rows here too")
     args = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.exit(1, f"no CUDA GPU that PyTorch {torch.__version__} can use\n")
     formats = list(FORMATS) if "all" in args.formats else args.formats
     torch.manual_seed(0)
     for name in formats:
