@@ -298,3 +298,19 @@ def random_bytes(name: str, shape: tuple[int, ...]) -> QuantTensor:
     return QuantTensor(
         fmt, shape, codes, scales.float() if fmt.scale == "f32" else scales, outer, fmt.rules[0]
     )
+
+
+def suitable_bytes(name: str, shape: tuple[int, ...]) -> Any:
+    """Random bytes that Hopper's layout can hold: no infinities or NaNs, and scales in its range."""
+    layout = import_module("microscale.backends.triton.layout")
+    w = random_bytes(name, shape)
+    element = w.format.element
+    special = [c for c, v in enumerate(element.values) if abs(v) == float("inf") or v != v]
+    if special:
+        w.codes[torch.isin(w.codes, torch.tensor(special, dtype=torch.uint8))] = 1
+    if w.format.scale == "e8m0":
+        least, greatest = layout.exponent_range(element, torch.bfloat16)
+        w.scales.clamp_(min=least, max=greatest)
+    elif w.format.scale == "e4m3":
+        w.scales.clamp_(max=126)
+    return w
