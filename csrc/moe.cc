@@ -111,16 +111,12 @@ struct Moe {
     }
   }
 
-  // An expert's tokens as operands, a few columns at a time.
+  // An expert's tokens as operands.
   void gather(int64_t hit, uint8_t *to) const {
-    constexpr int64_t kColumns = 512;
-    const int64_t k = gathered.k, step = gathered.step(routes->size(hit));
-    const int64_t *token = routes->tokens() + routes->first(hit);
-    for (int64_t tile = 0; tile < routes->size(hit); tile += 16)
-      for (int64_t column = 0; column < k; column += kColumns)
-        for (int64_t i = tile; i < std::min(tile + 16, routes->size(hit)); ++i)
-          kernels->load(dtype, tokens + (token[i] * k + column) * element_bytes(dtype), std::min(kColumns, k - column),
-                        1.0f, to + gathered.offset(0, 0, i) + column / kTileK * step, step);
+    const int64_t size = routes->size(hit), bytes = element_bytes(dtype);
+    const Source source{dtype, tokens, gathered.k * bytes, routes->tokens() + routes->first(hit), nullptr};
+    for (int64_t tile = 0; tile < size; tile += 16)
+      source.convert(*kernels, gathered, 0, 0, size, tile, std::min(tile + 16, size), to);
   }
 
   void some_columns(int64_t hit, const void *const *rows, int64_t column, uint8_t *own, const uint8_t *after) const {

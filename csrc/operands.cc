@@ -7,44 +7,39 @@ namespace {
 
 struct Conversion {
   const Kernels *kernels;
-  int dtype;
-  const uint8_t *x;
-  int64_t x_stride;  // bytes
+  Source source;
   OperandLayout layout;
-  const int64_t *first, *source;
-  const float *factor;
+  const int64_t *first;
   uint8_t *out;
   const void **rows;
   int64_t each, count;  // rows: of a unit, and in all
 
-  // Columns [column, column + n) of some rows of one group. Few columns at a time, so that what tiled rows share stays
-  // in the L1 cache until it is whole.
-  void columns(int64_t group, int64_t from, int64_t to, int64_t column, int64_t n) const {
-    const int64_t start = first[group], step = layout.step(first[group + 1] - start);
-    for (int64_t i = from; i < to; ++i) {
-      const uint8_t *row = x + (source ? source[i] : i) * x_stride;
-      uint8_t *const operands = out + layout.offset(group, start, i - start);
-      if (column == 0) rows[i] = operands;
-      kernels->load(dtype, row + column * element_bytes(dtype), n, factor ? factor[i] : 1.0f,
-                    operands + column / 32 * step, step);
-    }
-  }
   static void run(void *context, int64_t unit, int) {
-    constexpr int64_t kColumns = 512;
     const Conversion &c = *static_cast<const Conversion *>(context);
     const int64_t end = unit * c.each + c.each < c.count ? unit * c.each + c.each : c.count;
     int64_t group = 0;
     for (int64_t from = unit * c.each, to; from < end; from = to) {
       while (c.first[group + 1] <= from) ++group;
       to = c.first[group + 1] < end ? c.first[group + 1] : end;
-      const int64_t k = c.layout.k;
-      for (int64_t column = 0; column < k; column += kColumns)
-        c.columns(group, from, to, column, k - column < kColumns ? k - column : kColumns);
+      const int64_t start = c.first[group];
+      c.source.convert(*c.kernels, c.layout, group, start, c.first[group + 1] - start, from, to, c.out);
+      for (int64_t i = from; i < to; ++i) c.rows[i] = c.out + c.layout.offset(group, start, i - start);
     }
   }
 };
 
 }  // namespace
+
+void Source::convert(const Kernels &kernels, const OperandLayout &layout, int64_t group, int64_t first, int64_t size,
+                     int64_t from, int64_t to, uint8_t *out) const {
+  constexpr int64_t kColumns = 512;  // at a time, so that what tiled rows share stays in the L1 cache until it is whole
+  const int64_t step = layout.step(size);
+  for (int64_t column = 0; column < layout.k; column += kColumns)
+    for (int64_t i = from; i < to; ++i)
+      kernels.load(dtype, x + (row ? row[i] : i) * stride + column * element_bytes(dtype),
+                   layout.k - column < kColumns ? layout.k - column : kColumns, factor ? factor[i] : 1.0f,
+                   out + layout.offset(group, first, i - first) + column / 32 * step, step);
+}
 
 bool Operands::prepare(const Kernels &kernels, int dtype, const void *x, int64_t x_stride, int64_t k, int64_t rows,
                        const int64_t *first, int64_t groups, const int64_t *source, const float *factor, int threads) {
@@ -60,7 +55,8 @@ bool Operands::prepare(const Kernels &kernels, int dtype, const void *x, int64_t
   const OperandLayout layout{kernels.operand, kernels.tiled != 0, k};
   converted_ = Buffer<uint8_t>(layout.bytes(rows, groups));
   if (!converted_) return false;
-  Conversion c{&kernels, dtype, bytes, stride, layout, first, source, factor, converted_.get(), rows_.get(), 16, rows};
+  const Source from{dtype, bytes, stride, source, factor};
+  Conversion c{&kernels, from, layout, first, converted_.get(), rows_.get(), 16, rows};
   parallel(rows * k < (1 << 16) ? 1 : threads, (rows + c.each - 1) / c.each, Conversion::run, &c);
   return true;
 }

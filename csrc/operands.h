@@ -34,6 +34,20 @@ struct OperandLayout {
   }
 };
 
+// Rows of an activation matrix that become operands.
+struct Source {
+  int dtype;
+  const uint8_t *x;
+  int64_t stride;       // bytes
+  const int64_t *row;   // of x, for each operand row; null: the same
+  const float *factor;  // of each operand row; null: 1
+
+  // Rows [from, to) of group `group`, in which rows [first, first + size) are, to `out`, where all groups begin. Few
+  // rows at a time, best those of one tile.
+  void convert(const Kernels &kernels, const OperandLayout &layout, int64_t group, int64_t first, int64_t size,
+               int64_t from, int64_t to, uint8_t *out) const;
+};
+
 // Rows, used where they are if the kernels can and converted otherwise.
 class Operands {
  public:
