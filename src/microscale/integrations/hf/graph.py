@@ -115,10 +115,8 @@ class Decoder:
         early = min(capacity, kv.window) if kv.window else capacity
         wanted = batch * (early * kv.per_token + (capacity - early) * kv.beyond)
         where = self.model.device
-        free, _ = torch.cuda.mem_get_info(where)
-        free += torch.cuda.memory_reserved(where) - torch.cuda.memory_allocated(
-            where
-        )  # torch holds it, unused
+        unused = torch.cuda.memory_reserved(where) - torch.cuda.memory_allocated(where)  # but torch's
+        free = torch.cuda.mem_get_info(where)[0] + unused
         if wanted <= _ROOM * free:
             return None
         return f"its cache would take {wanted / 1e9:.1f} GB at once, and {free / 1e9:.1f} GB are free"
@@ -126,8 +124,9 @@ class Decoder:
     def _fits(self, batch: int, capacity: int) -> bool:
         """Whether the cache of before is for this batch, and neither too small nor far too large."""
         cache, step = self._cache, self._step
-        same = cache is not None and step is not None and step.batch == batch
-        return same and cache is not None and capacity <= cache.capacity <= 2 * capacity
+        if cache is None or step is None or step.batch != batch:
+            return False
+        return capacity <= cache.capacity <= 2 * capacity
 
     def _ready(self, batch: int, capacity: int) -> tuple[StepCache, Step]:
         """A cache that is empty, and its step: those of before where they fit."""
