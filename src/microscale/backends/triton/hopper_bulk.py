@@ -279,6 +279,19 @@ def _advance(
 
 
 @gluon.jit
+def _finish(
+    accs, now, rates, xs, slot, ODD_STEP: gl.constexpr, BLOCK_M: gl.constexpr, C: gl.constexpr, SCALE: gl.constexpr
+):  # fmt: skip
+    """Starts the products of the last step, with nothing decoded beside them. Its last rate is the caller's."""
+    for i in gl.static_range(pieces_of(C)):
+        for half in gl.static_range(len(now[0])):
+            accs = _start(accs, now, xs, slot, i, half, ODD_STEP, BLOCK_M, C)
+        if SCALE == "f32" and C == 4 and i == 1:
+            accs = _rescaled(_wait(0, accs, flat(now)), rates[0])
+    return accs
+
+
+@gluon.jit
 def product(
     x, row, codes, scales, ratios, matrix, first, second, TILES, STEPS, CHUNKS,
     ELEMENT: gl.constexpr, SCALE: gl.constexpr, BLOCK_M: gl.constexpr, T: gl.constexpr, C: gl.constexpr,
@@ -326,7 +339,7 @@ def product(
     slot = 0
     mbarrier.wait(bars.index(0), 0)
     # Two steps a turn, so that no register is copied while a product reads it.
-    for turn in range(STEPS // 2):
+    for turn in range((STEPS - 1) // 2):
         step = 2 * turn
         accs, odd, slot = _advance(
             accs, even, odd, even_rates, odd_weights, xs, bars, x, row, where, step, slot, COPIES, 0,
@@ -344,12 +357,15 @@ def product(
         even_weights = _weights(
             codes, scales, matrix, first, second, TILES, CHUNKS, step + 4, T, C, ELEMENT, SCALE
         )
+    # The last step has none after it. If the loop started the last products, the compiler would let no two be under way.
     if ODD:
-        for i in gl.static_range(PIECES):
-            for half in gl.static_range(len(even[0])):
-                accs = _start(accs, even, xs, slot, i, half, 0, BLOCK_M, C)
-            if SCALE == "f32" and C == 4 and i == 1:
-                accs = _rescaled(_wait(0, accs, flat(even)), even_rates[0])
+        accs = _finish(accs, even, even_rates, xs, slot, 0, BLOCK_M, C, SCALE)
+    else:
+        accs, odd, slot = _advance(
+            accs, even, odd, even_rates, odd_weights, xs, bars, x, row, where, STEPS - 2, slot, COPIES, 0,
+            ACC, BLOCK_M, T, C, STAGES, ELEMENT, SCALE, AHEAD,
+        )  # fmt: skip
+        accs = _finish(accs, odd, odd_rates, xs, slot, 1, BLOCK_M, C, SCALE)
     accs = _wait(0, accs, flat(even) + flat(odd))
     if SCALE == "f32":
         accs = _rescaled(accs, gl.load(rp + gl.cdiv(CHUNKS, 2)))

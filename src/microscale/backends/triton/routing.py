@@ -149,7 +149,7 @@ def _place_kernel(
     PDL: tl.constexpr,
 ):
     """One program per block of routes: their places in `order`, and TILES of the tiles."""
-    ROWS: tl.constexpr = 2048 // BLOCK_E if BLOCK_E < 1024 else 1
+    ROWS: tl.constexpr = 8192 // BLOCK_E if BLOCK_E < 4096 else 1  # many at once: every turn waits for memory
     PART: tl.constexpr = 32
     if PDL:
         gdc_wait()
@@ -222,7 +222,7 @@ def route(
             _count_kernel[(blocks,)](counts, *ids, known, BLOCK=_BLOCK, **constants, **launch)
             _place_kernel[(blocks,)](
                 *table, counts, *ids, known, count, blocks, BLOCK_M=block_m, BLOCK=_BLOCK,
-                TILES=triton.next_power_of_2(-(-count // blocks)), **constants, **launch,
+                TILES=triton.next_power_of_2(-(-count // blocks)), num_warps=8, **constants, **launch,
             )  # fmt: skip
     order, ends, tile_experts, tile_starts = table
     return Table(order, ends, tile_experts, tile_starts, count)
