@@ -225,7 +225,9 @@ def test_the_kernel_that_puts_tokens_in_order_compiles(layout: Any) -> None:
         **dict.fromkeys(("order", "ends"), "*i32"),
         **dict.fromkeys(("top_k", "experts", "K"), "i32"),
     }
-    made = compiled(ordering._in_order_kernel, "sm_90", given | {"PLACES": 8, "COLUMNS": 1024, "PDL": True}, {}, ("K",))
+    made = compiled(
+        ordering._in_order_kernel, "sm_90", given | {"PLACES": 8, "COLUMNS": 1024, "PDL": True}, {}, ("K",)
+    )
     assert "ld.global.v4.b32" in made.asm["ptx"]
 
 

@@ -36,7 +36,7 @@ def _store(
     WARPS: gl.constexpr = gl.num_warps()
     rows = gl.minimum(slots(first, second, T, gl.SliceLayout(1, accumulator(TOKENS, WARPS))), N - 1)
     acc = finish(acc, row_scale, bias, rows, ROW_SCALE, HAS_BIAS)
-    STORE: gl.constexpr = store_layout(T * 64, WARPS)
+    STORE: gl.constexpr = store_layout(T * 64, TOKENS, WARPS)
     out = gl.convert_layout(in_order(acc.to(y.dtype.element_ty), T, TOKENS), STORE)
     n = first * 64 + gl.arange(0, T * 64, gl.SliceLayout(1, STORE))
     m = token + gl.arange(0, TOKENS, gl.SliceLayout(0, STORE))

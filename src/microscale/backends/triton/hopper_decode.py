@@ -183,10 +183,11 @@ def accumulator(BLOCK_M, WARPS):
 
 
 @gluon.constexpr_function
-def store_layout(ROWS, WARPS):
-    """[ROWS, tokens], rows fastest."""
-    lanes = min(ROWS // 4, 32)
-    return gl.BlockedLayout([4, 1], [lanes, 32 // lanes], [1, WARPS], [0, 1])
+def store_layout(ROWS, TOKENS, WARPS):
+    """[ROWS, TOKENS], rows fastest: 4 of a thread, or 8 where that leaves none without."""
+    each = 8 if TOKENS >= 32 else 4
+    lanes = min(ROWS // each, 32)
+    return gl.BlockedLayout([each, 1], [lanes, 32 // lanes], [1, WARPS], [0, 1])
 
 
 @gluon.jit

@@ -19,7 +19,7 @@ from microscale.backends.triton.fragments import ROWS, Fragments
 from microscale.backends.triton.hopper import PARTS, read_as
 from microscale.backends.triton.hopper_bulk import half_of, main_of, rest_of
 from microscale.backends.triton.hopper_loop import buffers, copy_weights, pointers, product
-from microscale.backends.triton.hopper_results import activated, routes_at, weighted
+from microscale.backends.triton.hopper_results import activated, routes_at, routes_of, weighted
 from microscale.backends.triton.ordering import tokens_in_order
 from microscale.backends.triton.routing import Table
 from microscale.backends.triton.total import total
@@ -146,7 +146,11 @@ def _second(
 ):  # fmt: skip
     """A tile of `_second_kernel`, of at most BLOCK_M tokens."""
     MAIN: gl.constexpr = main_of(BLOCK_M) if BULK else BLOCK_M
-    out = (row_scale, bias, order, topk_weights, expert, first)
+    REST: gl.constexpr = rest_of(BLOCK_M) if BULK else 0
+    routes = routes_of(order, topk_weights, start, end, WEIGHT_ON_INPUT, DIRECT, MAIN)
+    more = routes
+    if REST:
+        more = routes_of(order, topk_weights, start + MAIN, end, WEIGHT_ON_INPUT, DIRECT, REST)
     if BULK:
         accs = hopper_bulk.product(
             h, start, codes, scales, ratios, expert, first, first + T // 2, TILES, STEPS, CHUNKS,
@@ -160,11 +164,14 @@ def _second(
             ELEMENT, SCALE, EVEN, BLOCK_M, T, C, STAGES, OVERLAP, ODD, PARTS,
         )  # fmt: skip
         accs = (sums,)
-    weighted(shares, accs[0], *out, start, end, N, ROW_SCALE, HAS_BIAS, WEIGHT_ON_INPUT, DIRECT, MAIN, T)
-    if BULK and rest_of(BLOCK_M):
+    weighted(
+        shares, accs[0], row_scale, bias, routes, expert, first, start, end, N,
+        ROW_SCALE, HAS_BIAS, WEIGHT_ON_INPUT, DIRECT, MAIN, T,
+    )  # fmt: skip
+    if REST:
         weighted(
-            shares, accs[1], *out, start + MAIN, end, N,
-            ROW_SCALE, HAS_BIAS, WEIGHT_ON_INPUT, DIRECT, rest_of(BLOCK_M), T,
+            shares, accs[1], row_scale, bias, more, expert, first, start + MAIN, end, N,
+            ROW_SCALE, HAS_BIAS, WEIGHT_ON_INPUT, DIRECT, REST, T,
         )  # fmt: skip
 
 

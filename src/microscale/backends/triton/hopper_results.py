@@ -47,7 +47,7 @@ def activated(
         out = activate(gate, up, alpha, beta, limit, KIND, GATED, HAS_LIMIT).reshape([OUT, BLOCK_M])
     else:
         out = in_order(activate(acc, acc, alpha, beta, limit, KIND, GATED, HAS_LIMIT), T, BLOCK_M)
-    STORE: gl.constexpr = store_layout(OUT, WARPS)
+    STORE: gl.constexpr = store_layout(OUT, BLOCK_M, WARPS)
     out = gl.convert_layout(out.to(h.dtype.element_ty), STORE)
     n = block * OUT + gl.arange(0, OUT, gl.SliceLayout(1, STORE))
     place = start + gl.arange(0, BLOCK_M, gl.SliceLayout(0, STORE))
@@ -59,22 +59,66 @@ def activated(
 
 
 @gluon.jit
+def _routes_in(
+    order, topk_weights, start, end,
+    WEIGHT_ON_INPUT: gl.constexpr, DIRECT: gl.constexpr, BLOCK_M: gl.constexpr, LAYOUT: gl.constexpr,
+):  # fmt: skip
+    """Routes of BLOCK_M places from `start` on, and their weights."""
+    place = gl.minimum(start + gl.arange(0, BLOCK_M, LAYOUT), end - 1)
+    route = routes_at(order, place, DIRECT)
+    weight = route
+    if not WEIGHT_ON_INPUT:
+        weight = gl.load(topk_weights + route).to(gl.float32)
+    return route, weight
+
+
+@gluon.constexpr_function
+def _early(BLOCK_M):
+    """Of fewer tokens a thread has few loads, and handing numbers from thread to thread would cost more."""
+    return BLOCK_M >= 32
+
+
+@gluon.jit
+def routes_of(
+    order, topk_weights, start, end,
+    WEIGHT_ON_INPUT: gl.constexpr, DIRECT: gl.constexpr, BLOCK_M: gl.constexpr,
+):  # fmt: skip
+    """What `weighted` needs of the routes, asked for ahead of the product: two loads, one after the other."""
+    if _early(BLOCK_M):
+        LAYOUT: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
+        return _routes_in(order, topk_weights, start, end, WEIGHT_ON_INPUT, DIRECT, BLOCK_M, LAYOUT)
+    else:
+        return order, topk_weights
+
+
+@gluon.jit
 def weighted(
-    shares, acc, row_scale, bias, order, topk_weights, expert, first, start, end, N,
+    shares, acc, row_scale, bias, routes, expert, first, start, end, N,
     ROW_SCALE: gl.constexpr, HAS_BIAS: gl.constexpr, WEIGHT_ON_INPUT: gl.constexpr, DIRECT: gl.constexpr,
     BLOCK_M: gl.constexpr, T: gl.constexpr,
 ):  # fmt: skip
-    """What w2 gives for BLOCK_M places from `start` on, from the sums to where it belongs."""
+    """What w2 gives for BLOCK_M places from `start` on, from the sums to where it belongs; routes: of `routes_of`."""
     WARPS: gl.constexpr = gl.num_warps()
     ACC: gl.constexpr = accumulator(BLOCK_M, WARPS)
+    STORE: gl.constexpr = store_layout(T * 64, BLOCK_M, WARPS)
+    TOKENS: gl.constexpr = gl.SliceLayout(0, STORE)
     rows = gl.minimum(slots(first, first + T // 2, T, gl.SliceLayout(1, ACC)), N - 1)
     acc = finish(acc, row_scale, bias, expert * N + rows, ROW_SCALE, HAS_BIAS)
+    if _early(BLOCK_M):
+        route = gl.convert_layout(routes[0], TOKENS)
+        weight = gl.convert_layout(routes[1], gl.SliceLayout(0, ACC))
+    else:
+        route, _ = _routes_in(routes[0], routes[1], start, end, True, DIRECT, BLOCK_M, TOKENS)
+        _, weight = _routes_in(
+            routes[0], routes[1], start, end, WEIGHT_ON_INPUT, DIRECT, BLOCK_M, gl.SliceLayout(0, ACC)
+        )
     if not WEIGHT_ON_INPUT:
-        place = gl.minimum(start + gl.arange(0, BLOCK_M, gl.SliceLayout(0, ACC)), end - 1)
-        acc = acc * gl.load(topk_weights + routes_at(order, place, DIRECT)).to(gl.float32)[None, :]
-    STORE: gl.constexpr = store_layout(T * 64, WARPS)
+        acc = acc * weight[None, :]
     out = gl.convert_layout(in_order(acc.to(shares.dtype.element_ty), T, BLOCK_M), STORE)
     n = first * 64 + gl.arange(0, T * 64, gl.SliceLayout(1, STORE))
-    place = start + gl.arange(0, BLOCK_M, gl.SliceLayout(0, STORE))
-    route = routes_at(order, gl.minimum(place, end - 1), DIRECT).to(gl.int64)
-    gl.store(shares + route[None, :] * N + n[:, None], out, mask=(n < N)[:, None] & (place < end)[None, :])
+    place = start + gl.arange(0, BLOCK_M, TOKENS)
+    gl.store(
+        shares + route.to(gl.int64)[None, :] * N + n[:, None],
+        out,
+        mask=(n < N)[:, None] & (place < end)[None, :],
+    )

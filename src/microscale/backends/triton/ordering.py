@@ -10,7 +10,6 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from microscale.backends.triton.routing import Table
 
-
 # Of a program, so that a thread has eight loads under way.
 _PLACES, _COLUMNS = 8, 1024
 
