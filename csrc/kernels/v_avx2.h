@@ -20,11 +20,9 @@ struct Avx2 {
   using Scale = Weights;
   using Total = Weights;
   static constexpr int kStep = 2, kUnits = 2, kRows = 4, kStagedRows = 6, kBlockRows = 24;
-  static constexpr int64_t kAhead = 2, kScratch = 0;
+  static constexpr int64_t kScratch = 0;
   // Twice as many blocks leave no registers for sums of more rows.
   static constexpr int few(int blocks, int) { return blocks == 1 ? 4 : 2; }
-  // At a time. More lines fetched at once than a core can wait for would stop it: four panels of 8 bits take 36.
-  static constexpr int64_t panels(int bits) { return bits == 8 ? 2 : kGroupPanels; }
   static constexpr int at_once(int rows, int blocks) { return rows == 1 ? 4 : rows == 2 && blocks == 1 ? 2 : 1; }
 
   static Sum no_sum() { return {{_mm256_setzero_ps(), _mm256_setzero_ps()}}; }
@@ -33,8 +31,8 @@ struct Avx2 {
   static void store(float *p, const Total &t) {
     _mm256_storeu_ps(p, D::columns(t.part[0], t.part[1]));
   }
-  static void prefetch(const uint8_t *p, int64_t bytes) {
-    for (int64_t i = 0; i < bytes; i += 64) _mm_prefetch(reinterpret_cast<const char *>(p + i), _MM_HINT_T0);
+  static inline __attribute__((always_inline)) void prefetch(const uint8_t *p, int64_t bytes) {
+    for (int64_t i = 0; i < bytes; i += 64) _mm_prefetch(reinterpret_cast<const char *>(p + i), _MM_HINT_T1);
   }
   static void multiply(Sum &sum, const Weights &w, const Operand *x) {
     double both;

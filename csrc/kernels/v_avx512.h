@@ -9,9 +9,7 @@ struct Avx512 {
   using Sum = __m512;
   using Total = __m512;
   static constexpr int kUnits = 1, kPanels = 2;
-  static constexpr int64_t panels(int) { return kGroupPanels; }
   static constexpr int few(int, int) { return 16; }  // in two groups
-  static constexpr int64_t kAhead = 1;               // tiles that codes are fetched ahead
   static constexpr int64_t kScratch = 16 << 10;      // half of a small L1: the rest is for rows
 
   static Sum no_sum() { return _mm512_setzero_ps(); }
@@ -21,8 +19,8 @@ struct Avx512 {
   static void store(float *p, Total t) {
     _mm512_storeu_ps(p, t);
   }
-  static void prefetch(const uint8_t *p, int64_t bytes) {
-    for (int64_t i = 0; i < bytes; i += 64) _mm_prefetch(reinterpret_cast<const char *>(p + i), _MM_HINT_T0);
+  static inline __attribute__((always_inline)) void prefetch(const uint8_t *p, int64_t bytes) {
+    for (int64_t i = 0; i < bytes; i += 64) _mm_prefetch(reinterpret_cast<const char *>(p + i), _MM_HINT_T1);
   }
   template <class D, bool kSpecial>
   static void add_block(Total &total, Sum sum, __m512 scale) {

@@ -13,8 +13,7 @@ struct Plain {
   using Sum = f32x16;
   using Total = f32x16;
   static constexpr int kStep = 1, kUnits = 1, kRows = 2, kDecodedRows = 3, kPanels = 1;
-  static constexpr int64_t kAhead = 1, kScratch = 16 << 10;
-  static constexpr int64_t panels(int) { return kGroupPanels; }
+  static constexpr int64_t kScratch = 16 << 10;
   static constexpr int few(int, int) { return 2; }
   static constexpr int at_once(int, int) { return 1; }
 
@@ -25,8 +24,8 @@ struct Plain {
   static void store(float *p, Total t) {
     store_lanes(p, t);
   }
-  static void prefetch(const uint8_t *p, int64_t bytes) {
-    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(p + i);
+  static inline __attribute__((always_inline)) void prefetch(const uint8_t *p, int64_t bytes) {
+    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(p + i, 0, 2);
   }
   static void multiply(Sum &sum, const Weights &w, const Operand *x) { sum = sum + w * *x; }
   template <class D, bool kSpecial>
