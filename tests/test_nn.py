@@ -21,7 +21,7 @@ from microscale.backends import emulation
 from microscale.canary import Placer
 from microscale.formats import FORMATS
 from microscale.machine import detect
-from microscale.nn import ExpertsHost, QuantExperts, QuantLinear
+from microscale.nn import ExpertsHost, QuantExperts, QuantLinear, _Bias
 from microscale.oracle import Backend
 from microscale.quant import QuantTensor, dequantize, quantize
 
@@ -282,6 +282,22 @@ def test_pages_of_a_file_go_back_and_what_they_hold_stays(tmp_path: Path, shared
     pages.give_back([t[100:-100], torch.ones(10), torch.ones(0), torch.ones(1 << 20)])
     assert resident(t) <= size  # the system may refuse: what is promised is that nothing changes
     assert torch.equal(t, wanted)
+
+
+def test_a_bias_whose_changes_leave_no_trace_is_never_a_copy() -> None:
+    with torch.inference_mode():
+        bias = torch.randn(8).to(torch.bfloat16)
+        held = _Bias(bias)
+        assert held.now() is bias
+    traced = torch.randn(8).to(torch.bfloat16)
+    held = _Bias(traced)
+    with torch.no_grad():
+        first = held.now()
+        assert first is not None
+        assert first.dtype == torch.float32
+        assert held.now() is first
+        traced.add_(1)
+        assert torch.equal(held.now(), traced.float())
 
 
 @pytest.mark.parametrize("name", ["mxfp4", "nvfp4", "fp8_block128"])
