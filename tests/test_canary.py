@@ -101,7 +101,16 @@ def other_limit(*a: Any, **k: Any) -> torch.Tensor:
     return emulation.moe(*a[:5], activation, *a[6:], **k)
 
 
-@pytest.mark.parametrize("moe", [without("b13"), without("b2"), other_limit], ids=["b13", "b2", "beta"])
+def one_expert(number: int) -> Callable[..., Any]:
+    """Every route goes to this one."""
+    return lambda x, ids, *a, **k: emulation.moe(x, ids.masked_fill(ids >= 0, number), *a, **k)
+
+
+@pytest.mark.parametrize(
+    "moe",
+    [without("b13"), without("b2"), other_limit, one_expert(0), one_expert(3)],
+    ids=["b13", "b2", "beta", "first expert alone", "last expert alone"],
+)
 def test_wrong_experts_are_refused(monkeypatch: pytest.MonkeyPatch, moe: Callable[..., Any]) -> None:
     placement = place_moe(impostor(monkeypatch, moe=moe), EMULATION)
     assert placement.choice.backend.name == "emulation"

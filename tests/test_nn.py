@@ -21,7 +21,7 @@ from microscale.backends import emulation
 from microscale.canary import Placer
 from microscale.formats import FORMATS
 from microscale.machine import detect
-from microscale.nn import ExpertsHost, QuantExperts, QuantLinear
+from microscale.nn import ExpertsHost, QuantExperts, QuantLinear, _Bias
 from microscale.oracle import Backend
 from microscale.quant import QuantTensor, dequantize, quantize
 
@@ -282,3 +282,44 @@ def test_pages_of_a_file_go_back_and_what_they_hold_stays(tmp_path: Path, shared
     pages.give_back([t[100:-100], torch.ones(10), torch.ones(0), torch.ones(1 << 20)])
     assert resident(t) <= size  # the system may refuse: what is promised is that nothing changes
     assert torch.equal(t, wanted)
+
+
+def test_a_bias_whose_changes_leave_no_trace_is_never_a_copy() -> None:
+    with torch.inference_mode():
+        bias = torch.randn(8).to(torch.bfloat16)
+        held = _Bias(bias)
+        assert held.now() is bias
+    traced = torch.randn(8).to(torch.bfloat16)
+    held = _Bias(traced)
+    with torch.no_grad():
+        first = held.now()
+        assert first is not None
+        assert first.dtype == torch.float32
+        assert held.now() is first
+        traced.add_(1)
+        assert torch.equal(held.now(), traced.float())
+
+
+@pytest.mark.parametrize("name", ["mxfp4", "nvfp4", "fp8_block128"])
+def test_a_change_of_dtype_leaves_the_scales_alone(name: str) -> None:
+    layer = QuantLinear(quantize(torch.randn(48, 128), name), torch.randn(48), Placer())
+    before, x = layer.weight, torch.randn(3, 128)
+    expected = layer(x)
+    assert torch.equal(layer.to(torch.float16).to(torch.float32).weight.scales, before.scales)
+    if before.tensor_scale is not None:
+        assert torch.equal(layer.weight.tensor_scale, before.tensor_scale)
+    layer.bias.data.copy_(layer.bias.half())  # it alone is rounded
+    assert torch.allclose(layer(x), expected, atol=1e-2)
+    assert layer.half()(x.half()).dtype == torch.float16
+
+
+@pytest.mark.skipif(
+    not detect().core, reason=f"the C++ core is not in this installation: {detect().core_missing}"
+)
+def test_a_placed_layer_is_one_graph_to_torch_compile() -> None:
+    layer = QuantLinear(quantize(torch.randn(48, 64), "mxfp4"), None, Placer())
+    x = torch.randn(3, 64, dtype=torch.bfloat16)
+    with torch.no_grad():
+        expected = layer(x)
+        compiled = torch.compile(layer, fullgraph=True, backend="eager")
+        assert torch.equal(compiled(x), expected)

@@ -14,7 +14,7 @@ from microscale.accumulation import FLOAT32, Accumulation
 from microscale.backends import load, table
 from microscale.backends.contract import Contract
 from microscale.backends.dense_rules import CORE, choose_dense
-from microscale.errors import NoBackendError, SettingError
+from microscale.errors import NoBackendError, SettingError, one_line
 from microscale.formats import Format, get_format
 from microscale.machine import Machine, detect
 from microscale.oracle import Backend, Choice, Problem, choose
@@ -250,5 +250,4 @@ def _sentence(error: Exception) -> str:
         return str(error)
     if isinstance(error, (NoBackendError, SettingError)):
         raise error
-    text = str(error).splitlines()[0] if str(error) else "no message"
-    return f"it failed while the layer was placed: {type(error).__name__}: {text}"
+    return f"it failed while the layer was placed: {type(error).__name__}: {one_line(error)}"

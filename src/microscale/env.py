@@ -22,6 +22,7 @@ VARIABLES = {
     "MICROSCALE_TRANSFORMERS": "`off`: `import microscale` leaves transformers' own quantisers in place",
 }
 
+_ON, _OFF = ("on", "1", "yes", "true"), ("off", "0", "no", "false")
 _UNITS = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "ki": 1024, "mi": 1024**2, "gi": 1024**3}
 
 
@@ -31,7 +32,7 @@ def parse_bytes(text: str, what: str) -> int:
     Raises:
         SettingError: not a size; the message names `what`.
     """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmg]i?|)b?\s*", text.lower())
+    match = re.fullmatch(r"\s*(\d{1,18}(?:\.\d+)?)\s*([kmg]i?|)b?\s*", text.lower())
     if match is None:
         raise SettingError(f"{what}={text!r} is not a size such as 512MiB")
     return int(float(match[1]) * _UNITS[match[2]])
@@ -73,8 +74,12 @@ def using_cpu_level(word: str) -> Iterator[None]:
 
 
 def dense() -> bool:
-    """Whether the C++ core may multiply weights that are not quantised."""
-    return os.environ.get("MICROSCALE_DENSE", "").lower() not in ("off", "0", "no")
+    """Whether the C++ core may multiply weights that are not quantised.
+
+    Raises:
+        SettingError: neither on nor off; `transformers_hook` likewise.
+    """
+    return _switch("MICROSCALE_DENSE")
 
 
 def emulation_tile() -> int:
@@ -89,7 +94,14 @@ def emulation_cache() -> int:
 
 def transformers_hook() -> bool:
     """Whether importing microscale takes over the checkpoints it can read."""
-    return os.environ.get("MICROSCALE_TRANSFORMERS", "").lower() not in ("off", "0", "no")
+    return _switch("MICROSCALE_TRANSFORMERS")
+
+
+def _switch(name: str) -> bool:
+    value = os.environ.get(name, "").lower()
+    if value not in ("", *_ON, *_OFF):
+        raise SettingError(f"{name}={value!r}; known: on, off")
+    return value not in _OFF
 
 
 def wait_quietly() -> None:

@@ -5,6 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 
+def one_line(error: BaseException) -> str:
+    """What an error of others says, in a line: its first one, with the second where that ends in a colon."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if not lines:
+        return type(error).__name__
+    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+
+
 class MicroscaleError(Exception):
     """Base of all errors of this package. The message is one a user can act on."""
 

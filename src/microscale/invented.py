@@ -47,6 +47,7 @@ INVENTED: MappingProxyType[str, Machine] = MappingProxyType(
             _server("t4", "cuda", "sm_75", "NVIDIA T4", 16),
             _server("a100", "cuda", "sm_80", "NVIDIA A100-SXM4-80GB", 80),
             _server("rtx4090", "cuda", "sm_89", "NVIDIA GeForce RTX 4090", 24),
+            _server("h100", "cuda", "sm_90", "NVIDIA H100 80GB HBM3", 80),
             _server("h200", "cuda", "sm_90", "NVIDIA H200", 141),
             _server("b200", "cuda", "sm_100", "NVIDIA B200", 180),
             _server("rtx5090", "cuda", "sm_120", "NVIDIA GeForce RTX 5090", 32),

@@ -136,7 +136,13 @@ class QuantLinear(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         self._take_back()  # codes may move to another device
+        before = dict(self._buffers)
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, t in before.items():
+            now = self._buffers[name]
+            if t is not None and now is not None and now.dtype != t.dtype:
+                # `to(dtype)` means numbers that are computed with; scales that it rounds would never come back.
+                self._buffers[name] = t.to(now.device)
         return self
 
     def forward(self, x: Tensor) -> Tensor:

@@ -203,7 +203,7 @@ def outline(model: str | Path, *, act: str = "a16", layers: int | None = None) -
         raise CheckpointError(
             path, "unknown quant_method", expected=f"{known}, or none (not quantised)", found=found
         )
-    host = meta_model(dummy_config(path, config, layers))
+    host = meta_model(dummy_config(path, config, layers), path)
     if config.get("quantization_config") is not None:
         with using(Options(act=act, canary="off", place=False)):
             attach_all(host)

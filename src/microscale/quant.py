@@ -195,7 +195,7 @@ def dequantize(q: QuantTensor, dtype: torch.dtype = torch.float32) -> Tensor:
         # Few enough significant bits that bfloat16 holds each product: half the traffic.
         work = dtype if dtype in (torch.float64, torch.bfloat16) else torch.float32
     else:
-        work = torch.float64 if dtype != torch.float32 and _has_float64(q.device) else torch.float32
+        work = torch.float64 if dtype != torch.float32 and has_float64(q.device) else torch.float32
     flat_out, codes = out.view(-1, k), q.codes.reshape(-1, q.codes.shape[-1])
     outer = None
     if q.tensor_scale is not None:
@@ -262,7 +262,8 @@ def _to_odd(x: Tensor) -> Tensor:
     return x
 
 
-def _has_float64(device: torch.device) -> bool:
+def has_float64(device: torch.device) -> bool:
+    """Whether a device computes in float64."""
     if device.type == "xpu":
         return bool(torch.xpu.get_device_properties(device).has_fp64)
     return device.type != "mps"

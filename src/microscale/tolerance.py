@@ -8,6 +8,7 @@ another budget and never enters here.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -39,7 +40,8 @@ class Budget:
 
     Attributes:
         expected: float64, the exact operands' result.
-        bound: float64, same shape, the largest permitted distance from it.
+        bound: float64, same shape, the largest permitted distance from it; infinity where what is added up, or an
+            intermediate, leaves float32 or the activations' dtype.
     """
 
     expected: Tensor
@@ -49,10 +51,14 @@ class Budget:
         """Largest |y - expected| / bound; above 1, or NaN where NaN is not expected, y is wrong. Infinity then."""
         error = (y.double() - self.expected).abs()
         same = torch.isnan(self.expected) & torch.isnan(y) | (self.expected == y.double())
+        # Beyond the largest number, rounding makes an infinity of the same sign; beyond float32's, anything.
+        overflown = self.expected.abs() + self.bound >= torch.finfo(y.dtype).max
+        same |= overflown & torch.isinf(y) & (torch.sign(y) == torch.sign(self.expected))
+        same |= torch.isinf(self.bound)
         ratio = torch.where(same, torch.zeros_like(error), error / self.bound)
         if ratio.numel() == 0:
             return 0.0
-        return float(torch.nan_to_num(ratio, nan=float("inf")).max())
+        return float(torch.nan_to_num(ratio, nan=math.inf, posinf=math.inf).max())
 
 
 def linear_budget(
@@ -75,7 +81,7 @@ def linear_budget(
     if bias is not None:
         y, magnitude = y + bias.double(), magnitude + bias.double().abs()
     sums = (w.shape[-1] + 2) * _EPS32 * magnitude + _SIGMAS * spread.sqrt()
-    return Budget(y, sums + _output_rounding(y, dtype or x.dtype))
+    return Budget(y, sums + _output_rounding(y, dtype or x.dtype) + _leaves(magnitude, torch.float32))
 
 
 def dense_budget(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Budget:
@@ -84,7 +90,8 @@ def dense_budget(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Budget:
     y, magnitude = a @ b, a.abs() @ b.abs()
     if bias is not None:
         y, magnitude = y + bias.double(), magnitude + bias.double().abs()
-    return Budget(y, (w.shape[-1] + 2) * _EPS32 * magnitude + _output_rounding(y, x.dtype))
+    sums = (w.shape[-1] + 2) * _EPS32 * magnitude + _leaves(magnitude, torch.float32)
+    return Budget(y, sums + _output_rounding(y, x.dtype))
 
 
 def moe_budget(
@@ -125,11 +132,14 @@ def moe_budget(
         if b13 is not None:
             h, magnitude = h + b13[e].double(), magnitude + b13[e].double().abs()
         error = (w13.shape[-1] + 2) * _EPS32 * magnitude + _SIGMAS * spread.sqrt() + u * h.abs()
-        middle, error = _through(h, error, activation, act, u)
+        wild = _leaves(magnitude, torch.float32).sum(dim=-1, keepdim=True)
+        middle, error = _through(h, error, activation, act, dtype)
+        wild = wild + _leaves(middle, dtype).sum(dim=-1, keepdim=True)
         part, magnitude, spread = _products(middle, _either(error, _cuts(middle, accumulation)), w2[e])
         if b2 is not None:
             part, magnitude = part + b2[e].double(), magnitude + b2[e].double().abs()
-        systematic.index_add_(0, token, (w2.shape[-1] + 4) * _EPS32 * magnitude * after.abs())
+        wild = wild + _leaves(magnitude * after.abs().clamp(min=1), torch.float32)
+        systematic.index_add_(0, token, (w2.shape[-1] + 4) * _EPS32 * magnitude * after.abs() + wild)
         variance.index_add_(0, token, spread * after.square())
         variance.index_add_(0, token, (u * part * after).square())
         y.index_add_(0, token, part * after)
@@ -163,10 +173,10 @@ def _products(x: Tensor, error: Tensor, w: QuantTensor) -> tuple[Tensor, Tensor,
 
 
 def _through(
-    h: Tensor, error: Tensor, activation: Activation, act: Format | None, u: float
+    h: Tensor, error: Tensor, activation: Activation, act: Format | None, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """The activated (and quantised) intermediate, and how far its inputs' error can move it."""
-    middle = activate(h, activation)
+    u, middle = unit_roundoff(dtype), activate(h, activation)
     signs = [(1, 1), (-1, -1)] + ([(1, -1), (-1, 1)] if activation.gated else [])
     moved = torch.zeros_like(middle)
     for gate, up in signs:
@@ -176,7 +186,8 @@ def _through(
         elif activation.gated:
             sign[..., h.shape[-1] // 2 :] = up
         moved = torch.maximum(moved, (activate(h + sign * error, activation) - middle).abs())
-    moved = moved + u * middle.abs()
+    # Rounded once; what is subnormal in `dtype` to a step there, and in float32 maybe to 0.
+    moved = moved + u * middle.abs() + max(2 * u * torch.finfo(dtype).smallest_normal, 2.0**-126)
     if act is None:
         return middle, moved
     rounded = stored(middle, act, torch.float64)
@@ -190,6 +201,12 @@ def _through(
         trials += [against, -against]
     moves = [(stored(middle + sign * moved, act, torch.float64) - rounded).abs() for sign in trials]
     return rounded, torch.stack(moves).amax(dim=0)
+
+
+def _leaves(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Infinity where a dtype cannot hold x, 0 elsewhere."""
+    beyond = x.abs() * (1 + unit_roundoff(dtype)) > torch.finfo(dtype).max
+    return torch.where(beyond & torch.isfinite(x), math.inf, 0.0)
 
 
 def _output_rounding(y: Tensor, dtype: torch.dtype) -> Tensor:

@@ -51,6 +51,35 @@ def test_conformance(case: Case, seed: int) -> None:
     assert worst <= 1.0, f"error is {worst:.3g} times the permitted one"
 
 
+def strided(t: Tensor) -> Tensor:
+    """The same numbers, with NaN (or an id out of range) between them in memory."""
+    room = (
+        t.new_full((*t.shape, 2), 999) if not t.is_floating_point() else t.new_full((*t.shape, 2), math.nan)
+    )
+    room[..., 0] = t
+    return room[..., 0]
+
+
+def test_operands_that_do_not_lie_one_number_behind_the_other(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(DEVICE)
+
+    w, x, bias = backend.pack(quantize(random(33, 64), "mxfp4")), random(3, 64), random(33)
+    assert torch.equal(backend.linear(x, w, strided(bias)), backend.linear(x, w, bias))
+    assert torch.equal(backend.linear(strided(x), w, bias), backend.linear(x, w, bias))
+    w13, w2 = (backend.pack(quantize(random(2, n, 32), "mxfp4")) for n in (64, 32))
+    b13, b2, routing = random(2, 64), random(2, 32), random(3, 2)
+    ids = torch.tensor([[0, 3], [2, 1], [3, 3]], device=DEVICE)
+    held = torch.tensor([1, -1, -1, 0], device=DEVICE)
+    operands, options = (x[:, :32], ids, routing), {"b13": b13, "b2": b2, "expert_map": held}
+    expected = backend.moe(*operands, w13, w2, GPT_OSS, **options)
+    spread = {name: strided(t) for name, t in options.items()}
+    assert torch.isfinite(expected).all()
+    assert torch.equal(backend.moe(*map(strided, operands), w13, w2, GPT_OSS, **spread), expected)
+
+
 def every_code(fmt: Format, scales: list[int]) -> QuantTensor:
     """A row per scale, and in it every code whose value is finite; what is infinite or NaN is code 0 here."""
     codes = torch.tensor([c if math.isfinite(v) else 0 for c, v in enumerate(fmt.element.values)])

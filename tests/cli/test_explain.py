@@ -68,7 +68,7 @@ def test_untried_hardware_is_not_mistaken_for_tried(cli: Cli) -> None:
 
 def test_what_does_not_fit_is_said(cli: Cli) -> None:
     result = cli("explain", "gpt-oss-20b", "--machine", "arc-b580")
-    assert "The weights (13.8 GB) DO NOT FIT in 12.9 GB of xpu memory." in result.stdout
+    assert "The weights (13.8 GB) DO NOT FIT in the 12 GiB (12.9 GB) of xpu memory." in result.stdout
 
 
 def test_a_checkpoint_is_planned_from_its_headers(cli: Cli, bare: Path) -> None:

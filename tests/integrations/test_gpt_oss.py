@@ -153,7 +153,7 @@ def test_dummy_weights_in_true_shapes() -> None:
 
     path = resolve("gpt-oss-20b")
     cut = dummy_config(path, microscale.checkpoints.read_config(path), 2)
-    shapes = {name: tuple(p.shape) for name, p in meta_model(cut).named_parameters()}
+    shapes = {name: tuple(p.shape) for name, p in meta_model(cut, path).named_parameters()}
     assert shapes["model.layers.1.mlp.experts.gate_up_proj_blocks"] == (32, 5760, 90, 16)
     assert shapes["model.layers.1.mlp.experts.down_proj_scales"] == (32, 2880, 90)
     assert shapes["model.embed_tokens.weight"] == (201088, 2880)

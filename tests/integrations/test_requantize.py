@@ -19,6 +19,7 @@ from microscale import FORMATS, CheckpointError, FormatError, NoBackendError, de
 from microscale.integrations.hf.experts import dense_weights, experts_modules, read
 from microscale.integrations.hf.requantize import dequantize_model, requantize
 from microscale.integrations.hf.survey import Report, packable, survey, weights_of
+from microscale.machine import detect
 from microscale.nn import QuantLinear
 
 # float32 all through: two orders of summation, a few layers deep, sums of a few hundred terms.
@@ -335,3 +336,24 @@ def test_experts_that_end_in_a_norm_are_refused() -> None:
     with pytest.raises(CheckpointError, match="end in a norm"):
         requantize(model, "mxfp4")
     assert survey(model) == Report(())
+
+
+@pytest.mark.parametrize("backend", ["emulation", "cpu"])
+@pytest.mark.parametrize("fmt", ["nvfp4", "fp8_block128"])
+def test_a_change_of_dtype_rounds_no_scale(fmt: str, backend: str, tokens: Tensor) -> None:
+    if backend == "cpu" and not detect().core:
+        pytest.skip(detect().core_missing)
+    model = dense("qwen3_moe")
+    requantize(model, fmt, what=("experts",), backend=backend)
+    experts = model.model.layers[1].mlp.experts
+    before = read_back(experts)
+    expected = logits(model, tokens)
+    model.to(torch.float16).to(torch.float32)
+    assert all(map(torch.equal, read_back(experts), before))
+    assert torch.allclose(logits(model, tokens), expected, atol=1e-2)
+
+
+def read_back(experts: nn.Module) -> list[Tensor]:
+    """The float32 parts of an experts module's weights, as its runner gives them."""
+    parts = [t for w in experts.microscale.weights[:2] for t in (w.scales, w.tensor_scale)]  # type: ignore[union-attr]
+    return [t.clone() for t in parts if t is not None]

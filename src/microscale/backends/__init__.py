@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from collections.abc import Sequence
 from functools import cache
 from importlib.metadata import entry_points
@@ -135,7 +136,8 @@ def _unusable(name: str, why: str) -> Backend:
     return Backend(name, "", lambda problem: why, "not usable")
 
 
-@cache
 def load(backend: Backend) -> Contract:
     """The module of a chosen backend; imported here and nowhere else."""
-    return cast(Contract, importlib.import_module(backend.module))
+    # Looked up first, and in no cache of functools: torch.compile sees through this, not through an import.
+    found = sys.modules.get(backend.module)
+    return cast(Contract, found if found is not None else importlib.import_module(backend.module))

@@ -19,6 +19,7 @@ from microscale.formats import Format
 from microscale.quant import QuantTensor
 
 COLD = 4  # weights are so many times the caches: with random experts at most a quarter is still there
+MOST = 4096  # layers: of the smallest, caches then hold all, and making millions would take minutes
 _POOL = (1 << 22) + 8 * 4099  # random bytes that are repeated; no multiple of a row
 
 
@@ -66,7 +67,7 @@ class Layers:
             )
         lead = (shape.experts,) if shape.op == "moe" else ()
         first = [cpu.pack(random_weight(fmt, (*lead, *m), generator)) for m in shape.matrices]
-        count = max(1, min(-(-COLD * cache // each), memory // each))
+        count = max(1, min(-(-COLD * cache // each), memory // each, MOST))
         self.packed = [first, *([_copy(p) for p in first] for _ in range(count - 1))]
         self.biases = [
             torch.randn((*lead, n), generator=generator) * 0.1 if shape.bias else None
@@ -114,7 +115,7 @@ class DenseLayers:
                 f"and {memory / 1e9:.1f} GB may be used"
             )
         first = torch.empty((shape.n, shape.k), dtype=dtype).normal_(generator=generator)
-        count = max(1, min(-(-COLD * cache // each), memory // each))
+        count = max(1, min(-(-COLD * cache // each), memory // each, MOST))
         self.weights = [first, *(first.clone() for _ in range(count - 1))]
 
     def call(self, m: int, product: Callable[[Tensor, Tensor], Tensor] | None = None) -> Call:

@@ -35,6 +35,7 @@ MAX_PATTERNS = 4096
 MAX_GLOBS = 256  # patterns with wildcards, each tried on each module
 MAX_PATTERN = 256  # characters
 
+_TOP_K = 4  # transformers' default
 _PACKED_NAMES = {"w13": "gate_up_proj", "w2": "down_proj", "weight": "weight"}
 _SETTINGS = {"quant_method", "modules_to_not_convert", "dequantize"}
 
@@ -212,6 +213,10 @@ def _sizes(config: dict[str, Any], path: Path) -> Sizes:
         flag(config, "tie_word_embeddings", path, False),
         flag(config, "attention_bias", path, True),
     )
+    # Nothing here is as large as these, but transformers fails on a wrong one only when a prompt has been read.
+    size("num_experts_per_tok", sizes.experts, default=min(_TOP_K, sizes.experts))
+    for key in ("sliding_window", "max_position_embeddings"):
+        size(key, 2**31 - 1, default=1)
     for key, value in (("hidden_size", hidden), ("intermediate_size", sizes.intermediate)):
         if value % BLOCK:
             raise CheckpointError(path, key, expected=f"a multiple of {BLOCK}", found=value)

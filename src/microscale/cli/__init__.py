@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import traceback
 from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import Annotated, Any
+from typing import Annotated, Any, TextIO
 
 import typer
 from typer.core import TyperGroup
@@ -15,7 +16,7 @@ from microscale import env
 from microscale.cli import bench, doctor, explain, inspect, run, selftest
 from microscale.cli import eval as evaluation
 from microscale.cli.output import clean, emit, only_json
-from microscale.errors import MicroscaleError
+from microscale.errors import MicroscaleError, one_line
 
 ERROR, INTERRUPTED = 2, 130
 
@@ -37,15 +38,19 @@ class _Group(TyperGroup):
             except MicroscaleError as error:
                 if ctx.obj["debug"]:
                     traceback.print_exc()
-                if ctx.obj["json"]:
-                    emit({"error": {"type": type(error).__name__, "message": str(error)}})
-                print(f"microscale: error: {clean(str(error))}", file=sys.stderr)
+                _say(type(error), str(error), ctx.obj["json"])
                 raise typer.Exit(ERROR) from error
             except KeyboardInterrupt:
                 if ctx.obj["debug"]:
                     traceback.print_exc()
                 print("microscale: interrupted", file=sys.stderr)
                 raise typer.Exit(INTERRUPTED) from None
+
+
+def _say(kind: type[BaseException], message: str, as_json: bool) -> None:
+    if as_json:
+        emit({"error": {"type": kind.__name__, "message": message}})
+    print(f"microscale: error: {clean(message)}", file=sys.stderr)
 
 
 app = typer.Typer(
@@ -91,4 +96,27 @@ def main(args: Sequence[str] | None = None) -> None:
         # A character that the terminal's encoding lacks is no reason to stop.
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
-    app(args)
+    words = list(sys.argv[1:] if args is None else args)
+    options = words[: words.index("--")] if "--" in words else words
+    try:
+        app(words)
+    except KeyboardInterrupt:  # before the command began
+        print("microscale: interrupted", file=sys.stderr)
+        sys.exit(INTERRUPTED)
+    except Exception as error:  # noqa: BLE001 (what nobody foresaw; a user is owed a line, and the traceback on request)
+        if "--debug" in options:
+            traceback.print_exc()
+        _abandon(sys.stdout)
+        unforeseen = f"{type(error).__name__}: {one_line(error)} (not foreseen: --debug shows where)"
+        _say(type(error), one_line(error) if isinstance(error, OSError) else unforeseen, as_json=False)
+        sys.exit(ERROR)
+
+
+def _abandon(stream: TextIO) -> None:
+    """Let nothing more go to a stream that takes nothing: Python would try again, and fail, at its end."""
+    try:
+        stream.flush()
+    except OSError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)

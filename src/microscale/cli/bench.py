@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from microscale.cli.output import SEED
 from microscale.errors import MicroscaleError
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ bench = typer.Typer(
 )
 ROWS = (1, 4, 16, 64, 256, 1024)
 QUICK_ROWS, QUICK_REPEAT = (1, 32, 512), 5
+MAX_THREADS = 1024  # of the C++ core's pool
 DENSE = ("bf16", "fp16")  # weights of linears that are not packed
 
 
@@ -58,7 +60,8 @@ def kernels(
         typer.Option(help="Instruction sets, with commas between; all; the widest here if left out."),
     ] = None,
     threads: Annotated[
-        int | None, typer.Option(min=1, help="Threads; as many as torch takes if left out.")
+        int | None,
+        typer.Option(min=1, max=MAX_THREADS, help="Threads; as many as torch takes if left out."),
     ] = None,
     repeat: Annotated[
         int | None,
@@ -70,7 +73,7 @@ def kernels(
         bool,
         typer.Option("--quick", help="mxfp4, M 1, 32 and 512, and 5 timings, but for what is given."),
     ] = False,
-    seed: Annotated[int, typer.Option(help="Of weights, activations and routes.")] = 0,
+    seed: Annotated[int, typer.Option(**SEED, help="Of weights, activations and routes.")] = 0,
     plot: Annotated[Path | None, typer.Option(help="Draw a roofline into this PNG file.")] = None,
     save: Annotated[Path | None, typer.Option(help="Write the JSON document into this file, too.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
@@ -211,16 +214,33 @@ def _levels(text: str | None) -> list[str]:
 
 
 def _check_writable(path: Path | None) -> None:
-    if path is not None and not path.absolute().parent.is_dir():
+    """Refuse before minutes of measuring what could not be written after them."""
+    import tempfile
+
+    if path is None:
+        return
+    if path.is_dir():
+        raise MicroscaleError(f"{path}: is a directory")
+    if not path.absolute().parent.is_dir():
         raise MicroscaleError(f"{path}: there is no directory {path.absolute().parent}")
+    try:
+        with tempfile.TemporaryFile(dir=path.absolute().parent):
+            pass
+    except OSError as error:
+        raise MicroscaleError(f"{path}: nothing can be written there: {error.strerror or error}") from error
 
 
 def _write(path: Path, document: dict[str, Any]) -> None:
+    """The whole file or none: beside it first, then in its place."""
     import json
+    import os
 
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+        beside.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+        beside.replace(path)
     except OSError as error:
+        beside.unlink(missing_ok=True)
         raise MicroscaleError(f"{path}: {error.strerror or error}") from error
 
 
@@ -339,6 +359,7 @@ def tune(
     for name in chosen:
         known(name, groups, "group of formats")
     known(op, ("all", "linear", "moe"), "kind of layer")
+    _check_writable(out)
     try:
         from microscale.bench.tune import tune as measure
     except ImportError as error:
@@ -346,8 +367,7 @@ def tune(
     document = measure(
         chosen, ["linear", "moe"] if op == "all" else [op], lambda line: say(line, style="dim", stderr=True)
     )
-    text = json.dumps(document, indent=1) + "\n"
     if out is None:
-        typer.echo(text, nl=False)
+        typer.echo(json.dumps(document, indent=1))
     else:
-        out.write_text(text, "utf-8")
+        _write(out, document)

@@ -254,8 +254,10 @@ def _show(d: dict[str, Any], machine: Machine) -> None:
     from microscale.cli.explain import describe
     from microscale.cli.output import say
 
+    width = max(len("transformers"), *(len(r["name"]) for r in d["requirements"])) + 2
+
     def line(name: str, text: str) -> None:
-        say(f"{name:13}{text}", hang=13)
+        say(f"{name:{width}}{text}", hang=width)
 
     line("microscale", f"{d['microscale']}, Python {d['python']} ({sys.executable}), {d['platform']}")
     line("CPU", describe(machine, "cpu"))

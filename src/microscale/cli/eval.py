@@ -100,9 +100,11 @@ def evaluate(
     from microscale.cli.explain import check_act
     from microscale.cli.output import emit, known, progress, quiet_libraries
     from microscale.formats import FORMATS
+    from microscale.integrations.hf.loading import target_device
     from microscale.models import BUNDLED, resolve
 
     check_act(act)
+    target_device(device)
     known(dtype, (*DTYPES, "auto"), "dtype")
     if backend is not None:
         known(backend, [b.name for b in table()], "backend")
@@ -168,6 +170,8 @@ def _setting(
         ids = tokenizer(text.read_bytes().decode(), verbose=False)["input_ids"]
     except (OSError, UnicodeDecodeError) as error:
         raise MicroscaleError(f"{text}: {getattr(error, 'strerror', None) or error}") from error
+    if len(ids) < 2:
+        raise MicroscaleError(f"{text}: {len(ids)} tokens, and none is predicted but from those before it")
     tokens = torch.tensor(ids)[: None if max_tokens is None else max_tokens + 1]
     # Marks between documents are predicted, but are no text. Nothing is tidied up, so that bytes stay what they were.
     seen = tokenizer.decode(tokens[1:], skip_special_tokens=True, clean_up_tokenization_spaces=False)

@@ -343,7 +343,8 @@ def _memory_line(plan: Plan) -> str:
 
     stored, kv = plan.outline.stored, plan.outline.kv
     verdict = "fit in" if stored <= plan.memory else "DO NOT FIT in"
-    line = f"The weights ({human(stored)}) {verdict} {human(plan.memory)} of {plan.device} memory."
+    room = f"the {_gib(plan.memory)} ({human(plan.memory)}) of {plan.device} memory"
+    line = f"The weights ({human(stored)}) {verdict} {room}."
     if kv.per_token:
         line += f" The key/value cache takes {human(kv.per_token)} for each token"
         if kv.window:

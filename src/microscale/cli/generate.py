@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -99,7 +99,7 @@ def generate(
         interruptible: Ctrl-C ends this generation only.
         watch: times it.
     Raises:
-        MicroscaleError: the prompt is empty or as long as the model's context.
+        MicroscaleError: the prompt is empty or as long as the model's context, or the model's answer to it is NaN.
     """
     model = decoder.model
     settings = _fitted(model, len(prompt_ids), settings)
@@ -112,7 +112,7 @@ def generate(
     torch.manual_seed(settings.seed)
     started = time.perf_counter()
     try:
-        with torch.inference_mode(), watch.running() if watch else nullcontext():
+        with _refusing_nan(model), torch.inference_mode(), watch.running() if watch else nullcontext():
             decoder.generate(
                 ids,
                 settings.max_new_tokens,
@@ -134,6 +134,25 @@ def generate(
     if result.stopped == "length" and len(result.ids) < settings.max_new_tokens:
         result.stopped = "end"
     return result
+
+
+@contextmanager
+def _refusing_nan(model: Any) -> Iterator[None]:
+    """Look at the logits behind the prompt: of NaN, `generate` would make some token, and call it an answer."""
+
+    def look(_module: Any, _inputs: Any, logits: Any) -> None:
+        handle.remove()
+        if bool(torch.isnan(logits[:, -1]).any()):
+            raise MicroscaleError(
+                "the model's logits are NaN behind the prompt: a weight or a scale is NaN, or too large "
+                "(`microscale inspect MODEL --scan` finds NaN scales)"
+            )
+
+    handle = model.get_output_embeddings().register_forward_hook(look)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def _fitted(model: Any, length: int, settings: Settings) -> Settings:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
+SEED: Any = {"min": 0, "max": 2**63 - 1}  # the bounds of an option that seeds torch's generators
 PIPED_WIDTH = 100  # columns of a table that goes to a file or a pipe
 
 _JSON_STREAM: ContextVar[TextIO | None] = ContextVar("json_stream", default=None)

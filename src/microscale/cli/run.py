@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from microscale.cli.output import SEED
 from microscale.errors import MicroscaleError
 
 if TYPE_CHECKING:
@@ -48,7 +49,9 @@ def run(
     top_p: Annotated[
         float | None, typer.Option("--top-p", min=0, max=1, help="Sample from this share only.")
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="Of sampling; a new one each time if left out.")] = None,
+    seed: Annotated[
+        int | None, typer.Option(**SEED, help="Of sampling; a new one each time if left out.")
+    ] = None,
     backend: Annotated[str | None, typer.Option(help="The only backend allowed.")] = None,
     act: Annotated[
         str, typer.Option(help="How activations are stored: a16, a8, a6, a4, or a format.")
@@ -102,7 +105,7 @@ def run(
     tokenizer = tokenizer_of(name)
     if model is not None and prompt is None and tokenizer is not None:
         if not sys.stdin.isatty():
-            prompt = sys.stdin.read()
+            prompt = _all_of_stdin()
         elif as_json:
             raise MicroscaleError("--json needs a prompt")
     built_in = model is None and prompt is None and not (prompt := _waiting_on_stdin())
@@ -118,7 +121,7 @@ def run(
         tokenizer,
         timing=timing,
         graph=graph,
-        device=None if device is None else device.replace("rocm", "cuda"),
+        device=device,
         backend=backend,
         act=act,
         canary=canary,
@@ -149,7 +152,7 @@ def _check(backend: str | None, act: str, device: str | None, canary: str | None
     from microscale.backends import table
     from microscale.cli.explain import check_act
     from microscale.cli.output import known
-    from microscale.machine import detect
+    from microscale.integrations.hf.loading import target_device
 
     check_act(act)
     known(load_format, ("auto", "dummy"), "load format")
@@ -157,14 +160,7 @@ def _check(backend: str | None, act: str, device: str | None, canary: str | None
         known(backend, [b.name for b in table()], "backend")
     if canary is not None:
         known(canary, ("class", "all", "off"), "canary")
-    if device is not None:
-        kind, _, index = device.partition(":")
-        kinds = {"cpu", *(g.kind for g in detect().gpus)}
-        known(kind, sorted(kinds | ({"cuda"} if "rocm" in kinds else set())), "device")
-        if index and not (index.isdigit() and int(index) < max(len(detect().gpus), 1)):
-            raise MicroscaleError(
-                f"device {device}: this machine has {len(detect().gpus)} GPUs, numbered from 0"
-            )
+    target_device(device)
 
 
 def _check_timing(device: str | None) -> None:
@@ -187,7 +183,14 @@ def _waiting_on_stdin() -> str | None:
         ready, _, _ = select.select([sys.stdin], [], [], 0)
     except (OSError, ValueError):  # no file behind it
         return None
-    return sys.stdin.read() if ready else None
+    return _all_of_stdin() if ready else None
+
+
+def _all_of_stdin() -> str:
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise MicroscaleError(f"the prompt on stdin is not {error.encoding}: {error.reason}") from None
 
 
 def _document(session: Session, prompt: str, result: Generation) -> dict[str, Any]:

@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from microscale.cli.output import SEED
+from microscale.errors import one_line
+
 if TYPE_CHECKING:
     from microscale.conformance import Case
     from microscale.machine import Machine
@@ -45,7 +48,7 @@ def selftest(
         bool, typer.Option("--large", help="Also a real model's shape for each format.")
     ] = False,
     seed: Annotated[
-        int | None, typer.Option(help="Of the random weights; a new one each time if left out.")
+        int | None, typer.Option(**SEED, help="Of the random weights; a new one each time if left out.")
     ] = None,
     fail_fast: Annotated[bool, typer.Option("--fail-fast", help="Stop at the first failure.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
@@ -100,10 +103,8 @@ def _run(backend: Backend, device: str, case: Case, seed: int, machine: Machine)
             how = backend.accumulation(case.problem(machine, device))
             worst = run(case, load(backend), _TORCH_DEVICE.get(device, device), generator, how)
     except Exception as error:  # noqa: BLE001 (whatever a backend raises is the finding)
-        text = str(error).splitlines()[0] if str(error) else "no message"
-        return Outcome(
-            backend.name, device, case, worst=float("inf"), failed=f"{type(error).__name__}: {text}"
-        )
+        failure = f"{type(error).__name__}: {one_line(error)}"
+        return Outcome(backend.name, device, case, worst=float("inf"), failed=failure)
     failed = None if worst <= 1.0 else f"its error is {worst:.3g} times the permitted one"
     return Outcome(backend.name, device, case, worst=worst, failed=failed)
 

@@ -13,10 +13,12 @@ import torch
 from transformers import AutoTokenizer
 
 from microscale import Decoder, load
+from microscale.checkpoints.config import CONFIG, read_config
 from microscale.cli.generate import Generation, Settings, generate
 from microscale.cli.output import clean, progress, quiet_libraries, say
 from microscale.dense import DenseModule
-from microscale.errors import CheckpointError, MicroscaleError
+from microscale.errors import CheckpointError, MicroscaleError, one_line
+from microscale.integrations.hf.dummy import dummy_config
 from microscale.integrations.hf.linears import dense_modules
 from microscale.integrations.hf.quantizer import runners
 from microscale.models import resolve
@@ -54,8 +56,12 @@ class Session:
         """A prompt as text and ids. Without a tokenizer, `prompt` is ids in words, or None for random ones.
 
         Raises:
-            MicroscaleError: no prompt, or ids that are none.
+            MicroscaleError: ids that are none, or a text that is not UTF-8.
         """
+        try:
+            (prompt or "").encode()
+        except UnicodeEncodeError as error:
+            raise MicroscaleError(f"the prompt is not UTF-8 from character {error.start} on") from None
         if self.chat:
             return self.encode_chat([{"role": "user", "content": prompt or ""}])
         if self.tokenizer is not None:
@@ -193,11 +199,12 @@ def tokenizer_of(name: str) -> Any:
     if not any((path / file).exists() for file in _TOKENIZER_FILES):
         return None
     quiet_libraries()
+    if (path / CONFIG).exists():  # which the tokenizer reads, too: said of it, not of the tokenizer
+        dummy_config(path, read_config(path), None)
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # whatever a broken file raises: the Rust side has plain Exceptions only
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(path, f"its tokenizer cannot be read: {reason}") from error
+        raise CheckpointError(path, f"its tokenizer cannot be read: {one_line(error)}") from error
 
 
 def rates(result: Generation) -> str:

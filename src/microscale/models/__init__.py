@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from microscale.errors import CheckpointError
+from microscale.errors import CheckpointError, one_line
 
 HERE = Path(__file__).parent
 BUNDLED = "stdlib-moe"  # the default of every command
@@ -50,7 +50,6 @@ def _download(model_id: str, weights: bool) -> Path:
             snapshot_download(model_id, allow_patterns=patterns, ignore_patterns=["original/*", "metal/*"])
         )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).splitlines()[0]
         raise CheckpointError(
-            model_id, f"not a local directory, and the hub did not give it: {reason}"
+            model_id, f"not a local directory, and the hub did not give it: {one_line(error)}"
         ) from error

@@ -62,7 +62,7 @@ def linear(
 
     def fast(x: Tensor, bias: Tensor | None) -> Tensor:
         n, k = w.shape
-        rows = x.reshape(-1, k)
+        rows, bias = x.reshape(-1, k), _contiguous(bias)
         if rows.shape[0] == 0 or n == 0:
             return x.new_zeros(*x.shape[:-1], n)
         if isinstance(w, Fragments):
@@ -107,7 +107,7 @@ def moe(
     def fast(x: Tensor, topk_weights: Tensor, b13: Tensor | None, b2: Tensor | None) -> Tensor:
         if 0 in (topk_ids.numel(), *w13.shape, *w2.shape):
             return x.new_zeros(x.shape[0], w2.shape[1])
-        rest = (activation, b13, b2, expert_map, weight_on_input)
+        rest = (activation, _contiguous(b13), _contiguous(b2), _contiguous(expert_map), weight_on_input)
 
         def plain() -> Tensor:
             return experts.moe(x, topk_ids, topk_weights, _plain(w13), _plain(w2), *rest)
@@ -139,6 +139,11 @@ def moe(
         )
 
     return autograd.run(fast, slow, x, topk_weights, b13, b2)
+
+
+def _contiguous(t: Tensor | None) -> Tensor | None:
+    """As the kernels read it: one number behind the other."""
+    return None if t is None else t.contiguous()
 
 
 def _check(x: Tensor, act: Format | None) -> None:

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from functools import partial
 from typing import Any
 
 import wrapt
 
 from microscale import env
+from microscale.errors import SettingError
 
 
 def install() -> None:
     """Take over `quant_method: mxfp4`: now if transformers is loaded, else as soon as it is."""
-    if not env.transformers_hook():
-        return
+    try:
+        if not env.transformers_hook():
+            return
+    except SettingError as error:  # `import microscale` is no place to fail; `doctor` says it, too
+        warnings.warn(f"{error}; taken for on", stacklevel=2)
     module = "transformers.quantizers.auto"
     if module in sys.modules:
         _register(sys.modules[module])

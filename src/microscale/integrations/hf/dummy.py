@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from microscale.errors import CheckpointError
+from microscale.checkpoints.config import CONFIG, architecture
+from microscale.errors import CheckpointError, MicroscaleError, one_line
 
 # E8M0 bytes of random blocks: 2^-10 .. 2^-6, so that activations of a random model stay finite at any depth.
 _SCALE_BYTES = (117, 121)
 
+MAX_LAYERS = 1024  # a bound on lies: modules are built one by one
+
 
 def dummy_config(path: Path, config: dict[str, Any], layers: int | None) -> Any:
-    """transformers' config object, cut to the first `layers` layers."""
+    """transformers' config object, cut to the first `layers` layers.
+
+    Raises:
+        CheckpointError: no such layers, or a config that transformers does not take.
+    """
     from transformers import AutoConfig
 
     total = config.get("num_hidden_layers")
@@ -27,14 +36,39 @@ def dummy_config(path: Path, config: dict[str, Any], layers: int | None) -> Any:
         cut["num_hidden_layers"] = layers
         if isinstance(cut.get("layer_types"), list):
             cut["layer_types"] = cut["layer_types"][:layers]
+    kind = architecture(cut, path / CONFIG)
+    del cut["model_type"]
+    with _as_checkpoint_error(path, "transformers does not take it"):
+        made = AutoConfig.for_model(kind, **cut)
+    count = getattr(made.get_text_config(), "num_hidden_layers", None)
+    if isinstance(count, int) and not 0 < count <= MAX_LAYERS:
+        raise CheckpointError(path / CONFIG, "layers", expected=f"1 to {MAX_LAYERS}", found=count)
+    return made
+
+
+@contextmanager
+def _as_checkpoint_error(path: Path, problem: str) -> Iterator[None]:
+    """Whatever transformers' own checks, or its modules, raise on a config that nobody vouches for."""
     try:
-        return AutoConfig.for_model(cut.pop("model_type", ""), **cut)
-    except ValueError as error:
-        raise CheckpointError(path, f"unknown architecture: {str(error).splitlines()[0]}") from error
+        yield
+    except MicroscaleError:
+        raise
+    except Exception as error:
+        reason = f"{type(error).__name__}: {one_line(error)}"
+        raise CheckpointError(path / CONFIG, f"{problem}: {reason}") from error
 
 
-def meta_model(config: Any) -> Any:
-    """The model that transformers would build, without memory behind its parameters and with packed experts."""
+def meta_model(config: Any, path: Path) -> Any:
+    """The model that transformers would build, without memory behind its parameters and with packed experts.
+
+    Raises:
+        CheckpointError: it cannot be built; `path` is whose config is to blame.
+    """
+    with _as_checkpoint_error(path, "transformers cannot build a model by it"):
+        return _meta_model(config)
+
+
+def _meta_model(config: Any) -> Any:
     from transformers import AutoModelForCausalLM
 
     from microscale.formats import FORMATS
@@ -84,7 +118,9 @@ def dummy_model(
 
     cut = dummy_config(path, config, layers)
     # transformers is given one number for each tensor, stretched to its shape, and what it makes of these is filled.
-    state = {n: p.new_zeros((), device="cpu").expand(p.shape) for n, p in meta_model(cut).named_parameters()}
+    state = {
+        n: p.new_zeros((), device="cpu").expand(p.shape) for n, p in meta_model(cut, path).named_parameters()
+    }
     architecture: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(cut)]
     model = architecture.from_pretrained(None, config=cut, state_dict=state, dtype=dtype)
     fill(model, device)

@@ -58,7 +58,7 @@ def hold(module: nn.Module, weights: dict[str, QuantTensor]) -> None:
             module._parameters.pop(name + suffix, None)
         for suffix, part in (("_codes", w.codes), ("_scales", w.scales), ("_tensor_scale", w.tensor_scale)):
             module._buffers.pop(name + suffix, None)
-            module.register_buffer(name + suffix, part)
+            module.register_buffer(name + suffix, None if part is None else _as_bits(part))
     object.__setattr__(
         module, "microscale_formats", {name: (w.format, w.shape) for name, w in weights.items()}
     )
@@ -83,7 +83,7 @@ def parts(module: nn.Module, w13: QuantTensor, w2: QuantTensor) -> dict[str, Ten
             found[f"{name}_blocks"] = w.codes.view(*w.scales.shape, -1)
         else:
             found[f"{name}_codes"] = w.codes
-        found[f"{name}_scales"] = w.scales
+        found[f"{name}_scales"] = _as_bits(w.scales)
     return found
 
 
@@ -180,5 +180,16 @@ def _quant_tensor(module: Any, name: str) -> QuantTensor:
         scales = getattr(module, f"{name}_scales").detach()
         return QuantTensor(fmt, (e, n, groups * fmt.block[1]), blocks.view(e, n, -1), scales)
     fmt, shape = module.microscale_formats[name]
-    parts = [getattr(module, name + suffix) for suffix in ("_codes", "_scales", "_tensor_scale")]
-    return QuantTensor(fmt, shape, *parts)
+    codes, scales, outer = (
+        getattr(module, name + suffix) for suffix in ("_codes", "_scales", "_tensor_scale")
+    )
+    return QuantTensor(fmt, shape, codes, _as_numbers(scales), None if outer is None else _as_numbers(outer))
+
+
+def _as_bits(t: Tensor) -> Tensor:
+    """Float32 scales as the integers of their bits: `model.to(dtype)` would round them, for good, and leaves these."""
+    return t.view(torch.int32) if t.dtype == torch.float32 else t
+
+
+def _as_numbers(t: Tensor) -> Tensor:
+    return t.view(torch.float32) if t.dtype == torch.int32 else t

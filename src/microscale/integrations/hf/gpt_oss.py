@@ -97,6 +97,7 @@ def _plain(x: Tensor, w: Tensor) -> bool:
     return (
         x.numel() > 0
         and x.device == w.device
+        and w.is_contiguous()
         and x.dtype in DTYPES.values()
         and w.dtype in DTYPES.values()
         and not torch.compiler.is_compiling()

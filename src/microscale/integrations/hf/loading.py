@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 
 from microscale.checkpoints import open_checkpoint
 from microscale.checkpoints.config import read_config
-from microscale.errors import CheckpointError
+from microscale.errors import CheckpointError, SettingError
 from microscale.integrations.hf.options import Options, using
 from microscale.machine import detect
 from microscale.models import has_weights, resolve
@@ -50,9 +51,10 @@ def load(
     Raises:
         CheckpointError: the files are not what they say, or tensors are missing.
         NoBackendError: every backend refused a layer, or the forced one did; carries all reasons.
+        SettingError: there is no such device.
     """
     path = resolve(model)
-    target = torch.device(device or {"rocm": "cuda"}.get(detect().device, detect().device))
+    target = target_device(device)
     if load_format not in ("auto", "dummy"):
         raise CheckpointError(path, "unknown load_format", expected="auto or dummy", found=load_format)
     if load_format == "dummy":
@@ -71,13 +73,39 @@ def load(
 
     from transformers import AutoModelForCausalLM
 
+    from microscale.integrations.hf.dummy import dummy_config, meta_model
+
+    config = dummy_config(path, checkpoint.config, None)
     with using(Options(backend, act, canary, place=False, checkpoint=checkpoint)) as options:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, output_loading_info=True, trust_remote_code=False, **kwargs
-        )
+        try:
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                path, dtype=dtype, output_loading_info=True, trust_remote_code=False, **kwargs
+            )
+        except (AttributeError, KeyError, TypeError, ValueError):
+            meta_model(config, path)  # raises a CheckpointError if the config is at fault
+            raise
     host, info = loaded
     _check_complete(path, info)
     return _ready(host, target, options, progress, kwargs)
+
+
+def target_device(device: str | torch.device | None = None) -> torch.device:
+    """Where a model goes that is to run on `device`; None: the machine's first GPU, else the CPU.
+
+    Raises:
+        SettingError: this machine has no such device, or torch knows no such word.
+    """
+    machine = detect()
+    word = str(device or machine.device)
+    kind, _, index = word.partition(":")
+    kind = "rocm" if kind == "cuda" and machine.device == "rocm" else kind
+    kinds = list(dict.fromkeys(["cpu", *(g.kind for g in machine.gpus)]))
+    if kind not in kinds:
+        raise SettingError(f"unknown device {word!r}; known: {', '.join(kinds)}")
+    count = 1 if kind == "cpu" else sum(g.kind == kind for g in machine.gpus)
+    if index and not (re.fullmatch(r"[0-9]{1,4}", index) and int(index) < count):
+        raise SettingError(f"device {word}: this machine has {count} of that kind, numbered from 0")
+    return torch.device(word.replace("rocm", "cuda"))
 
 
 def _ready(
