@@ -30,7 +30,9 @@ struct Linear {
     const int64_t n = c.w->n, first = unit * c.columns, count = std::min(c.columns, panels(n) - first);
     float *sums = c.sums + thread * c.sums_each;
     const int64_t stride = c.columns * kPanelColumns;
+    int state = 0;
     Product p{};
+    p.state = &state;
     p.weights = reinterpret_cast<const uint8_t *>(c.w) + expert_offset(c.w, 0);
     p.n = n;
     p.k = c.w->k;
@@ -47,6 +49,7 @@ struct Linear {
     const int64_t after = first + c.threads * c.columns;
     if (after < panels(n)) p.next += panel_place(c.w->format, n, c.w->k, after).codes;
     c.kernels->product[c.w->format](&p);
+    if (c.kernels->end) c.kernels->end();
     const int64_t column = first * kPanelColumns, width = std::min(count * kPanelColumns, n - column);
     const float *outer = c.outer ? c.outer + column : nullptr, *bias = c.bias ? c.bias + column : nullptr;
     for (int64_t i = 0; i < c.m; ++i)

@@ -51,7 +51,8 @@ struct Moe {
   uint8_t *scratch;
   int64_t scratch_each, raw_bytes, gathered_at;
 
-  Product product(const Weights &w, int64_t expert, int64_t hit, const void *const *rows, void *decoded) const {
+  Product product(const Weights &w, int64_t expert, int64_t hit, const void *const *rows, void *decoded,
+                  int *state) const {
     Product p{};
     p.weights = w.expert(expert);
     p.n = w.header->n;
@@ -60,6 +61,7 @@ struct Moe {
     p.m = routes->size(hit);
     p.scratch = decoded;
     p.special = (w.header->flags & MS_SPECIAL) != 0;
+    p.state = state;
     p.next = p.weights;
     return p;
   }
@@ -104,11 +106,13 @@ struct Moe {
     const int64_t hit = routes->by_size(unit / units_each()), expert = routes->expert(hit);
     const int64_t from = unit % units_each() * blocks, to = std::min(from + blocks, ceil_div(width, block));
     const void *rows[1] = {own + gathered_at};
+    int state = 0;
     if (!x) gather(hit, own + gathered_at);
     for (int64_t number = from; number < to; ++number) {
       const uint8_t *next = number + 1 < to ? block_of_w13(expert, number + 1) : after_first(unit);
-      some_columns(hit, x ? x + routes->first(hit) : rows, number * block, own, next);
+      some_columns(hit, x ? x + routes->first(hit) : rows, number * block, own, &state, next);
     }
+    if (kernels->end) kernels->end();
   }
 
   // An expert's tokens as operands.
@@ -119,9 +123,10 @@ struct Moe {
       source.convert(*kernels, gathered, 0, 0, size, tile, std::min(tile + 16, size), to);
   }
 
-  void some_columns(int64_t hit, const void *const *rows, int64_t column, uint8_t *own, const uint8_t *after) const {
+  void some_columns(int64_t hit, const void *const *rows, int64_t column, uint8_t *own, int *state,
+                    const uint8_t *after) const {
     const int64_t expert = routes->expert(hit), count = std::min(block, width - column);
-    Product p = product(w13, expert, hit, rows, own);
+    Product p = product(w13, expert, hit, rows, own, state);
     p.stride = raw_stride();
     float *raw = reinterpret_cast<float *>(own + kernels->scratch);
     const int64_t row = pairs() ? 2 * column : column;
@@ -166,18 +171,20 @@ struct Moe {
     const int64_t stride = columns * kPanelColumns;
     float *sums = reinterpret_cast<float *>(own + kernels->scratch + raw_bytes);
     std::fill_n(sums, m * stride, 0.0f);
+    int state = 0;
     for (int64_t hit = 0; hit < routes->experts(); ++hit)
       for (int64_t from = panel; from < end; from += kGroupPanels)
-        add(unit, hit, from, std::min(kGroupPanels, end - from), own, sums + (from - panel) * kPanelColumns);
+        add(unit, hit, from, std::min(kGroupPanels, end - from), own, &state, sums + (from - panel) * kPanelColumns);
+    if (kernels->end) kernels->end();
     for (int64_t i = 0; i < m; ++i)
       kernels->store(sums + i * stride, nullptr, nullptr, real, dtype, y + (i * n + column) * element_bytes(dtype));
   }
 
   // One expert's share of `count` panels of a unit to all its tokens' sums.
-  void add(int64_t unit, int64_t hit, int64_t from, int64_t count, uint8_t *own, float *sums) const {
+  void add(int64_t unit, int64_t hit, int64_t from, int64_t count, uint8_t *own, int *state, float *sums) const {
     const int64_t expert = routes->expert(hit), first_route = routes->first(hit);
     float *raw = reinterpret_cast<float *>(own + kernels->scratch);
-    Product p = product(w2, expert, hit, middle_rows + routes->first(hit), own);
+    Product p = product(w2, expert, hit, middle_rows + routes->first(hit), own, state);
     p.first = from;
     p.count = count;
     p.out = raw;

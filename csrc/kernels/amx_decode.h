@@ -63,19 +63,22 @@ struct BalancedFourBits {
     return _mm512_set1_epi64(both(0) | both(1) | both(2) | both(3));
   }
   template <bool kSpecial, class F, class Lower = AsIs>
-  void pairs(const uint8_t *tile, int first, int last, F f, Lower lower = {}) const {
-    const auto words_of = [&](__m512i v) { return lower(_mm512_permutexvar_epi16(v, table)); };
-    const auto bytes_of = [&](__m512i v, __m512i at) {
-      return lower(_mm512_permutexvar_epi8(_mm512_multishift_epi64_epi8(at, v), bytes));
+  inline __attribute__((always_inline)) void pairs(const uint8_t *tile, int first, int last, F f,
+                                                   Lower lower = {}) const {
+    // Copies: closures that hold `this` would keep the tables in memory.
+    const __m512i by_word = table, by_byte = bytes, fields[2] = {second, fourth};
+    const auto words_of = [lower, by_word](__m512i v) { return lower(_mm512_permutexvar_epi16(v, by_word)); };
+    const auto bytes_of = [lower, by_byte](__m512i v, __m512i at) {
+      return lower(_mm512_permutexvar_epi8(_mm512_multishift_epi64_epi8(at, v), by_byte));
     };
 #pragma GCC unroll 4
     for (int q = first / 4; q < last / 4; ++q) {
       const __m512i v = load512(tile + 64 * q);
       const __m512i apart = _mm512_ternarylogic_epi32(v, words(0xf0f0), words(0x0101), 0xea);  // v & ... | ...
       f(4 * q, words_of(v));
-      f(4 * q + 1, bytes_of(apart, second));
+      f(4 * q + 1, bytes_of(apart, fields[0]));
       f(4 * q + 2, words_of(_mm512_srli_epi16(v, 8)));
-      f(4 * q + 3, bytes_of(apart, fourth));
+      f(4 * q + 3, bytes_of(apart, fields[1]));
     }
   }
 };
@@ -91,43 +94,50 @@ struct Decoder {
   static constexpr Raise kHow = kFormat == MS_FP8_BLOCK128 ? kAsIs : kFormat == MS_NVFP4 ? kFlagged : kRaised;
   const BalancedCodes<kFormat, kHow> codes{};
 
-  void tile(const uint8_t *from, const uint8_t *scales, uint8_t *out) const {
+  // What a tile's scales change in its numbers: of NVFP4 a half's.
+  struct Change {
+    __m512i power, half_more;  // half_more: NVFP4
+  };
+  // A quarter of a tile from its codes and scales, four vectors: other work may go between quarters. `change` is kept
+  // from one to the next.
+  template <int kQuarter>
+  inline __attribute__((always_inline)) void quarter(const uint8_t *from, const uint8_t *scales, Change &change,
+                                                     uint8_t *out) const {
+    constexpr int first = 4 * kQuarter, last = first + 4;
     const auto put = [out](int pair, __m512i v) { _mm512_store_si512(out + 64 * pair, v); };
     if constexpr (kFormat == MS_FP8_BLOCK128) {
-      codes.template pairs<false>(from, 0, 16, put);
+      codes.template pairs<false>(from, first, last, put);
     } else if constexpr (kFormat == MS_NVFP4) {
-#pragma GCC unroll 2
-      for (int block = 0; block < 2; ++block) {
-        const Lowering less = lowering(_mm_loadu_si128(reinterpret_cast<const __m128i *>(scales + 16 * block)));
-        codes.template pairs<false>(from, 8 * block, 8 * block + 8, put, [&](__m512i v) {
-          const auto half_more = _mm512_test_epi16_mask(v, words(1));
-          return _mm512_mask_subs_epu16(_mm512_subs_epu16(v, less.power), half_more, v, less.half_more);
-        });
-      }
+      if constexpr (kQuarter % 2 == 0)
+        change = lowering(_mm_loadu_si128(reinterpret_cast<const __m128i *>(scales + 8 * kQuarter)));
+      codes.template pairs<false>(from, first, last, put, [&](__m512i v) {
+        const auto half_more = _mm512_test_epi16_mask(v, words(1));
+        return _mm512_mask_subs_epu16(_mm512_subs_epu16(v, change.power), half_more, v, change.half_more);
+      });
     } else {
-      const __m512i bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i *>(scales)));
-      const __m512i both = _mm512_or_si512(bytes, _mm512_slli_epi32(bytes, 16));
-      if constexpr (kFormat == MS_MXINT8) {
-        const __m512i exponent = _mm512_slli_epi16(_mm512_sub_epi16(both, words(127 - Codes<kFormat>::kShift)), 7);
-        codes.template pairs<false>(from, 0, 16, put, [&](__m512i v) {
-          return _mm512_mask_add_epi16(v, _mm512_test_epi16_mask(v, words(0x7fff)), v, exponent);
-        });
-      } else {
-        const __m512i less = _mm512_slli_epi16(_mm512_sub_epi16(words(127 + kRaise), both), 7);
-        codes.template pairs<false>(from, 0, 16, put, [&](__m512i v) { return _mm512_subs_epu16(v, less); });
+      if constexpr (kQuarter == 0) {
+        const __m512i bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i *>(scales)));
+        const __m512i both = _mm512_or_si512(bytes, _mm512_slli_epi32(bytes, 16));
+        const __m512i exponent = kFormat == MS_MXINT8 ? _mm512_sub_epi16(both, words(127 - Codes<kFormat>::kShift))
+                                                      : _mm512_sub_epi16(words(127 + kRaise), both);
+        change.power = _mm512_slli_epi16(exponent, 7);
       }
+      const __m512i power = change.power;
+      codes.template pairs<false>(from, first, last, put, [power](__m512i v) {
+        if constexpr (kFormat == MS_MXINT8)
+          return _mm512_mask_add_epi16(v, _mm512_test_epi16_mask(v, words(0x7fff)), v, power);
+        else
+          return _mm512_subs_epu16(v, power);
+      });
     }
   }
 
   // What must be taken from the bits of a raised power of two, and of one that is flagged to be half as much more, for
   // its product with a positive E4M3 scale; everything where the scale is zero.
-  struct Lowering {
-    __m512i power, half_more;
-  };
   const __m512i subnormals = load512(&kScales.subnormal), subnormals_more = load512(&kScales.subnormal_more);
   const __m512i more = load512(&kScales.more);
 
-  Lowering lowering(__m128i bytes) const {
+  Change lowering(__m128i bytes) const {
     const __m512i s = _mm512_cvtepu8_epi32(bytes);
     __m512i one = _mm512_add_epi32(_mm512_slli_epi32(s, 4), _mm512_set1_epi32((127 - 7) << 7));
     __m512i half_more = _mm512_add_epi32(one, _mm512_permutexvar_epi32(s, more));

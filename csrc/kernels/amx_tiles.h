@@ -19,12 +19,13 @@ struct alignas(64) Config {
   uint8_t rows[16] = {};
 };
 
-// How tiles are used, by R, the tiles of 16 rows that are multiplied at a time:
-//   1: sums of panel p are tile p (up to four panels), rows tile 4, weights tiles 5 to 7 in turn;
-//   2: sums of row tile r and panel p (up to two) are tile 2 r + p, rows tiles 4 and 5, weights tiles 6 and 7;
-//   3: the same, six sums, with rows in tile 6 and weights in tile 7.
+// How tiles are used for R tiles of 16 rows times P panels, up to six sums: the sum of row tile r and panel p is tile
+// r P + p. Of the others, one row tile at a time: rows in tile 4, weights in tiles 5 to 7 in turn. Two by two: rows in
+// tiles 4 and 5, weights in 6 and 7, each loaded once a step. Else rows in the tiles between sums and weights in turn,
+// and weights in tile 7: of two panels they are loaded again whenever the panel changes, which costs nothing, as loads
+// from L1 take half as long as products.
 //
-// `rows` of a tile, at most 16; only R = 1 goes with fewer than 16. Loading a configuration takes as long as 16
+// `rows` of a tile, at most 16; only R = 1 goes with fewer than 16. Loading a configuration takes as long as ten
 // products.
 inline void configure(int64_t rows) {
   Config c;
@@ -34,29 +35,66 @@ inline void configure(int64_t rows) {
   _tile_loadconfig(&c);
 }
 
-template <int R>
+// The instructions name their tiles in their text.
+#define MS_EACH_TILE(f) f(0) f(1) f(2) f(3) f(4) f(5) f(6) f(7)
+template <int kTileNumber>
+inline __attribute__((always_inline)) void load_tile(const uint8_t *from) {
+#define MS_LOAD(t) \
+  if constexpr (kTileNumber == t) _tile_loadd(t, from, 64);
+  MS_EACH_TILE(MS_LOAD)
+#undef MS_LOAD
+}
+template <int kTileNumber>
+inline void store_tile(float *to, int64_t stride) {
+#define MS_STORE(t) \
+  if constexpr (kTileNumber == t) _tile_stored(t, to, stride);
+  MS_EACH_TILE(MS_STORE)
+#undef MS_STORE
+}
+template <int kTileNumber>
+inline void zero_tile() {
+#define MS_ZERO(t) \
+  if constexpr (kTileNumber == t) _tile_zero(t);
+  MS_EACH_TILE(MS_ZERO)
+#undef MS_ZERO
+}
+template <int kSum, int kRows, int kWeights>
+inline __attribute__((always_inline)) void multiply_tiles() {
+#define MS_SUM(s, r, w) \
+  if constexpr (kSum == s) _tile_dpbf16ps(s, r, w);
+#define MS_MULTIPLY(r, w)                                                                           \
+  if constexpr (kRows == r && kWeights == w) {                                                      \
+    MS_SUM(0, r, w) MS_SUM(1, r, w) MS_SUM(2, r, w) MS_SUM(3, r, w) MS_SUM(4, r, w) MS_SUM(5, r, w) \
+  }
+  static_assert(4 <= kRows && kRows < kWeights && kSum < 6);
+  MS_MULTIPLY(4, 5)
+  MS_MULTIPLY(4, 6)
+  MS_MULTIPLY(4, 7)
+  MS_MULTIPLY(5, 6)
+  MS_MULTIPLY(5, 7)
+  MS_MULTIPLY(6, 7)
+#undef MS_MULTIPLY
+#undef MS_SUM
+}
+#undef MS_EACH_TILE
+
+template <int kSums>
 inline void zero() {
-  _tile_zero(0);
-  _tile_zero(1);
-  _tile_zero(2);
-  _tile_zero(3);
-  if constexpr (R == 3) _tile_zero(4);
-  if constexpr (R == 3) _tile_zero(5);
+  if constexpr (kSums > 0) {
+    zero<kSums - 1>();
+    zero_tile<kSums - 1>();
+  }
 }
 
 // Sums to [16 R][16 P] floats, `stride` bytes between rows.
-template <int R, int P>
+template <int R, int P, int kFrom = 0>
 inline void store(float *out, int64_t stride) {
-  float *second = out + 4 * stride, *third = out + 8 * stride;  // 16 rows on, and 32
-  _tile_stored(0, out, stride);
-  if constexpr (P > 1) _tile_stored(1, out + 16, stride);
-  if constexpr (R == 1 && P > 2) _tile_stored(2, out + 32, stride);
-  if constexpr (R == 1 && P > 3) _tile_stored(3, out + 48, stride);
-  if constexpr (R > 1) _tile_stored(2, second, stride);
-  if constexpr (R > 1 && P > 1) _tile_stored(3, second + 16, stride);
-  if constexpr (R > 2) _tile_stored(4, third, stride);
-  if constexpr (R > 2 && P > 1) _tile_stored(5, third + 16, stride);
-  fence();
+  if constexpr (kFrom < R * P) {
+    store_tile<kFrom>(out + kFrom / P * 4 * stride + kFrom % P * 16, stride);  // 4 strides are 16 rows of floats
+    store<R, P, kFrom + 1>(out, stride);
+  } else {
+    fence();
+  }
 }
 
 // R tiles of rows, the first of them row `row` of the product.
@@ -81,70 +119,25 @@ struct Rows {
   const uint8_t *at(int r, int64_t tile) const { return x + r * next + tile * step; }
 };
 
-// One step of up to two tiles of rows: `begin` loads them, and `panel` multiplies them by panel p's weights; p is a
-// constant wherever this is inlined.
-template <int R>
-inline void begin(const Rows<R> &r, int64_t tile) {
-  if constexpr (R < 3) _tile_loadd(4, r.at(0, tile), 64);
-  if constexpr (R == 2) _tile_loadd(5, r.at(1, tile), 64);
-}
-template <int R>
-inline __attribute__((always_inline)) void panel(int p, const uint8_t *w) {
-  if constexpr (R == 2) {
-    if (p == 0) {
-      _tile_loadd(6, w, 64);
-      _tile_dpbf16ps(0, 4, 6);
-      _tile_dpbf16ps(2, 5, 6);
-    } else {
-      _tile_loadd(7, w, 64);
-      _tile_dpbf16ps(1, 4, 7);
-      _tile_dpbf16ps(3, 5, 7);
-    }
-  } else if constexpr (R == 1) {
-    if (p == 0) {
-      _tile_loadd(6, w, 64);
-      _tile_dpbf16ps(0, 4, 6);
-    } else if (p == 1) {
-      _tile_loadd(7, w, 64);
-      _tile_dpbf16ps(1, 4, 7);
-    } else if (p == 2) {
-      _tile_loadd(5, w, 64);
-      _tile_dpbf16ps(2, 4, 5);
-    } else {
-      _tile_loadd(6, w, 64);
-      _tile_dpbf16ps(3, 4, 6);
-    }
-  }
-}
-
-// One step of three tiles of rows, in two halves between which there may be other work: seven loads, of which only the
-// rows' come from beyond L1, for six products.
-template <int P>
-inline void first_half(const Rows<3> &r, int64_t tile, const uint8_t *w) {
-  _tile_loadd(6, r.at(0, tile), 64);
-  _tile_loadd(7, w, 64);
-  _tile_dpbf16ps(0, 6, 7);
-  if constexpr (P == 2) {
-    _tile_loadd(7, w + kTile, 64);
-    _tile_dpbf16ps(1, 6, 7);
-    _tile_loadd(6, r.at(1, tile), 64);
-    _tile_dpbf16ps(3, 6, 7);
+// Product i of a step's R P products, and the loads it needs. The panels' weights lie one after the other.
+template <int R, int P, int i>
+inline __attribute__((always_inline)) void product_of_step(const Rows<R> &rows, int64_t tile, const uint8_t *weights) {
+  constexpr int r = i / P, p = r % 2 ? P - 1 - i % P : i % P;
+  constexpr int before =
+      r % 2 ? P - 1 - (i - 1) % P : (i - 1) % P;  // the panel of the product before, if not the first of its rows
+  if constexpr (R == 1) {
+    if constexpr (i == 0) load_tile<4>(rows.at(0, tile));
+    load_tile<5 + i % 3>(weights + p * kTile);
+    multiply_tiles<p, 4, 5 + i % 3>();
+  } else if constexpr (R == 2 && P == 2) {
+    if constexpr (i % P == 0) load_tile<4 + r>(rows.at(r, tile));
+    if constexpr (i < P) load_tile<6 + p>(weights + p * kTile);
+    multiply_tiles<r * P + p, 4 + r, 6 + p>();
   } else {
-    _tile_loadd(6, r.at(1, tile), 64);
-    _tile_dpbf16ps(2, 6, 7);
-  }
-}
-template <int P>
-inline void second_half(const Rows<3> &r, int64_t tile, const uint8_t *w) {
-  if constexpr (P == 2) {
-    _tile_loadd(7, w, 64);
-    _tile_dpbf16ps(2, 6, 7);
-  }
-  _tile_loadd(6, r.at(2, tile), 64);
-  _tile_dpbf16ps(4, 6, 7);
-  if constexpr (P == 2) {
-    _tile_loadd(7, w + kTile, 64);
-    _tile_dpbf16ps(5, 6, 7);
+    constexpr int first = R * P < 4 ? 4 : R * P, own = first + r % (7 - first);
+    if constexpr (i % P == 0) load_tile<own>(rows.at(r, tile));
+    if constexpr (i == 0 || (i % P != 0 && before != p)) load_tile<7>(weights + p * kTile);
+    multiply_tiles<r * P + p, own, 7>();
   }
 }
 

@@ -44,9 +44,11 @@ struct Panels {
   float scale(int p, int64_t tile) const {  // block FP8
     return reinterpret_cast<const float *>(scales + p * next_scales)[tile / 4];
   }
+  template <int kQuarter>
   inline __attribute__((always_inline)) void decode(const Decoder<kFormat> &decoder, int p, int64_t tile,
-                                                    uint8_t *out) const {
-    decoder.tile(codes + tile * step + p * kCodes, scales + tile * scale_step + p * next_scales, out);
+                                                    typename Decoder<kFormat>::Change &change, uint8_t *out) const {
+    decoder.template quarter<kQuarter>(codes + tile * step + p * kCodes, scales + tile * scale_step + p * next_scales,
+                                       change, out);
   }
 };
 
@@ -94,53 +96,72 @@ inline void end_block(const Panels<kFormat, P> &panels, int64_t tile, const Rows
   for (int p = 0; p < P; ++p) scale[p] = panels.scale(p, tile);
   store<R, P>(sums, 64 * P);
   add_scaled<P>(sums, r.m, scale, tile < 4, r.out, r.stride / 4);
-  zero<R>();
+  zero<R * P>();
+}
+
+// A step's products from the first to the last.
+template <int kFormat, int R, int P, int kFrom, int kTo>
+inline __attribute__((always_inline)) void products(const Panels<kFormat, P> &panels, const Rows<R> &rows,
+                                                    int64_t tiles, int64_t t, const uint8_t *weights, float *sums) {
+  if constexpr (kFrom < kTo) {
+    product_of_step<R, P, kFrom>(rows, t, weights);
+    if (kFormat == MS_FP8_BLOCK128 && kFrom == R * P - 1 && (t % 4 == 3 || t + 1 == tiles))
+      end_block<kFormat, R, P>(panels, t, rows, sums);
+    products<kFormat, R, P, kFrom + 1, kTo>(panels, rows, tiles, t, weights, sums);
+  }
+}
+
+// Decodes step t to `to`, if kDecode, and multiplies step `now` by `weights`, if kMultiply: products are spread among
+// the quarters of the tiles that are decoded, which both kinds of work overlap better by than in blocks. What is at
+// hand is passed on by reference to what is inlined; closures that hold closures would keep it in memory.
+template <int kFormat, int R, int P, bool kFetch, bool kDecode, bool kMultiply, int kQuarter = 0>
+inline __attribute__((always_inline)) void step(const Panels<kFormat, P> &panels, const Rows<R> &rows, int64_t tiles,
+                                                const Decoder<kFormat> &decoder,
+                                                typename Decoder<kFormat>::Change &change, Fetch<kFormat, P> &fetch,
+                                                int64_t t, int64_t now, uint8_t *to, const uint8_t *weights,
+                                                float *sums) {
+  if constexpr (kQuarter < 4 * P) {
+    constexpr int p = kQuarter / 4;
+    if constexpr (kDecode) {
+      if constexpr (kFetch && kQuarter % 4 == 0) fetch.panel(p);
+      panels.template decode<kQuarter % 4>(decoder, p, t, change, to + p * kTile);
+      fence();
+    }
+    if constexpr (kMultiply) {
+      products<kFormat, R, P, kQuarter * R / 4, (kQuarter + 1) * R / 4>(panels, rows, tiles, now, weights, sums);
+      fence();
+    }
+    step<kFormat, R, P, kFetch, kDecode, kMultiply, kQuarter + 1>(panels, rows, tiles, decoder, change, fetch, t, now,
+                                                                  to, weights, sums);
+  } else if constexpr (kDecode) {
+    fetch.advance();
+  }
 }
 
 // P panels times R tiles of rows, all of K. Every tile of weights is decoded a little before it is multiplied, so that
 // both kinds of work overlap. kFetch: the weights come from memory, and are fetched ahead.
 template <int kFormat, int R, int P, bool kFetch>
-void rows_times(const Panels<kFormat, P> &panels, const Rows<R> &r, int64_t tiles, uint8_t *ring, float *sums) {
-  constexpr bool kBlockScales = kFormat == MS_FP8_BLOCK128;
-  constexpr int64_t kStep = P * kTile, kMask = kRing<P> - 1;
+void rows_times(const Panels<kFormat, P> &all_panels, const Rows<R> &all_rows, int64_t tiles, uint8_t *ring,
+                float *sums) {
+  constexpr int64_t kStep = P * kTile, kMask = kRing<P> - 1, kLate = kLag<P>;
+  const Panels<kFormat, P> panels = all_panels;  // copies stay in registers
+  const Rows<R> rows = all_rows;
   const Decoder<kFormat> decoder;
   Fetch<kFormat, P> fetch(panels, tiles);
-  const auto decode = [&](int p, int64_t t) __attribute__((always_inline)) {
-    if (kFetch) fetch.panel(p);
-    panels.decode(decoder, p, t, ring + (t & kMask) * kStep + p * kTile);
-    fence();
-  };
-  const auto multiply = [&](int p, int64_t t) __attribute__((always_inline)) {
-    const uint8_t *w = ring + (t & kMask) * kStep;
-    if (p == 0) begin(r, t);
-    if constexpr (R < 3) {
-      panel<R>(p, w + p * kTile);
-    } else {
-      if (p == 0) first_half<P>(r, t, w);
-      if (p == P - 1) second_half<P>(r, t, w);
-    }
-    if (p == P - 1 && kBlockScales && (t % 4 == 3 || t + 1 == tiles)) end_block<kFormat, R, P>(panels, t, r, sums);
-  };
-  zero<R>();
-  const int64_t lead = tiles < kLag<P> ? tiles : kLag<P>;
+  typename Decoder<kFormat>::Change change;
+  zero<R * P>();
+  const int64_t lead = tiles < kLate ? tiles : kLate;
   int64_t t = 0;
-  for (; t < lead; ++t) {
-#pragma GCC unroll 4
-    for (int p = 0; p < P; ++p) decode(p, t);
-    fetch.advance();
-  }
-  for (; t < tiles; ++t) {
-#pragma GCC unroll 4
-    for (int p = 0; p < P; ++p) {
-      decode(p, t);
-      multiply(p, t - kLag<P>);
-    }
-    fetch.advance();
-  }
+  for (; t < lead; ++t)
+    step<kFormat, R, P, kFetch, true, false>(panels, rows, tiles, decoder, change, fetch, t, 0,
+                                             ring + (t & kMask) * kStep, nullptr, sums);
+  for (; t < tiles; ++t)
+    step<kFormat, R, P, kFetch, true, true>(panels, rows, tiles, decoder, change, fetch, t, t - kLate,
+                                            ring + (t & kMask) * kStep, ring + ((t - kLate) & kMask) * kStep, sums);
   for (t = tiles - lead; t < tiles; ++t)
-#pragma GCC unroll 4
-    for (int p = 0; p < P; ++p) multiply(p, t);
-  if (!kBlockScales) store<R, P>(r.out, r.stride);
+    step<kFormat, R, P, kFetch, false, true>(panels, rows, tiles, decoder, change, fetch, 0, t, nullptr,
+                                             ring + (t & kMask) * kStep, sums);
+  if (kFormat != MS_FP8_BLOCK128) store<R, P>(rows.out, rows.stride);
 }
 
 // At most 16 rows: up to four panels at a time keep the products of one row tile apart.
@@ -173,7 +194,10 @@ template <int kFormat>
 void product(const Product *a) {
   const auto scratch = reinterpret_cast<uint8_t *>((reinterpret_cast<uintptr_t>(a->scratch) + 63) / 64 * 64);
   float *sums = reinterpret_cast<float *>(scratch + kTiles * kTile);
-  configure(a->m < 16 ? a->m : 16);
+  // Rows that tiles are configured for: loading a configuration takes as long as some tiles of weights.
+  const int rows = a->m < 16 ? static_cast<int>(a->m) : 16;
+  if (*a->state != rows) configure(rows);
+  *a->state = rows;
   for (int64_t p = 0; p < a->count;) {
     const int64_t panel = a->first + p, group = kGroupPanels - panel % kGroupPanels;
     const int64_t left = a->count - p < group ? a->count - p : group;
@@ -194,8 +218,9 @@ void product(const Product *a) {
       p += left;
     }
   }
-  _tile_release();
 }
+
+void end() { _tile_release(); }
 
 }  // namespace
 
@@ -205,6 +230,7 @@ extern const Kernels amx_kernels = {
     kScratch + 64,
     {product<MS_MXFP4>, product<MS_MXFP6_E2M3>, product<MS_MXFP6_E3M2>, product<MS_MXFP8_E4M3>, product<MS_MXFP8_E5M2>,
      product<MS_MXINT8>, product<MS_NVFP4>, product<MS_FP8_BLOCK128>},
+    end,
     activate_rows<MS_BF16>,
     load_row<MS_BF16>,
     add_row,

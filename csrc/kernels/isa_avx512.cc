@@ -12,6 +12,7 @@ extern const Kernels avx512_kernels = {
     Avx512::kScratch,
     {MS_PRODUCT(MS_MXFP4), MS_PRODUCT(MS_MXFP6_E2M3), MS_PRODUCT(MS_MXFP6_E3M2), MS_PRODUCT(MS_MXFP8_E4M3),
      MS_PRODUCT(MS_MXFP8_E5M2), MS_PRODUCT(MS_MXINT8), MS_PRODUCT(MS_NVFP4), MS_PRODUCT(MS_FP8_BLOCK128)},
+    nullptr,
     activate_rows<MS_FP32>,
     load_row<MS_FP32>,
     add_row,

@@ -20,6 +20,7 @@ struct Product {
   int64_t stride;       // elements, at least 16 * count
   void *scratch;        // Kernels::scratch bytes, aligned to 64
   int special;          // the tensor has MS_SPECIAL
+  int *state;           // of a unit of work, 0 at its start: kernels keep there what they need not set up again
   const uint8_t *next;  // weights that are read after these, to be fetched ahead; may be any address
 };
 
@@ -39,6 +40,7 @@ struct Kernels {
   int tiled;
   size_t scratch;  // bytes each thread needs
   void (*product[MS_FORMATS])(const Product *);
+  void (*end)();  // after a unit's last product; null: nothing to do
   void (*activate)(const Activate *);
   // n elements of `dtype`, times `factor`, to operands: every 32 of them `step` bytes after those before. The rest of
   // the last 32 is zero.
