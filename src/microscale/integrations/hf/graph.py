@@ -79,10 +79,12 @@ class Decoder:
             return self._generate(call)
         cache, step = self._ready(input_ids.shape[0], capacity)
         self.why = "two steps run before one is replayed"
+        step.greedy = not arguments.get("do_sample", self.model.generation_config.do_sample)
         try:
             with _in_place_of(self.model, step):
                 return self._generate(call | {"past_key_values": cache})
         finally:
+            step.finish()
             if step.why is not None:
                 self._never, self._cache, self._step = step.why, None, None
             if step.why is not None or step.captured:
