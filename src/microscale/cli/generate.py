@@ -15,8 +15,9 @@ from microscale.errors import MicroscaleError
 
 if TYPE_CHECKING:
     from microscale import Decoder
+    from microscale.cli.cpu_timing import Watch
     from microscale.cli.gpu_timing import GpuWatch
-    from microscale.cli.timing import Timing, Watch
+    from microscale.cli.timing import Timing
 
 
 @dataclass(frozen=True)

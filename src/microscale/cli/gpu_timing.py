@@ -60,7 +60,7 @@ def split(times: dict[str, float]) -> tuple[dict[str, float], float]:
 
 @dataclass
 class GpuWatch:
-    """Times one generation, as `timing.Watch` does; some of its tokens run under the profiler and are not timed."""
+    """Times one generation, as `cpu_timing.Watch` does; some of its tokens run under the profiler and are not timed."""
 
     bytes: int
     device: torch.device

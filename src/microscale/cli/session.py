@@ -23,8 +23,8 @@ from microscale.models import resolve
 from microscale.plan import kind_of, outline
 
 if TYPE_CHECKING:
+    from microscale.cli.cpu_timing import Watch
     from microscale.cli.gpu_timing import GpuWatch
-    from microscale.cli.timing import Watch
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
 _RANDOM_PROMPT = 16  # token ids
@@ -96,7 +96,7 @@ class Session:
         """See `generate.generate`."""
         watch: Watch | GpuWatch | None = None
         if self.bytes and self.model.device.type == "cpu":
-            from microscale.cli.timing import Watch
+            from microscale.cli.cpu_timing import Watch
 
             watch = Watch(self.bytes)
         elif self.bytes:

@@ -97,7 +97,8 @@ def linear(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]
     Numerics: float32 sums, rounded once to x's dtype; a token's result depends on no other token, to the bit.
 
     Args:
-        x: [M, K], contiguous, M from 1 to `MOST`.
+        x: [M, K], contiguous, M from 1 to `MOST`, K a multiple of 16 bytes: where rows begin anywhere, the compiler
+            may add up in another order for another M.
         weights: [N, K] each, contiguous and of x's dtype. biases: [N] or None for each.
     Returns:
         [M, sum of N].
@@ -112,6 +113,6 @@ def linear(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]
             y, x, *weights, *none, *biases, *none, *sizes, *(0 for _ in none), later, K=k, M=m, COUNT=len(sizes),
             WARPS=_WARPS, COLUMNS=_COLUMNS, HELD=min(_HELD, -(-k // _COLUMNS)),
             **{f"BIAS{i}": b is not None for i, b in enumerate([*biases, *none])},
-            PDL=pdl, num_warps=_WARPS, **tiles.launch(pdl),
+            PDL=pdl, num_warps=_WARPS, enable_fp_fusion=x.dtype != torch.float32, **tiles.launch(pdl),
         )  # fmt: skip
     return y

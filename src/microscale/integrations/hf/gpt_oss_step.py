@@ -115,4 +115,6 @@ def _held(module: Any, x: Tensor) -> bool:
     if type(module) not in (nn.Linear, StepGptOssRouter):
         return False
     tensors = [t for t in (module.weight, module.bias) if t is not None]
+    if any(t.data_ptr() % 16 for t in (x, module.weight)) or module.weight.shape[1] * x.itemsize % 16:
+        return False
     return all(t.dtype is x.dtype and t.device == x.device and t.is_contiguous() for t in tensors)
