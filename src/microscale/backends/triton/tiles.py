@@ -12,11 +12,10 @@ import triton
 from torch import Tensor
 
 from microscale.backends.triton.layout import Packed
+from microscale.backends.triton_rules import PROVEN
 
 # Triton's interpreter keeps bfloat16 as integers and multiplies those, so on CPUs it is given float32 instead.
 INTERPRETED: bool = bool(triton.knobs.runtime.interpret)
-
-PROVEN = ("3.6.", "3.7.")  # versions of Triton with which Hopper's kernels passed their tests on an H200
 
 
 @dataclass(frozen=True)
