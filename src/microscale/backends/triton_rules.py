@@ -28,7 +28,9 @@ def unproven(machine: Machine) -> str | None:
     if version is None or version.startswith(PROVEN) or all(gpu.arch != "sm_90" for gpu in machine.gpus):
         return None
     known = " and ".join(v.rstrip(".") for v in PROVEN)
-    return f"Hopper's own kernels have run with Triton {known}; with {version} the slower ones for every GPU run instead"
+    return (
+        f"Hopper's own kernels have run with Triton {known}; with {version} the slower ones of every GPU run"
+    )
 
 
 def _capability(arch: str) -> int:
