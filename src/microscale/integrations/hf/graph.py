@@ -51,6 +51,8 @@ _PLAIN = {
 class Decoder:
     """Generates with one model, and keeps the captured step for the next prompt.
 
+    One sequence, or a batch of sequences of one length: of padded ones the steps are not replayed, and `why` says so.
+
     Attributes:
         why: why the steps of the last generation were not replayed, in a sentence; None: they were.
     """
