@@ -48,7 +48,8 @@ def given(
         cuts = import_module("microscale.backends.triton.cuts")
         main, more = cuts.split(cut.block_m)
         whole, rest = in_blocks(cut, main), in_blocks(cut, more or main)
-        half = in_blocks(cut, cuts.tail_of(cut.block_m)) if cut.tail else whole
+        tail = cuts.tail_of(cut.block_m)
+        half = in_blocks(replace(cut, block_m=tail), tail) if cut.tail else whole
     ids = "*i64" if direct else "*i32"
     return cut.constants(packed) | {
         "codes": "*i32",
@@ -243,6 +244,12 @@ def test_what_does_not_compile_is_left_to_the_kernels_for_every_target(layout: A
         assert attempt(broken, lambda: torch.ones(1), "linear", "m8t1") == 1
     assert attempt(broken, lambda: torch.ones(1), "linear", "m8t1") == 1
     assert len(tried) == 1
+
+    def rejected() -> torch.Tensor:
+        raise RuntimeError("error encountered during parsing")
+
+    with pytest.warns(UserWarning, match="linear m8t3 .*during parsing"):
+        assert attempt(rejected, lambda: torch.ones(1), "linear", "m8t3") == 1
 
     def lost() -> torch.Tensor:
         raise RuntimeError("CUDA error: an illegal memory access")

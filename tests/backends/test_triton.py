@@ -15,7 +15,7 @@ import torch
 from triton_ahead import random_bytes
 
 from microscale.activations import GPT_OSS
-from microscale.backends.triton_rules import refuse
+from microscale.backends.triton_rules import refuse, unproven
 from microscale.formats import FORMATS
 from microscale.invented import INVENTED
 from microscale.machine import Gpu
@@ -49,6 +49,18 @@ def test_refusals() -> None:
     why = refuse(replace(MOE, act="nvfp4").on(h200))
     assert why == "activations quantised to nvfp4 are not implemented in Triton yet"
     assert refuse(LINEAR.on(INVENTED["mi300x"])) is None
+
+
+def test_a_version_of_triton_without_hopper_kernels_is_told() -> None:
+    def of(version: str, arch: str = "sm_90") -> Any:
+        h200 = INVENTED["h200"]
+        return replace(h200, packages=(("triton", version),), gpus=(Gpu("cuda", arch, "a GPU", 1),))
+
+    assert unproven(of("3.6.0")) is None
+    assert unproven(of("3.7.1")) is None
+    assert "Triton 3.6 and 3.7; with 3.8.0 the slower ones" in str(unproven(of("3.8.0")))
+    assert unproven(of("3.8.0", "sm_100")) is None
+    assert unproven(replace(of("3.8.0"), packages=())) is None
 
 
 @pytest.fixture

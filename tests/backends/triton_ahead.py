@@ -141,19 +141,29 @@ KERNELS = {
     "masked_span": ("attend", "_span_kernel"),
     "ring_span": ("attend", "_span_kernel"),
     "together": ("attend", "_together_kernel"),
+    "token_span": ("attend", "_span_kernel"),
     "norm": ("small", "_rms_norm_kernel"),
-    "turn": ("small", "_turn_kernel"),
+    "add_norm": ("small", "_rms_norm_kernel"),
+    "rows": ("rows", "_rows_kernel"),
+    "row": ("rows", "_rows_kernel"),
     "choose": ("small", "_route_kernel"),
 }
 PRODUCTS = ("linear", "w13", "w2")
+_REST = ("w1", "w2", "bias1", "bias2")  # what one matrix alone leaves out
 # Those of a decoded token beside its products: what distinguishes each, and its warps.
 STEP: dict[str, tuple[dict[str, Any], int]] = {
-    "span": ({"MASKED": False, "RING": False, "ONE": True}, 4),
-    "masked_span": ({"MASKED": True, "RING": False, "ONE": True}, 4),
-    "ring_span": ({"MASKED": False, "RING": True, "ONE": False}, 4),
+    "span": ({"MASKED": False, "RING": False, "ONE": True, "TURN": False}, 4),
+    "masked_span": ({"MASKED": True, "RING": False, "ONE": True, "TURN": False}, 4),
+    "ring_span": ({"MASKED": False, "RING": True, "ONE": False, "TURN": False}, 4),
+    "token_span": ({"MASKED": False, "RING": True, "ONE": False, "TURN": True}, 4),
     "together": ({}, 4),
-    "norm": ({"BLOCK": 4096}, 8),
-    "turn": ({"BLOCK": 32}, 1),
+    "norm": ({"BLOCK": 4096, "ADD": False}, 8),
+    "add_norm": ({"BLOCK": 4096, "ADD": True}, 8),
+    "rows": ({"K": 2880, "M": 1, "COUNT": 3, "HELD": 8}, 4),
+    "row": (
+        {"K": 288, "M": 4, "COUNT": 1, "HELD": 2, "BIAS1": False, "BIAS2": False} | dict.fromkeys(_REST),
+        4,
+    ),
     "choose": ({"TOP_K": 4, "SLOTS": 4, "BLOCK": 128}, 1),
 }
 
@@ -252,14 +262,16 @@ def step(job: Job) -> tuple[dict[str, Any], dict[str, Any]]:
     flags, warps = STEP[job.kernel]
     own = POINTERS[job.dtype]
     given: dict[str, Any] = dict.fromkeys(
-        ("y", "x", "w", "q", "k", "v", "mask", "sinks", "cos", "sin", "logits", "weights", "values"), own
+        ("y", "x", "w", "q", "k", "v", "mask", "sinks", "cos", "sin", "logits", "weights", "total", "more"),
+        own,
     )
+    given |= dict.fromkeys(("w0", "w1", "w2", "bias0", "bias1", "bias2"), own)
     given |= dict.fromkeys(("sums", "peaks", "totals"), "*fp32")
-    given |= dict.fromkeys(("position", "slot", "ids"), "*i64") | dict.fromkeys(("scaling", "eps"), "fp32")
-    strides = [f"{t}_{d}" for t in ("k", "v", "keys", "values") for d in "bhk"]
-    counts = ["spans", "key_heads", "heads", "N", "E", "q_b", "q_h", "mask_b", "mask_k", "turns_b"]
+    given |= dict.fromkeys(("position", "ids"), "*i64") | dict.fromkeys(("scaling", "eps"), "fp32")
+    strides = [f"{t}_{d}" for t in "kv" for d in "bhk"]
+    counts = ["spans", "key_heads", "heads", "keys", "N", "E", "q_b", "q_h", "mask_b", "mask_k"]
+    counts += ["N0", "N1", "N2", "later"]
     given |= dict.fromkeys(strides + counts, "i32")
-    given["keys"] = own if job.kernel == "turn" else "i32"  # a cache; how many there are
     given |= {
         "D": 64,
         "WIDTH": 64,
@@ -268,8 +280,10 @@ def step(job: Job) -> tuple[dict[str, Any], dict[str, Any]]:
         "STEPS": 2,
         "GROUP": 8,
         "ROWS": 16,
-        "HEADS": 64,
-        "HALF": 32,
+        "WARPS": 4,
+        "COLUMNS": 256,
+        **dict.fromkeys(("BIAS0", "BIAS1", "BIAS2"), True),
+        "PDL": job.target == "sm_90",
     }
     return given | flags, {"num_warps": warps}
 

@@ -10,8 +10,9 @@ import torch
 from test_attend import expected
 from torch import Tensor
 
-from microscale.backends.triton.attend import attend
-from microscale.backends.triton.small import rms_norm, route, turn_and_store
+from microscale.backends.triton import rows as few
+from microscale.backends.triton.attend import attend, attend_token
+from microscale.backends.triton.small import add_rms_norm, rms_norm, route
 from microscale.tolerance import unit_roundoff
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -87,21 +88,117 @@ def test_rms_norm(dtype: torch.dtype, rows: int, width: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_sum_and_its_norm_are_the_sum_and_the_norm(dtype: torch.dtype) -> None:
+    x, more = (torch.randn(3, 2880, device=DEVICE).to(dtype) for _ in "xm")
+    w = torch.randn(2880, device=DEVICE)
+    total, y = add_rms_norm(x, more, w, 1e-5)
+    assert torch.equal(total, x + more)
+    assert torch.equal(y, rms_norm(x + more, w, 1e-5))
+
+
+def poisoned(n: int, k: int, dtype: torch.dtype) -> Tensor:
+    """Random [N, K] with NaNs before and behind it."""
+    room = torch.full((n * k + 64,), torch.nan, device=DEVICE, dtype=dtype)
+    return room[16 : 16 + n * k].view(n, k).copy_(torch.randn(n, k) / k**0.5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "m, sizes, k",
+    [(1, (4096, 512, 512), 2880), (1, (2880,), 4096), (1, (32,), 2880), (4, (33, 2, 9), 288), (3, (5,), 104),
+     (2, (7, 1), 5000), (1, (1, 1, 1), 8), (4, (4,), 248), (2, (3, 6, 3), 264), (1, (9,), 8192), (4, (5, 3), 2880)],
+)  # fmt: skip
+def test_rows(dtype: torch.dtype, m: int, sizes: tuple[int, ...], k: int) -> None:
+    """Against float64, with a bias or without; each token alone gives the same bits, and each matrix."""
+    if INTERPRETED:
+        sizes = tuple(min(n, 21) for n in sizes)
+    x = poisoned(m, k, dtype)
+    weights = [poisoned(n, k, dtype) for n in sizes]
+    for biased in ((False,) * 3, (True,) * 3, (False, True, False)):
+        biases = [poisoned(1, n, dtype)[0] if b else None for n, b in zip(sizes, biased, strict=False)]
+        y = few.linear(x, weights, biases)
+        assert y.shape == (m, sum(sizes))
+        parts = list(zip(y.split(sizes, 1), weights, biases, strict=True))
+        for found, w, bias in parts:
+            exact, size = x.double() @ w.double().T, x.double().abs() @ w.double().abs().T
+            if bias is not None:
+                exact, size = exact + bias.double(), size + bias.double().abs()
+            bound = (k + 2) * 2.0**-24 * size + 1.01 * unit_roundoff(dtype) * exact.abs()
+            bound += torch.finfo(dtype).smallest_normal
+            worst = ((found.double() - exact).abs() / bound).max().item()
+            assert worst <= 1.0, f"{worst:.3g} times the permitted error"
+            assert torch.equal(few.linear(x, [w], [bias]), found)
+        for i in range(m):
+            assert torch.equal(few.linear(x[i : i + 1], weights, biases), y[i : i + 1])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("batch, heads, key_heads, width", [(1, 64, 8, 64), (3, 4, 2, 16), (2, 3, 1, 10)])
-def test_turn_and_store(dtype: torch.dtype, batch: int, heads: int, key_heads: int, width: int) -> None:
+@pytest.mark.parametrize(
+    "slots, token", [(7, 4), (7, 11), (7, 6), (130, 0), (130, 129), (130, 1000), (200, 64)]
+)
+def test_a_token_is_turned_stored_and_looked_at(
+    dtype: torch.dtype, batch: int, heads: int, key_heads: int, width: int, slots: int, token: int
+) -> None:
+    """The bits of `attend` with turned queries, and a key and value that lie in the ring already."""
     from transformers.models.gpt_oss.modeling_gpt_oss import apply_rotary_pos_emb
 
-    q, k, v = (torch.randn(batch, n, width, device=DEVICE).to(dtype) for n in (heads, key_heads, key_heads))
-    cos, sin = (torch.randn(1, 1, width // 2, device=DEVICE).to(dtype) for _ in "cs")
-    keys, values = (torch.full((batch, key_heads, 7, width), 9.0, device=DEVICE).to(dtype) for _ in "kv")
-    slot = torch.tensor([4], device=DEVICE)
-    y = turn_and_store(q, k, v, cos, sin, keys, values, slot)
-    wanted_q, wanted_k = apply_rotary_pos_emb(q[:, :, None], k[:, :, None], cos, sin)
-    assert torch.equal(y, wanted_q)
-    assert torch.equal(keys[:, :, 4:5], wanted_k)
-    assert torch.equal(values[:, :, 4], v)
+    qkv = torch.randn(batch, heads + 2 * key_heads, width, device=DEVICE).to(dtype)
+    q, k, v = (t[:, :, None] for t in qkv.split((heads, key_heads, key_heads), 1))
+    cos, sin = (torch.randn(token + 1, width // 2, device=DEVICE).to(dtype) for _ in "cs")
+    q, k = apply_rotary_pos_emb(q, k, cos[None, token:], sin[None, token:])
+    sinks = torch.randn(heads, device=DEVICE).to(dtype)
+    keys, values = (
+        torch.full((batch, key_heads, slots, width), torch.nan, device=DEVICE).to(dtype) for _ in "kv"
+    )
     for t in (keys, values):
-        assert (t[:, :, [0, 1, 2, 3, 5, 6]] == 9).all(), "another slot was written to"
+        t[:, :, : token + 1] = torch.randn(batch, key_heads, min(token + 1, slots), width)
+    slot, position = token % slots, torch.tensor([token], device=DEVICE)
+    there = keys.clone(), values.clone()
+    there[0][:, :, slot : slot + 1], there[1][:, :, slot : slot + 1] = k, v
+    for t in (keys, values):
+        t[:, :, slot] = torch.nan if token < slots else 9.0
+    y = attend_token(qkv, cos, sin, keys, values, sinks, 0.3, position)
+    assert torch.equal(y, attend(q, *there, None, sinks, 0.3, position))
+    for found, wanted in zip((keys, values), there, strict=True):
+        assert torch.equal(found.nan_to_num(77.0), wanted.nan_to_num(77.0))
+
+
+@pytest.mark.parametrize("batch", [1, 5])
+def test_a_token_of_gpt_oss(batch: int) -> None:
+    """All layers of a small model, past the point where its windows are full, beside the model's own forward."""
+    from transformers import GptOssConfig, GptOssForCausalLM
+
+    from microscale.integrations.hf.attention import fuse_sinks
+    from microscale.integrations.hf.gpt_oss import take_steps
+    from microscale.integrations.hf.gpt_oss_step import step_of, token
+    from microscale.integrations.hf.step_cache import StepCache
+
+    sizes = {
+        "hidden_size": 96, "intermediate_size": 64, "num_local_experts": 6, "num_experts_per_tok": 2, "head_dim": 16,
+        "num_hidden_layers": 2, "vocab_size": 160, "num_attention_heads": 4, "num_key_value_heads": 2,
+    }  # fmt: skip
+    model = GptOssForCausalLM(GptOssConfig(**sizes, sliding_window=8, max_position_embeddings=64))
+    model = model.float().eval().to(DEVICE)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_(0.0, 0.3)
+    length = 11 if INTERPRETED else 20
+    ids = torch.randint(160, (batch, length), device=DEVICE)
+    with torch.no_grad():
+        wanted = model(ids).logits
+    assert fuse_sinks(model)
+    take_steps(model)
+    assert (step_of(model) is None) == INTERPRETED
+    cache = StepCache(model.config, 32, model.device)
+    with torch.no_grad():
+        model(ids[:, :4], past_key_values=cache)
+        cache.start(4)
+        for t in range(4, length):
+            found = token(model, ids[:, t : t + 1], cache).logits[:, 0]
+            assert (found - wanted[:, t]).abs().max() <= 1e-4 * wanted.abs().max(), t
+            cache.position.add_(1)
+            cache.length += 1
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -79,14 +79,21 @@ def test_timing_says_where_a_tokens_time_goes(cli: Cli, tiny: Path) -> None:
     assert "timing" not in document(cli("run", tiny, "abc", "--max-new-tokens", "2", "--json"))
 
 
-def test_timing_is_refused_where_the_core_does_not_run(
-    cli: Cli, tiny: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    "kind, why",
+    [
+        ("xpu", "--timing knows CPUs and CUDA, and the model would run on xpu"),
+        ("cuda", "--timing looks at Triton's kernels: the package triton is not installed"),
+    ],
+)
+def test_timing_is_refused_where_it_cannot_look(
+    cli: Cli, tiny: Path, monkeypatch: pytest.MonkeyPatch, kind: str, why: str
 ) -> None:
-    gpu = replace(detect(), gpus=(Gpu("cuda", "sm_90", "NVIDIA H200", 1 << 37),))
+    gpu = replace(detect(), gpus=(Gpu(kind, "sm_90", "a GPU", 1 << 37),), packages=())
     monkeypatch.setattr("microscale.machine.detect", lambda: gpu)
     result = cli("run", tiny, "abc", "--timing")
     assert result.exit_code == 2
-    assert "--timing looks into the C++ core, and the model would run on cuda" in result.stderr
+    assert why in result.stderr
 
 
 def test_why_tokens_are_not_replayed_is_said(cli: Cli, tiny: Path) -> None:

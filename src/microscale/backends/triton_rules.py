@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from microscale.machine import Machine
 from microscale.oracle import Problem
+
+# Versions of Triton with which Hopper's own kernels have run on a GPU; Gluon changes from version to version.
+PROVEN = ("3.6.", "3.7.")
 
 
 def refuse(problem: Problem) -> str | None:
@@ -16,6 +20,17 @@ def refuse(problem: Problem) -> str | None:
     if "triton" not in problem.packages:
         return "the package triton is not installed"
     return None
+
+
+def unproven(machine: Machine) -> str | None:
+    """What a machine loses by its version of Triton, in a sentence."""
+    version = dict(machine.packages).get("triton")
+    if version is None or version.startswith(PROVEN) or all(gpu.arch != "sm_90" for gpu in machine.gpus):
+        return None
+    known = " and ".join(v.rstrip(".") for v in PROVEN)
+    return (
+        f"Hopper's own kernels have run with Triton {known}; with {version} the slower ones of every GPU run"
+    )
 
 
 def _capability(arch: str) -> int:

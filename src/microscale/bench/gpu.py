@@ -103,18 +103,24 @@ def _read_kernel(x, y, n, BLOCK: tl.constexpr):
     tl.store(y + tl.program_id(0), tl.sum(acc, 0))
 
 
+def read_rate(size: int = 1 << 30, device: torch.device | str = "cuda") -> float:
+    """GB/s that can be read, of so many bytes."""
+    with torch.cuda.device(device):
+        x = torch.zeros(size // 4, dtype=torch.int32, device="cuda")
+        y = torch.zeros(1 << 16, dtype=torch.int32, device="cuda")
+        units = torch.cuda.get_device_properties(x.device).multi_processor_count
+        read = min(
+            microseconds([partial(_read_kernel[(p * units,)], x, y, x.numel(), BLOCK=block, num_warps=warps)])
+            for p, block, warps in ((8, 4096, 4), (16, 2048, 4), (4, 8192, 8))
+        )
+    return size / read / 1e3
+
+
 def ceilings() -> tuple[float, float]:
     """GB/s that can be read, and TFLOP/s of bfloat16 products."""
-    x = torch.zeros(1 << 28, dtype=torch.int32, device="cuda")
-    y = torch.zeros(1 << 16, dtype=torch.int32, device="cuda")
-    units = torch.cuda.get_device_properties(0).multi_processor_count
-    read = min(
-        microseconds([partial(_read_kernel[(p * units,)], x, y, x.numel(), BLOCK=block, num_warps=warps)])
-        for p, block, warps in ((8, 4096, 4), (16, 2048, 4), (4, 8192, 8))
-    )
-    del x
+    read = read_rate()
     a, b = (torch.randn(8192, 8192, device="cuda").bfloat16() for _ in range(2))
-    return (1 << 30) / read / 1e3, 2 * 8192**3 / microseconds([lambda: a @ b.T] * 2) / 1e6
+    return read, 2 * 8192**3 / microseconds([lambda: a @ b.T] * 2) / 1e6
 
 
 def random_weights(name: str, *shape: int) -> Weights:

@@ -120,7 +120,11 @@ def warnings(machine: Machine) -> list[str]:
     """Traps that this machine is in."""
     import torch
 
+    from microscale.backends.triton_rules import unproven
+
     found = []
+    if (why := unproven(machine)) is not None:
+        found.append(why)
     if _unrelated_triton_kernels():
         found.append(
             "the installed package triton_kernels is an unrelated one of that name on PyPI, not OpenAI's kernels: "

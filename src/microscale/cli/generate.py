@@ -15,7 +15,9 @@ from microscale.errors import MicroscaleError
 
 if TYPE_CHECKING:
     from microscale import Decoder
-    from microscale.cli.timing import Timing, Watch
+    from microscale.cli.cpu_timing import Watch
+    from microscale.cli.gpu_timing import GpuWatch
+    from microscale.cli.timing import Timing
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,7 @@ def generate(
     settings: Settings,
     write: Callable[[str], None],
     interruptible: bool = False,
-    watch: Watch | None = None,
+    watch: Watch | GpuWatch | None = None,
 ) -> Generation:
     """Run a prompt and hand over text as it comes, or ids in words where there is no tokenizer.
 
@@ -172,7 +174,7 @@ class _Stream(BaseStreamer):
     """Notes when each token came, and passes text on in whole words."""
 
     def __init__(
-        self, tokenizer: Any, result: Generation, write: Callable[[str], None], watch: Watch | None
+        self, tokenizer: Any, result: Generation, write: Callable[[str], None], watch: Watch | GpuWatch | None
     ) -> None:
         self.result, self.write, self.watch = result, write, watch
         self.times: list[float] = []

@@ -82,7 +82,7 @@ def run(
     timing: Annotated[
         bool,
         typer.Option(
-            "--timing", help="On a CPU: where a token's time goes, and what reading alone would take."
+            "--timing", help="Where a token's time goes, and what reading alone would take; on CPUs and CUDA."
         ),
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document, at the end.")] = False,
@@ -169,9 +169,12 @@ def _check_timing(device: str | None) -> None:
 
     machine = detect()
     kind = (device or machine.device).partition(":")[0]
-    if kind != "cpu":
-        raise MicroscaleError(f"--timing looks into the C++ core, and the model would run on {kind}")
-    if not machine.core:
+    if kind == "cuda":
+        if "triton" not in dict(machine.packages):
+            raise MicroscaleError("--timing looks at Triton's kernels: the package triton is not installed")
+    elif kind != "cpu":
+        raise MicroscaleError(f"--timing knows CPUs and CUDA, and the model would run on {kind}")
+    elif not machine.core:
         raise MicroscaleError(f"--timing looks into the C++ core: {machine.core_missing}")
 
 

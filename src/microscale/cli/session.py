@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import AutoTokenizer
@@ -23,6 +23,10 @@ from microscale.integrations.hf.linears import dense_modules
 from microscale.integrations.hf.quantizer import runners
 from microscale.models import resolve
 from microscale.plan import kind_of, outline
+
+if TYPE_CHECKING:
+    from microscale.cli.cpu_timing import Watch
+    from microscale.cli.gpu_timing import GpuWatch
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
 _RANDOM_PROMPT = 16  # token ids
@@ -96,11 +100,15 @@ class Session:
         self, ids: list[int], write: Callable[[str], None], interruptible: bool = False
     ) -> Generation:
         """See `generate.generate`."""
-        watch = None
-        if self.bytes:
-            from microscale.cli.timing import Watch
+        watch: Watch | GpuWatch | None = None
+        if self.bytes and self.model.device.type == "cpu":
+            from microscale.cli.cpu_timing import Watch
 
             watch = Watch(self.bytes)
+        elif self.bytes:
+            from microscale.cli.gpu_timing import GpuWatch
+
+            watch = GpuWatch(self.bytes, self.model.device)
         return generate(self._decoder, self.tokenizer, ids, self.settings, write, interruptible, watch)
 
     def layers(self) -> list[dict[str, Any]]:
@@ -141,6 +149,8 @@ class Session:
             parts.append(rates(result))
             if result.timing is not None or self.model.device.type != "cpu":
                 parts.append(f"not from a graph: {result.eager}" if result.eager else "from a CUDA graph")
+            if self.bytes and result.timing is None:
+                parts.append("too few tokens to say where their time goes")
             if self.settings.samples(self.model):
                 parts.append(f"seed {self.settings.seed}")
         parts.append(f"loaded in {self.loading:.1f} s")

@@ -8,6 +8,7 @@ from collections.abc import Callable, Hashable
 from torch import Tensor
 from triton.errors import TritonError
 
+_MLIR = ("PassManager::run failed", "error encountered during parsing")
 _failed: set[tuple[Hashable, ...]] = set()
 
 
@@ -17,8 +18,8 @@ def attempt(fast: Callable[[], Tensor], plain: Callable[[], Tensor], *what: Hash
         try:
             return fast()
         except (TritonError, RuntimeError) as error:
-            # MLIR's passes raise a bare RuntimeError, as do things that are none of ours.
-            if not isinstance(error, TritonError) and str(error) != "PassManager::run failed":
+            # MLIR raises a bare RuntimeError, as do things that are none of ours.
+            if not isinstance(error, TritonError) and str(error) not in _MLIR:
                 raise
             _failed.add(what)
             warnings.warn(

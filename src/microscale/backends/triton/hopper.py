@@ -7,6 +7,8 @@ numbers, which meet the same decoded weights in the same sum: one copy of the we
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 from triton.experimental import gluon
@@ -115,9 +117,15 @@ def read_as(x: Tensor, cut: Cut) -> tuple[Tensor | TensorDescriptor, ...]:
     if not cut.bulk:
         return parts, parts, parts
     main, rest = split(cut.block_m)
+    tail = tail_of(cut.block_m) if cut.tail else main
     found = []
-    for tokens in (main, tail_of(cut.block_m) if cut.tail else main, rest or main):
-        block = [tokens, 64 * cut.copied]
+    # A tail is copied as a program of its own size copies, which may be two steps at once where the whole is not.
+    for tokens, copied in (
+        (main, cut.copied),
+        (tail, replace(cut, block_m=tail).copied),
+        (rest or main, cut.copied),
+    ):
+        block = [tokens, 64 * copied]
         layout = gl.NVMMASharedLayout.get_default_for(block, gl.bfloat16)
         found.append(TensorDescriptor.from_tensor(parts.view(-1, parts.shape[-1]), block, layout))
     return tuple(found)

@@ -1,4 +1,10 @@
-"""What else a token needs, each in one kernel where torch has many: norms, routes, the turn of queries and keys."""
+"""What else a token needs, each in one kernel where torch has many: norms and routes.
+
+On Hopper the kernels of a token start early: each lets the next one start before it waits for the one ahead, so that
+weights of a product behind them are on their way meanwhile (`rows`). All wait before they end, so what a kernel sees
+is all that lies behind it; and a product lets the next kernel start only once it has waited, so that weights which
+are read early are older than the kernels that are still running.
+"""
 
 from __future__ import annotations
 
@@ -6,17 +12,26 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from microscale.backends.triton import tiles
 
 
 @triton.jit
-def _rms_norm_kernel(y, x, w, eps, N, BLOCK: tl.constexpr):
+def _rms_norm_kernel(y, total, x, more, w, eps, N, BLOCK: tl.constexpr, ADD: tl.constexpr, PDL: tl.constexpr):
     row = tl.program_id(0).to(tl.int64) * N
     n = tl.arange(0, BLOCK)
-    value = tl.load(x + row + n, mask=n < N, other=0.0).to(tl.float32)
-    scale = tl.rsqrt(tl.sum(value * value, 0) / N + eps)
     weight = tl.load(w + n, mask=n < N, other=0.0).to(tl.float32)
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    value = tl.load(x + row + n, mask=n < N, other=0.0).to(tl.float32)
+    if ADD:
+        value += tl.load(more + row + n, mask=n < N, other=0.0).to(tl.float32)
+        whole = value.to(total.dtype.element_ty)
+        tl.store(total + row + n, whole, mask=n < N)
+        value = whole.to(tl.float32)
+    scale = tl.rsqrt(tl.sum(value * value, 0) / N + eps)
     tl.store(y + row + n, (weight * (value * scale)).to(y.dtype.element_ty), mask=n < N)
 
 
@@ -26,84 +41,35 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     Args:
         x: [..., H], contiguous. weight: [H].
     """
+    return _norm(x, None, weight, eps)[1]
+
+
+def add_rms_norm(x: Tensor, more: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """x + more, and `rms_norm` of it. Both [..., H] and contiguous; the sum is rounded to their dtype."""
+    return _norm(x, more, weight, eps)
+
+
+def _norm(x: Tensor, more: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     y, n = torch.empty_like(x), weight.numel()
+    total = x if more is None else torch.empty_like(x)
+    pdl = tiles.target(x.device).early
     with tiles.on(x.device):
         _rms_norm_kernel[(x.numel() // n,)](
-            y, x, weight, eps, n, BLOCK=triton.next_power_of_2(n), num_warps=8
-        )
-    return y
-
-
-@triton.jit
-def _rounded(x, like):
-    return x.to(like.dtype.element_ty).to(tl.float32)
-
-
-@triton.jit
-def _turn_kernel(
-    y, keys, values, q, k, v, cos, sin, slot, key_heads, turns_b,
-    keys_b, keys_h, keys_k, values_b, values_h, values_k,
-    HEADS: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    b = (tl.program_id(0) // (HEADS + 2 * key_heads)).to(tl.int64)
-    h = tl.program_id(0) % (HEADS + 2 * key_heads)
-    d = tl.arange(0, BLOCK)
-    inside = d < HALF
-    place = tl.load(slot)
-    if h >= HEADS + key_heads:
-        source = v + (b * key_heads + h - HEADS - key_heads) * 2 * HALF
-        target = values + b * values_b + (h - HEADS - key_heads) * values_h + place * values_k
-    elif h >= HEADS:
-        source = k + (b * key_heads + h - HEADS) * 2 * HALF
-        target = keys + b * keys_b + (h - HEADS) * keys_h + place * keys_k
-    else:
-        source = q + (b * HEADS + h) * 2 * HALF
-        target = y + (b * HEADS + h) * 2 * HALF
-    first = tl.load(source + d, mask=inside)
-    second = tl.load(source + HALF + d, mask=inside)
-    if h < HEADS + key_heads:
-        c = tl.load(cos + b * turns_b + d, mask=inside).to(tl.float32)
-        s = tl.load(sin + b * turns_b + d, mask=inside).to(tl.float32)
-        x1, x2 = first.to(tl.float32), second.to(tl.float32)
-        # Rounded where torch's operators round, so that keys are those of a prompt, to the bit.
-        first = (_rounded(x1 * c, q) - _rounded(x2 * s, q)).to(q.dtype.element_ty)
-        second = (_rounded(x2 * c, q) + _rounded(x1 * s, q)).to(q.dtype.element_ty)
-    tl.store(target + d, first, mask=inside)
-    tl.store(target + HALF + d, second, mask=inside)
-
-
-def turn_and_store(
-    q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, slot: Tensor
-) -> Tensor:
-    """Rotary embedding of one token's queries and keys; keys and values go into their slot of a cache.
-
-    The two halves of a head are the two coordinates that are turned.
-
-    Args:
-        q: [B, heads, D], k, v: [B, key heads, D]; contiguous, and of one dtype with the rest.
-        cos, sin: [B or 1, 1, D / 2].
-        keys, values: [B, key heads, slots, D], written to.
-        slot: int64 [1], on the device.
-    Returns:
-        The turned queries, [B, heads, 1, D].
-    """
-    batch, heads, width = q.shape
-    key_heads = k.shape[1]
-    y = torch.empty(batch, heads, 1, width, dtype=q.dtype, device=q.device)
-    with tiles.on(q.device):
-        _turn_kernel[(batch * (heads + 2 * key_heads),)](
-            y, keys, values, q, k, v, cos, sin, slot, key_heads, cos.stride(0) if cos.shape[0] > 1 else 0,
-            *keys.stride()[:3], *values.stride()[:3],
-            HEADS=heads, HALF=width // 2, BLOCK=triton.next_power_of_2(width // 2),
-            num_warps=1, enable_fp_fusion=False,
+            y, total, x, more, weight, eps, n, BLOCK=triton.next_power_of_2(n), ADD=more is not None, PDL=pdl,
+            num_warps=8, **tiles.launch(pdl),
         )  # fmt: skip
-    return y
+    return total, y
 
 
 @triton.jit
-def _route_kernel(ids, weights, logits, E, TOP_K: tl.constexpr, SLOTS: tl.constexpr, BLOCK: tl.constexpr):
+def _route_kernel(
+    ids, weights, logits, E, TOP_K: tl.constexpr, SLOTS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     e, t = tl.arange(0, BLOCK), tl.arange(0, SLOTS)
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
     left = tl.load(logits + row * E + e, mask=e < E, other=float("-inf")).to(tl.float32)
     left = tl.where(left == left, left, float("inf"))  # a NaN is chosen, and spreads
     left = tl.where(e < E, left, float("-inf"))
@@ -136,9 +102,10 @@ def route(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     rows, experts = logits.shape
     weights = torch.empty(rows, top_k, dtype=logits.dtype, device=logits.device)
     ids = torch.empty(rows, top_k, dtype=torch.int64, device=logits.device)
+    pdl = tiles.target(logits.device).early
     with tiles.on(logits.device):
         _route_kernel[(rows,)](
             ids, weights, logits, experts, TOP_K=top_k, SLOTS=triton.next_power_of_2(top_k),
-            BLOCK=triton.next_power_of_2(experts), num_warps=1,
+            BLOCK=triton.next_power_of_2(experts), PDL=pdl, num_warps=1, **tiles.launch(pdl),
         )  # fmt: skip
     return weights, ids

@@ -12,6 +12,7 @@ import triton
 from torch import Tensor
 
 from microscale.backends.triton.layout import Packed
+from microscale.backends.triton_rules import PROVEN
 
 # Triton's interpreter keeps bfloat16 as integers and multiplies those, so on CPUs it is given float32 instead.
 INTERPRETED: bool = bool(triton.knobs.runtime.interpret)
@@ -26,6 +27,8 @@ class Target:
         amd: compiled by Triton's AMD backend.
         matrix_unit: Triton 3.6 uses it: not before sm_80.
         hopper: wgmma is there, and Gluon to ask for it.
+        early: a kernel may start while the one ahead of it ends (asked for where that has run: sm_90).
+        units: multiprocessors; 0 where nothing can be asked.
         tensor_memory: sums are kept in 512 columns of memory beside the matrix unit (sm_100 to sm_110).
     """
 
@@ -33,6 +36,8 @@ class Target:
     amd: bool = False
     matrix_unit: bool = True
     hopper: bool = False
+    early: bool = False
+    units: int = 0
     tensor_memory: bool = False
 
 
@@ -124,6 +129,13 @@ def target(device: torch.device) -> Target:
         amd = device.type == "cuda" and torch.version.hip is not None
         nvidia = device.type == "cuda" and not amd
         capability = torch.cuda.get_device_capability(device) if nvidia else (8, 0)
-    hopper = capability == (9, 0) and triton.__version__.startswith("3.6.")
+    hopper = capability == (9, 0) and triton.__version__.startswith(PROVEN)
     beside = nvidia and capability[0] in (10, 11)
-    return Target(int(properties["max_shared_mem"]), amd, capability >= (8, 0), hopper, beside)
+    units = torch.cuda.get_device_properties(device).multi_processor_count if nvidia else 0
+    early = nvidia and capability == (9, 0)
+    return Target(int(properties["max_shared_mem"]), amd, capability >= (8, 0), hopper, early, units, beside)
+
+
+def launch(early: bool) -> dict[str, bool]:
+    """Options of a launch that may start early, for a kernel that waits by itself."""
+    return {"launch_pdl": True} if early else {}

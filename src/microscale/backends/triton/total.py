@@ -31,8 +31,8 @@ def _total_kernel(
     n = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     acc = tl.zeros((BLOCK,), tl.float32)
     if PDL:
+        gdc_launch_dependents()  # see `small`
         gdc_wait()
-        gdc_launch_dependents()
     for t in tl.static_range(TOP_K):
         route = token * TOP_K + t
         key = key_of(ids, expert_map, route, route + 1, experts, known, HAS_MAP)

@@ -6,6 +6,7 @@ and for a token a copy of the whole cache for every head.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -44,8 +45,12 @@ def fuse_sinks(model: Any) -> bool:
     return True
 
 
+@cache
 def triton_steps(device: torch.device) -> bool:
-    """Whether a token's attention, norms and routes are Triton's there: where they ran for us, or nearly."""
+    """Whether a token's attention, norms and routes are Triton's there: where they ran for us, or nearly.
+
+    Asked several times a layer, so it is kept; not to be asked while torch.compile looks on, which knows no caches.
+    """
     return (
         device_kind(device) == "cuda"
         and "triton" in dict(detect().packages)
@@ -112,10 +117,10 @@ def _one(query: Tensor, key: Tensor, value: Tensor, sinks: Tensor) -> bool:
     return (
         query.is_cuda
         and query.shape[2] == 1
+        and not torch.compiler.is_compiling()
         and triton_steps(query.device)
         and all(t.dtype is sinks.dtype and t.stride(-1) == 1 for t in tensors)
         and sinks.dtype in DTYPES.values()
-        and not torch.compiler.is_compiling()
         and not autograd.watched(*tensors)
     )
 

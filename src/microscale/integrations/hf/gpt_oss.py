@@ -1,19 +1,16 @@
-"""gpt-oss' router, norms and attention, for few rows in the C++ core or in Triton. Imported once a model has them."""
+"""gpt-oss' router and norms, for few rows in the C++ core or in Triton. Imported once a model has them."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.models.gpt_oss.modeling_gpt_oss import GptOssAttention, GptOssRMSNorm, GptOssTopKRouter
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssRMSNorm, GptOssTopKRouter
 
 from microscale.backends import autograd
 from microscale.canary import DTYPES
 from microscale.dense import ROWS, DenseModule
-from microscale.integrations.hf.attention import NAME, triton_steps
-from microscale.integrations.hf.step_cache import StepCache
+from microscale.integrations.hf.attention import triton_steps
 from microscale.machine import detect
 
 
@@ -62,36 +59,6 @@ class DenseGptOssRMSNorm(GptOssRMSNorm):
         return found
 
 
-class StepGptOssAttention(GptOssAttention):
-    """A GptOssAttention that takes a step over a `StepCache` in few kernels, and all else as it is."""
-
-    def forward(  # type: ignore[override]
-        self,
-        hidden_states: Tensor,
-        position_embeddings: tuple[Tensor, Tensor],
-        attention_mask: Tensor | None,
-        past_key_values: Any = None,
-        **kwargs: Any,
-    ) -> tuple[Tensor, Tensor | None]:
-        """[B, T, H] -> [B, T, H], and no weights."""
-        x, cache = hidden_states, past_key_values
-        step = isinstance(cache, StepCache) and cache.length and self.config._attn_implementation == NAME
-        if not (step and x.is_cuda and _plain(x, self.sinks)):
-            found: tuple[Tensor, Tensor | None] = super().forward(
-                x, position_embeddings, attention_mask, past_key_values=cache, **kwargs
-            )
-            return found
-        from microscale.backends.triton.attend import attend
-        from microscale.backends.triton.small import turn_and_store
-
-        layer, batch = cache.steps[self.layer_idx], x.shape[0]
-        q, k, v = (p(x).view(batch, -1, self.head_dim) for p in (self.q_proj, self.k_proj, self.v_proj))
-        slot = cache.slot(layer.slots)
-        query = turn_and_store(q, k, v, *position_embeddings, layer.keys, layer.values, slot)
-        y = attend(query, layer.keys, layer.values, None, self.sinks, self.scaling, cache.position)
-        return self.o_proj(y.view(batch, 1, -1)), None
-
-
 def _plain(x: Tensor, w: Tensor) -> bool:
     """Whether our kernels may stand for torch's operators: on the device of both, in dtypes that they take."""
     return (
@@ -113,10 +80,8 @@ def take_norms(model: nn.Module) -> None:
 
 
 def take_steps(model: nn.Module) -> None:
-    """Make a model's attention, routers and norms these, on CUDA. Its sinks must be fused: masks are of bools."""
+    """Make a model's routers and norms these, on CUDA."""
     take_norms(model)
     for module in model.modules():
-        if type(module) is GptOssAttention:
-            module.__class__ = StepGptOssAttention
-        elif type(module) is GptOssTopKRouter:
+        if type(module) is GptOssTopKRouter:
             module.__class__ = StepGptOssRouter

@@ -51,6 +51,8 @@ _PLAIN = {
 class Decoder:
     """Generates with one model, and keeps the captured step for the next prompt.
 
+    One sequence, or a batch of sequences of one length: of padded ones the steps are not replayed, and `why` says so.
+
     Attributes:
         why: why the steps of the last generation were not replayed, in a sentence; None: they were.
     """
@@ -79,10 +81,12 @@ class Decoder:
             return self._generate(call)
         cache, step = self._ready(input_ids.shape[0], capacity)
         self.why = "two steps run before one is replayed"
+        step.greedy = not arguments.get("do_sample", self.model.generation_config.do_sample)
         try:
             with _in_place_of(self.model, step):
                 return self._generate(call | {"past_key_values": cache})
         finally:
+            step.finish()
             if step.why is not None:
                 self._never, self._cache, self._step = step.why, None, None
             if step.why is not None or step.captured:

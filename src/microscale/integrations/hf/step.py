@@ -7,7 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from microscale.integrations.hf.ahead import Ahead
 from microscale.integrations.hf.attention import NAME
 from microscale.integrations.hf.quantizer import activation_dtype
 from microscale.integrations.hf.step_cache import StepCache
@@ -29,14 +31,17 @@ class Step:
     Attributes:
         why: why it is not replayed, in a sentence; None: it is, or will be.
         captured: it is.
+        greedy: the token that comes next is the likeliest, so its step may be launched ahead.
     """
 
     def __init__(self, model: Any, cache: StepCache, batch: int) -> None:
         self.model, self.cache, self.batch = model, cache, batch
         self.forward = model.forward
         self.why: str | None = None
-        self.captured = False
+        self.captured = self.greedy = False
+        self._ahead: Ahead | None = None
         self._added = activation_dtype(model) if MASKS[model.config._attn_implementation] else None
+        self._own = own_step(model)
         self._one_mask = not hasattr(model.config.get_text_config(decoder=True), "layer_types")
         with torch.inference_mode(False):
             self.ids = torch.zeros(batch, 1, dtype=torch.int64, device=model.device)
@@ -48,12 +53,17 @@ class Step:
         """The model's output for the next token of each sequence."""
         if self.cache.length >= self.cache.capacity:
             raise IndexError(f"the cache has room for {self.cache.capacity} tokens")
+        if self._ahead is not None:
+            self.cache.length += 1
+            again = self.greedy and self.cache.length < self.cache.capacity
+            logits = self._ahead.step(ids, again)
+            return CausalLMOutputWithPast(logits=logits, past_key_values=self.cache)
         self.ids.copy_(ids)
         if self._runs == 1 and self.why is None:
             self._capture()
         if self._replay is None:
             output = self.run()
-        elif not self.captured and self._runs > 1:
+        elif self._runs > 1:
             output = self._proved(self._replay)
         else:
             self._replay()
@@ -62,12 +72,21 @@ class Step:
         self.cache.length += 1
         return output
 
+    def finish(self) -> None:
+        """No step follows: one that was launched ahead is waited for."""
+        if self._ahead is not None:
+            self._ahead.wait()
+
     def run(self) -> Any:
         """What is captured: only tensors that stay where they are come in, and the position moves on."""
+        position = self.cache.position
+        if self._own is not None:
+            output = self._own(self.ids, self.cache)
+            position.add_(1)
+            return output
         masks: Any = self.cache.begin_step(self._added)
         if self._one_mask:
             (masks,) = masks.values()
-        position = self.cache.position
         output = self.forward(
             input_ids=self.ids,
             attention_mask=masks,
@@ -94,10 +113,20 @@ class Step:
         output = self.run()
         if torch.equal(output.logits, replayed):
             self.captured = True
+            self._ahead = Ahead(replay, self._output, self.ids, self.cache.position)
         else:
             self.why = "its captured step gave other logits than the step itself"
             self._replay = self._output = None
         return output
+
+
+def own_step(model: Any) -> Callable[[Tensor, StepCache], Any] | None:
+    """What computes a token of this model in fewer kernels than its forward, if anything does."""
+    if model.config.model_type != "gpt_oss":
+        return None
+    from microscale.integrations.hf.gpt_oss_step import step_of
+
+    return step_of(model)
 
 
 def capture(run: Callable[[], Any]) -> tuple[Callable[[], None], Any]:

@@ -113,6 +113,7 @@ class StepCache(Cache):
             self.position = torch.zeros(1, dtype=torch.int64, device=device)
             self._places = torch.arange(capacity, device=device)
         self._slots: dict[int, Tensor] = {}
+        self._turns: tuple[Tensor, Tensor] | None = None
 
     def start(self, length: int) -> None:
         """The prompt is in; steps follow."""
@@ -127,6 +128,13 @@ class StepCache(Cache):
     def slot(self, slots: int) -> Tensor:
         """Where a ring of so many slots takes the step's token, int64 [1]."""
         return self._slots[slots]
+
+    def turns(self, rotary: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+        """A rotary embedding's cosines and sines of every position, [capacity, D / 2] each; x as it is called with."""
+        if self._turns is None:
+            cos, sin = rotary(x, self._places[None])
+            self._turns = cos[0].contiguous(), sin[0].contiguous()
+        return self._turns
 
     def begin_step(self, dtype: torch.dtype | None) -> dict[str, Tensor]:
         """Find the step's slots, and its mask over each kind of layer: [1, 1, 1, slots].
