@@ -16,9 +16,9 @@ import torch
 from made import LAYERS, document
 from typer.testing import Result
 
-from microscale import MicroscaleError
+from microscale import Decoder, MicroscaleError, load
 from microscale.cli.chat import converse
-from microscale.cli.generate import Generation, Settings
+from microscale.cli.generate import Generation, Settings, generate
 from microscale.cli.run import PROMPT, _waiting_on_stdin
 from microscale.cli.session import Session, open_session, tokenizer_of
 from microscale.machine import Gpu, detect
@@ -54,6 +54,25 @@ def test_text_goes_to_stdout_and_timings_to_stderr(cli: Cli, tiny: Path) -> None
     assert "5 new at" in line
     assert "loaded in" in line
     assert "seed" not in line
+
+
+def test_a_model_generates_with_nobody_listening_in(tiny: Path) -> None:
+    """A hook of ours would keep a model's own step from being taken, and an argument its graph, without a word."""
+
+    class Seen(Decoder):
+        def generate(self, input_ids: torch.Tensor, max_new_tokens: int, **arguments: Any) -> torch.Tensor:
+            assert self._refuse_call(arguments) is None
+            for module in self.model.modules():
+                assert not module._forward_hooks
+                assert not module._forward_pre_hooks
+                assert "forward" not in module.__dict__
+            asked.append(arguments)
+            return super().generate(input_ids, max_new_tokens, **arguments)
+
+    asked: list[Any] = []
+    result = generate(Seen(load(tiny)), None, [1, 2, 3], Settings(4, 0.0), lambda _: None)
+    assert len(asked) == 1
+    assert len(result.ids) == 4
 
 
 def test_timing_says_where_a_tokens_time_goes(cli: Cli, tiny: Path) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
+from transformers import LogitsProcessorList
 from transformers.generation.streamers import BaseStreamer, TextStreamer
 
 from microscale.errors import MicroscaleError
@@ -114,12 +116,13 @@ def generate(
     torch.manual_seed(settings.seed)
     started = time.perf_counter()
     try:
-        with _refusing_nan(model), torch.inference_mode(), watch.running() if watch else nullcontext():
+        with torch.inference_mode(), watch.running() if watch else nullcontext():
             decoder.generate(
                 ids,
                 settings.max_new_tokens,
                 attention_mask=torch.ones_like(ids),
                 streamer=streamer,
+                logits_processor=LogitsProcessorList([_RefuseNan()]),
                 **arguments,
             )
     except KeyboardInterrupt:
@@ -138,23 +141,25 @@ def generate(
     return result
 
 
-@contextmanager
-def _refusing_nan(model: Any) -> Iterator[None]:
-    """Look at the logits behind the prompt: of NaN, `generate` would make some token, and call it an answer."""
+class _RefuseNan:
+    """Looks at the logits behind the prompt: of NaN, `generate` would make some token, and call it an answer.
 
-    def look(_module: Any, _inputs: Any, logits: Any) -> None:
-        handle.remove()
-        if bool(torch.isnan(logits[:, -1]).any()):
+    One of `generate`'s logits processors. A hook of the model's would say the same, but with a listener in it a model
+    is not stepped by its own kernels.
+    """
+
+    def __init__(self) -> None:
+        self._seen = False
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """[B, vocabulary] -> the same."""
+        if not self._seen and bool(torch.isnan(scores).any()):
             raise MicroscaleError(
                 "the model's logits are NaN behind the prompt: a weight or a scale is NaN, or too large "
                 "(`microscale inspect MODEL --scan` finds NaN scales)"
             )
-
-    handle = model.get_output_embeddings().register_forward_hook(look)
-    try:
-        yield
-    finally:
-        handle.remove()
+        self._seen = True
+        return scores
 
 
 def _fitted(model: Any, length: int, settings: Settings) -> Settings:

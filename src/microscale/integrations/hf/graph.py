@@ -28,6 +28,7 @@ _ALLOWED = {
     "attention_mask",
     "do_sample",
     "eos_token_id",
+    "logits_processor",
     "pad_token_id",
     "streamer",
     "temperature",
