@@ -319,3 +319,47 @@ def test_a_cpu_has_no_graphs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     model = microscale.load(tmp_path, device="cpu")
     fuse_sinks(model)
     assert Decoder(model).why == "CUDA graphs are for CUDA, and the model is on cpu"
+
+
+def test_a_model_is_stepped_by_its_own_kernels_unless_somebody_listens(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The choice, and that it is told: kernels for a token stand aside here, and the model's forward for them."""
+    from microscale.integrations.hf import gpt_oss_step
+    from microscale.integrations.hf.gpt_oss import DenseGptOssRMSNorm, StepGptOssRouter, take_steps
+
+    model, ids = gpt_oss(tmp_path), prompt(1, 5)
+    for module in model.modules():  # as they are on a GPU, where the core takes no router
+        if "Router" in type(module).__name__:
+            module.__class__ = StepGptOssRouter.__mro__[1]
+    take_steps(model)
+    assert {type(m).__name__ for m in model.modules()} >= {
+        DenseGptOssRMSNorm.__name__,
+        StepGptOssRouter.__name__,
+    }
+    monkeypatch.setattr(gpt_oss_step, "triton_steps", lambda device: True)
+    taken: list[int] = []
+
+    def token(model: Any, ids: torch.Tensor, cache: StepCache) -> Any:
+        taken.append(1)
+        masks, position = cache.begin_step(None), cache.position.expand(len(ids), 1)
+        return type(model).forward(
+            model, input_ids=ids, attention_mask=masks, position_ids=position, past_key_values=cache
+        )
+
+    monkeypatch.setattr(gpt_oss_step, "token", token)
+    decoder = Decoder(model)
+    wanted = decoder.generate(ids, 12)
+    assert (decoder.why, decoder.fused) == (None, True)
+    assert taken
+
+    heard: list[int] = []
+    handle = model.lm_head.register_forward_hook(lambda *_: heard.append(1))
+    taken.clear()
+    listening = Decoder(model)
+    assert torch.equal(listening.generate(ids, 12), wanted)
+    assert (listening.why, listening.fused) == (None, False)
+    assert heard
+    assert not taken
+    handle.remove()
+    assert not Decoder(model, graph=False).fused

@@ -66,6 +66,7 @@ class Generation:
         stopped: "length", "end" (the model ended it) or "interrupted".
         timing: where a decoded token's time went, if it was asked for and there are two.
         eager: why tokens were not replayed from a CUDA graph; None: they were.
+        fused: they were by kernels made for the model's architecture (see `Decoder`).
     """
 
     prompt_ids: list[int]
@@ -76,6 +77,7 @@ class Generation:
     stopped: str = "length"
     timing: Timing | None = None
     eager: str | None = None
+    fused: bool = False
 
     @property
     def prefill_rate(self) -> float:
@@ -130,7 +132,7 @@ def generate(
         result.stopped = "interrupted"
         if not interruptible:
             raise
-    result.eager = decoder.why
+    result.eager, result.fused = decoder.why, decoder.fused
     if streamer.times:
         result.prefill = streamer.times[0] - started
         result.decode = streamer.times[-1] - streamer.times[0]

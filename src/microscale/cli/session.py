@@ -148,7 +148,7 @@ class Session:
         if result is not None:
             parts.append(rates(result))
             if result.timing is not None or self.model.device.type != "cpu":
-                parts.append(f"not from a graph: {result.eager}" if result.eager else "from a CUDA graph")
+                parts.append(_graph(result))
             if self.bytes and result.timing is None:
                 parts.append("too few tokens to say where their time goes")
             if self.settings.samples(self.model):
@@ -158,6 +158,12 @@ class Session:
         if result is not None and result.timing is not None:
             lines.append(f"  {result.timing}")
         return "\n".join(lines)
+
+
+def _graph(result: Generation) -> str:
+    if result.eager:
+        return f"not from a graph: {result.eager}"
+    return f"from a CUDA graph of {'one chain of kernels' if result.fused else 'its modules'}"
 
 
 def _proofs(layer: dict[str, Any]) -> str:

@@ -56,6 +56,8 @@ class Decoder:
 
     Attributes:
         why: why the steps of the last generation were not replayed, in a sentence; None: they were.
+        fused: they were a chain of kernels made for the model's architecture, and not its modules', each by itself. A
+            hook anywhere in a model keeps it from being stepped so.
     """
 
     def __init__(self, model: Any, graph: bool = True) -> None:
@@ -63,6 +65,7 @@ class Decoder:
         self.model = model
         self._never = refuse(model) if graph else "CUDA graphs are switched off"
         self.why = self._never
+        self.fused = False
         self._cache: StepCache | None = None
         self._step: Step | None = None
         self._weights: tuple[list[int], list[Any]] = [], []
@@ -78,6 +81,7 @@ class Decoder:
         self.why = (
             self._never or self._refuse_call(arguments) or self._refuse_room(input_ids.shape[0], capacity)
         )
+        self.fused = False
         if self.why is not None:
             return self._generate(call)
         cache, step = self._ready(input_ids.shape[0], capacity)
@@ -92,6 +96,7 @@ class Decoder:
                 self._never, self._cache, self._step = step.why, None, None
             if step.why is not None or step.captured:
                 self.why = step.why
+                self.fused = step.captured and step.fused
 
     def _generate(self, call: dict[str, Any]) -> Tensor:
         found: Tensor = self.model.generate(**call)

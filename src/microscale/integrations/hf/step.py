@@ -31,6 +31,7 @@ class Step:
     Attributes:
         why: why it is not replayed, in a sentence; None: it is, or will be.
         captured: it is.
+        fused: it is a chain of kernels made for this architecture, and not the model's modules.
         greedy: the token that comes next is the likeliest, so its step may be launched ahead.
     """
 
@@ -42,6 +43,7 @@ class Step:
         self._ahead: Ahead | None = None
         self._added = activation_dtype(model) if MASKS[model.config._attn_implementation] else None
         self._own = own_step(model)
+        self.fused = self._own is not None
         self._one_mask = not hasattr(model.config.get_text_config(decoder=True), "layer_types")
         with torch.inference_mode(False):
             self.ids = torch.zeros(batch, 1, dtype=torch.int64, device=model.device)
