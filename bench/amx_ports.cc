@@ -5,8 +5,7 @@
 //   taskset -c 0 ./amx_ports
 //
 // A cycle is a sixteenth of what 16 shifts take: they have one port. Under products the clock falls by a fifth: compare
-// their rows with each other. Least of 9 times. Without AMX, the last rows are
-// left out.
+// their rows with each other. Least of 9 times. Without AMX, the last rows are left out.
 #include <immintrin.h>
 #include <sys/syscall.h>
 #include <unistd.h>

@@ -37,18 +37,22 @@ inline void units_of_tile(const D &decoder, const uint8_t *const *codes, const u
   }
 }
 
+// Asks for bytes from `from` on, into the L2 cache: a core can wait for far fewer lines of its L1, and stops when it
+// has asked for as many. Inlined by force: GCC takes a function that only prefetches for pure, and deletes its calls.
+inline __attribute__((always_inline)) void prefetch(const uint8_t *from, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(from + i, 0, 2);
+}
+
 // Asks for what is read some 8 KB after `panels` panels' tile, and near their end for the first of what is read next.
-// Into the L2 cache: a core can wait for far fewer lines of its L1, and stops when it has asked for as many.
-// Inlined by force: GCC takes a function that only prefetches for pure, and deletes its calls.
-template <class V, class D>
+template <class D>
 inline __attribute__((always_inline)) void fetch(const PanelPlace &at, int64_t panels, const uint8_t *weights,
                                                  int64_t tile, int64_t tiles, const uint8_t *next) {
   constexpr int64_t kAhead = (8 << 10) / tile_step(D::kFormat, kGroupPanels);
   constexpr int64_t kScales = tile_scale_bytes(D::kFormat);
   const int64_t left = tiles - tile - kAhead;
   const uint8_t *codes = left > 0 ? weights + at.codes + (tile + kAhead) * at.step : next - left * at.step;
-  V::prefetch(codes, panels * D::kTileBytes);
-  if constexpr (kScales != 0) V::prefetch(codes + (at.scales - at.codes), panels * kScales);
+  prefetch(codes, panels * D::kTileBytes);
+  if constexpr (kScales != 0) prefetch(codes + (at.scales - at.codes), panels * kScales);
 }
 
 // Few rows: they share each decoded vector while it is in a register. All panels of a group go through a tile before
@@ -71,7 +75,7 @@ void direct(const PanelPlace *at, int64_t panels, const uint8_t *weights, int64_
   for (int r = 0; r < R; ++r) x[r] = rows[r];
   const D decoder{};
   for (int64_t tile = 0; tile < tiles; ++tile) {
-    fetch<V, D>(at[0], panels, weights, tile, tiles, next);
+    fetch<D>(at[0], panels, weights, tile, tiles, next);
     int u = 0;
     if constexpr (Q > 1)
       for (; u + Q <= units; u += Q)
@@ -144,7 +148,7 @@ void staged(const PanelPlace *at, int64_t panels, const Product &a, int64_t firs
     for (int64_t r = 0; r < count; ++r) total[u][r] = V::no_total();
   const D decoder{};
   for (int64_t tile = 0; tile < tiles(a.k); ++tile) {
-    fetch<V, D>(at[0], panels, a.weights, tile, tiles(a.k), a.next);
+    fetch<D>(at[0], panels, a.weights, tile, tiles(a.k), a.next);
     for (int u = 0; u < units; ++u) {
       const PanelPlace &place = at[u / V::kUnits];
       const int unit = u % V::kUnits;
@@ -204,7 +208,7 @@ template <class V, class D, int P, bool kSpecial>
 void decode(const Product &a, const PanelPlace *at, int64_t tile, int64_t tiles, typename V::Weights *w) {
   const D decoder{};
   for (int64_t t = tile; t < tile + tiles; ++t, w += P * (32 / V::kStep)) {
-    fetch<V, D>(at[0], P, a.weights, t, microscale::tiles(a.k), a.next);
+    fetch<D>(at[0], P, a.weights, t, microscale::tiles(a.k), a.next);
     for (int p = 0; p < P; ++p)
       for (int part = 0; part < D::kParts; ++part)
         decoder.template steps<kSpecial>(a.weights + at[p].codes + t * at[p].step, part,

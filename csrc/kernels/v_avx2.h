@@ -31,9 +31,6 @@ struct Avx2 {
   static void store(float *p, const Total &t) {
     _mm256_storeu_ps(p, D::columns(t.part[0], t.part[1]));
   }
-  static inline __attribute__((always_inline)) void prefetch(const uint8_t *p, int64_t bytes) {
-    for (int64_t i = 0; i < bytes; i += 64) _mm_prefetch(reinterpret_cast<const char *>(p + i), _MM_HINT_T1);
-  }
   static void multiply(Sum &sum, const Weights &w, const Operand *x) {
     double both;
     __builtin_memcpy(&both, x, 8);

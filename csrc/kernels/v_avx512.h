@@ -19,9 +19,6 @@ struct Avx512 {
   static void store(float *p, Total t) {
     _mm512_storeu_ps(p, t);
   }
-  static inline __attribute__((always_inline)) void prefetch(const uint8_t *p, int64_t bytes) {
-    for (int64_t i = 0; i < bytes; i += 64) _mm_prefetch(reinterpret_cast<const char *>(p + i), _MM_HINT_T1);
-  }
   template <class D, bool kSpecial>
   static void add_block(Total &total, Sum sum, __m512 scale) {
     if constexpr (kSpecial && D::kShift != 0) sum = _mm512_mul_ps(sum, _mm512_set1_ps(power_of_two(D::kShift)));

@@ -24,9 +24,6 @@ struct Plain {
   static void store(float *p, Total t) {
     store_lanes(p, t);
   }
-  static inline __attribute__((always_inline)) void prefetch(const uint8_t *p, int64_t bytes) {
-    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(p + i, 0, 2);
-  }
   static void multiply(Sum &sum, const Weights &w, const Operand *x) { sum = sum + w * *x; }
   template <class D, bool kSpecial>
   static void add_block(Total &total, Sum sum, const f32x16 &scale) {

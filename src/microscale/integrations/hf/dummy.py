@@ -53,7 +53,7 @@ def _as_checkpoint_error(path: Path, problem: str) -> Iterator[None]:
         yield
     except MicroscaleError:
         raise
-    except Exception as error:
+    except Exception as error:  # whoever wrote the config is owed its name; what its values break is anything
         reason = f"{type(error).__name__}: {one_line(error)}"
         raise CheckpointError(path / CONFIG, f"{problem}: {reason}") from error
 

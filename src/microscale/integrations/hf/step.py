@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from microscale.errors import one_line
 from microscale.integrations.hf.ahead import Ahead
 from microscale.integrations.hf.attention import NAME
 from microscale.integrations.hf.quantizer import activation_dtype
@@ -104,8 +105,7 @@ class Step:
         try:
             self._replay, self._output = capture(self.run)
         except Exception as error:  # noqa: BLE001 (whatever a model does that no graph can hold, it still runs)
-            text = str(error).splitlines()[0] if str(error) else "no message"
-            self.why = f"its step cannot be captured: {type(error).__name__}: {text}"
+            self.why = f"its step cannot be captured: {type(error).__name__}: {one_line(error)}"
 
     def _proved(self, replay: Callable[[], None]) -> Any:
         """The output of running, once replaying has given the same."""
