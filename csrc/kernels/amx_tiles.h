@@ -19,24 +19,24 @@ struct alignas(64) Config {
   uint8_t rows[16] = {};
 };
 
-// How tiles are used for R tiles of 16 rows times P panels, up to six sums: the sum of row tile r and panel p is tile
-// r P + p. Of the others, one row tile at a time: rows in tile 4, weights in tiles 5 to 7 in turn. Two by two: rows in
-// tiles 4 and 5, weights in 6 and 7, each loaded once a step. Else rows in the tiles between sums and weights in turn,
-// and weights in tile 7: of two panels they are loaded again whenever the panel changes, which costs nothing, as loads
-// from L1 take half as long as products.
+// How tiles are used for R tiles of 16 rows times P panels, up to four sums: the sum of row tile r and panel p is tile
+// r P + p, rows are in tile 4 and weights in tile 5, loaded again for every product that needs others. Tiles 6 and 7
+// are never touched: a core's two threads share the memory that tile registers are renamed in, each register that a
+// thread has written occupies some of it, and with all eight in use loads and products wait for each other. See
+// docs/cpu.md.
 //
 // `rows` of a tile, at most 16; only R = 1 goes with fewer than 16. Loading a configuration takes as long as ten
 // products.
 inline void configure(int64_t rows) {
   Config c;
   for (int i = 0; i < 8; ++i) c.column_bytes[i] = 64, c.rows[i] = 16;
-  for (int i = 0; i < 5; ++i) c.rows[i] = static_cast<uint8_t>(rows);  // sums, if there are four, and rows
+  for (int i = 0; i < 5; ++i) c.rows[i] = static_cast<uint8_t>(rows);  // sums and rows
   __asm__ volatile("" ::"r"(&c) : "memory");  // the instruction's own operand names its first bytes only
   _tile_loadconfig(&c);
 }
 
 // The instructions name their tiles in their text.
-#define MS_EACH_TILE(f) f(0) f(1) f(2) f(3) f(4) f(5) f(6) f(7)
+#define MS_EACH_TILE(f) f(0) f(1) f(2) f(3) f(4) f(5)
 template <int kTileNumber>
 inline __attribute__((always_inline)) void load_tile(const uint8_t *from) {
 #define MS_LOAD(t) \
@@ -58,23 +58,13 @@ inline void zero_tile() {
   MS_EACH_TILE(MS_ZERO)
 #undef MS_ZERO
 }
-template <int kSum, int kRows, int kWeights>
+template <int kSum>
 inline __attribute__((always_inline)) void multiply_tiles() {
-#define MS_SUM(s, r, w) \
-  if constexpr (kSum == s) _tile_dpbf16ps(s, r, w);
-#define MS_MULTIPLY(r, w)                                                                           \
-  if constexpr (kRows == r && kWeights == w) {                                                      \
-    MS_SUM(0, r, w) MS_SUM(1, r, w) MS_SUM(2, r, w) MS_SUM(3, r, w) MS_SUM(4, r, w) MS_SUM(5, r, w) \
-  }
-  static_assert(4 <= kRows && kRows < kWeights && kSum < 6);
-  MS_MULTIPLY(4, 5)
-  MS_MULTIPLY(4, 6)
-  MS_MULTIPLY(4, 7)
-  MS_MULTIPLY(5, 6)
-  MS_MULTIPLY(5, 7)
-  MS_MULTIPLY(6, 7)
+  static_assert(kSum < 4);
+#define MS_MULTIPLY(t) \
+  if constexpr (kSum == t) _tile_dpbf16ps(t, 4, 5);
+  MS_EACH_TILE(MS_MULTIPLY)
 #undef MS_MULTIPLY
-#undef MS_SUM
 }
 #undef MS_EACH_TILE
 
@@ -119,26 +109,17 @@ struct Rows {
   const uint8_t *at(int r, int64_t tile) const { return x + r * next + tile * step; }
 };
 
-// Product i of a step's R P products, and the loads it needs. The panels' weights lie one after the other.
+// A step's products, R P of them, go forth and back through the panels, so that neighbours share their weights or their
+// rows. The panels' weights lie one after the other.
+template <int P>
+constexpr int panel_of(int product) {
+  return product / P % 2 ? P - 1 - product % P : product % P;
+}
+// What product i needs and the one before it had not.
 template <int R, int P, int i>
-inline __attribute__((always_inline)) void product_of_step(const Rows<R> &rows, int64_t tile, const uint8_t *weights) {
-  constexpr int r = i / P, p = r % 2 ? P - 1 - i % P : i % P;
-  constexpr int before =
-      r % 2 ? P - 1 - (i - 1) % P : (i - 1) % P;  // the panel of the product before, if not the first of its rows
-  if constexpr (R == 1) {
-    if constexpr (i == 0) load_tile<4>(rows.at(0, tile));
-    load_tile<5 + i % 3>(weights + p * kTile);
-    multiply_tiles<p, 4, 5 + i % 3>();
-  } else if constexpr (R == 2 && P == 2) {
-    if constexpr (i % P == 0) load_tile<4 + r>(rows.at(r, tile));
-    if constexpr (i < P) load_tile<6 + p>(weights + p * kTile);
-    multiply_tiles<r * P + p, 4 + r, 6 + p>();
-  } else {
-    constexpr int first = R * P < 4 ? 4 : R * P, own = first + r % (7 - first);
-    if constexpr (i % P == 0) load_tile<own>(rows.at(r, tile));
-    if constexpr (i == 0 || (i % P != 0 && before != p)) load_tile<7>(weights + p * kTile);
-    multiply_tiles<r * P + p, own, 7>();
-  }
+inline __attribute__((always_inline)) void loads_of_step(const Rows<R> &rows, int64_t tile, const uint8_t *weights) {
+  if constexpr (i % P == 0) load_tile<4>(rows.at(i / P, tile));
+  if constexpr (i == 0 || panel_of<P>(i) != panel_of<P>(i - 1)) load_tile<5>(weights + panel_of<P>(i) * kTile);
 }
 
 }  // namespace

@@ -20,7 +20,7 @@ template <int P>
 constexpr int64_t kRing = above(kLag<P>);
 constexpr int64_t kTiles = 12;
 static_assert(kTiles >= kRing<1> && kTiles >= 2 * kRing<2> && kTiles >= 3 * kRing<3> && kTiles >= 4 * kRing<4>);
-constexpr int64_t kSums = 6 * 16 * 64;
+constexpr int64_t kSums = 4 * 16 * 64;
 constexpr int64_t kScratch = kTiles * kTile + kSums;
 
 // P neighbouring panels of one group, which are read step by step.
@@ -99,21 +99,22 @@ inline void end_block(const Panels<kFormat, P> &panels, int64_t tile, const Rows
   zero<R * P>();
 }
 
-// A step's products from the first to the last.
-template <int kFormat, int R, int P, int kFrom, int kTo>
-inline __attribute__((always_inline)) void products(const Panels<kFormat, P> &panels, const Rows<R> &rows,
-                                                    int64_t tiles, int64_t t, const uint8_t *weights, float *sums) {
-  if constexpr (kFrom < kTo) {
-    product_of_step<R, P, kFrom>(rows, t, weights);
-    if (kFormat == MS_FP8_BLOCK128 && kFrom == R * P - 1 && (t % 4 == 3 || t + 1 == tiles))
-      end_block<kFormat, R, P>(panels, t, rows, sums);
-    products<kFormat, R, P, kFrom + 1, kTo>(panels, rows, tiles, t, weights, sums);
-  }
+// Product i of a step, and the loads of the next.
+template <int kFormat, int R, int P, int i>
+inline __attribute__((always_inline)) void product_of_step(const Panels<kFormat, P> &panels, const Rows<R> &rows,
+                                                           int64_t tiles, int64_t t, const uint8_t *weights,
+                                                           float *sums) {
+  multiply_tiles<i / P * P + panel_of<P>(i)>();
+  if constexpr (i + 1 < R * P) loads_of_step<R, P, i + 1>(rows, t, weights);
+  if (kFormat == MS_FP8_BLOCK128 && i == R * P - 1 && (t % 4 == 3 || t + 1 == tiles))
+    end_block<kFormat, R, P>(panels, t, rows, sums);
+  fence();
 }
 
 // Decodes step t to `to`, if kDecode, and multiplies step `now` by `weights`, if kMultiply: products are spread among
-// the quarters of the tiles that are decoded, which both kinds of work overlap better by than in blocks. What is at
-// hand is passed on by reference to what is inlined; closures that hold closures would keep it in memory.
+// the quarters of the tiles that are decoded, which both kinds of work overlap better by than in blocks, and tiles are
+// loaded right behind the product before. What is at hand is passed on by reference to what is inlined; closures that
+// hold closures would keep it in memory.
 template <int kFormat, int R, int P, bool kFetch, bool kDecode, bool kMultiply, int kQuarter = 0>
 inline __attribute__((always_inline)) void step(const Panels<kFormat, P> &panels, const Rows<R> &rows, int64_t tiles,
                                                 const Decoder<kFormat> &decoder,
@@ -121,16 +122,18 @@ inline __attribute__((always_inline)) void step(const Panels<kFormat, P> &panels
                                                 int64_t t, int64_t now, uint8_t *to, const uint8_t *weights,
                                                 float *sums) {
   if constexpr (kQuarter < 4 * P) {
-    constexpr int p = kQuarter / 4;
+    constexpr int p = kQuarter / 4, product = kQuarter * R / 4;
+    if constexpr (kMultiply && kQuarter == 0) {
+      loads_of_step<R, P, 0>(rows, now, weights);
+      fence();
+    }
     if constexpr (kDecode) {
       if constexpr (kFetch && kQuarter % 4 == 0) fetch.panel(p);
       panels.template decode<kQuarter % 4>(decoder, p, t, change, to + p * kTile);
       fence();
     }
-    if constexpr (kMultiply) {
-      products<kFormat, R, P, kQuarter * R / 4, (kQuarter + 1) * R / 4>(panels, rows, tiles, now, weights, sums);
-      fence();
-    }
+    if constexpr (kMultiply && product < (kQuarter + 1) * R / 4)
+      product_of_step<kFormat, R, P, product>(panels, rows, tiles, now, weights, sums);
     step<kFormat, R, P, kFetch, kDecode, kMultiply, kQuarter + 1>(panels, rows, tiles, decoder, change, fetch, t, now,
                                                                   to, weights, sums);
   } else if constexpr (kDecode) {
@@ -171,23 +174,32 @@ void few(const Product &a, int64_t panel, float *out, uint8_t *scratch, float *s
   rows_times<kFormat, 1, P, true>(panels, Rows<1>(a, 0, out), tiles(a.k), scratch, sums);
 }
 
-// More: two panels times up to three row tiles, so that each tile loaded serves two or three products. Weights are
-// decoded once for every 48 rows, while the matrix unit works: to decode them once for all rows they would have to go
-// through L2, which takes longer.
+// More: tiles of rows by twos, times two panels, and by threes, times one panel, so that each tile loaded serves up to
+// three products and six tiles are enough. Weights are decoded again for them, while the matrix unit works: to decode
+// them once for all rows they would have to go through L2, which takes longer.
+template <int kFormat, int P, bool kFetch>
+void two(const Product &a, int64_t panel, int64_t row, float *out, uint8_t *scratch, float *sums) {
+  const Panels<kFormat, P> panels(a, panel);
+  rows_times<kFormat, 2, P, kFetch>(panels, Rows<2>(a, row, out), tiles(a.k), scratch, sums);
+}
+template <int kFormat, int P, bool kFetch>
+void three(const Product &a, int64_t panel, int64_t row, float *out, uint8_t *scratch, float *sums) {
+  for (int p = 0; p < P; ++p) {
+    const Panels<kFormat, 1> panels(a, panel + p);
+    rows_times<kFormat, 3, 1, kFetch>(panels, Rows<3>(a, row, out + 16 * p), tiles(a.k), scratch, sums);
+  }
+}
 template <int kFormat, int P>
 void many(const Product &a, int64_t panel, float *out, uint8_t *scratch, float *sums) {
-  const Panels<kFormat, P> panels(a, panel);
-  const int64_t all = tiles(a.k);
-  int64_t row = a.m > 32 ? 48 : 32;
-  if (a.m > 32)
-    rows_times<kFormat, 3, P, true>(panels, Rows<3>(a, 0, out), all, scratch, sums);
+  const int64_t count = (a.m + 15) / 16;  // two and more
+  int64_t row = 0, threes = count % 3 == 1 ? count / 3 - 1 : count / 3;
+  const int64_t behind = 48 * threes;
+  if (threes)
+    three<kFormat, P, true>(a, panel, 0, out, scratch, sums), row = 48;
   else
-    rows_times<kFormat, 2, P, true>(panels, Rows<2>(a, 0, out), all, scratch, sums);
-  for (; row + 32 < a.m; row += 48) rows_times<kFormat, 3, P, false>(panels, Rows<3>(a, row, out), all, scratch, sums);
-  if (row + 16 < a.m)
-    rows_times<kFormat, 2, P, false>(panels, Rows<2>(a, row, out), all, scratch, sums);
-  else if (row < a.m)
-    rows_times<kFormat, 1, P, false>(panels, Rows<1>(a, row, out), all, scratch, sums);
+    two<kFormat, P, true>(a, panel, 0, out, scratch, sums), row = 32;
+  for (; row < behind; row += 48) three<kFormat, P, false>(a, panel, row, out, scratch, sums);
+  for (; row < a.m; row += 32) two<kFormat, P, false>(a, panel, row, out, scratch, sums);
 }
 
 template <int kFormat>
