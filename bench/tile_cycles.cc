@@ -3,10 +3,12 @@
 //
 //   cmake -S . -B build/core -G Ninja -DMICROSCALE_MODULE=OFF && ninja -C build/core
 //   g++ -O2 -std=c++20 -Icsrc bench/tile_cycles.cc $(find build/core -name '*.o') -pthread -o tile_cycles
-//   ./tile_cycles 1 2 3          levels (enum ms_level) of AVX2 and AVX-512
+//   ./tile_cycles 1 2 3 4        levels (enum ms_level) of AVX2, AVX-512 and AMX
 //
-// Cycles are the time beside that of a chain of additions, one a cycle. Time is the thread's own, so that other
-// processes matter little. The median of 5 and, in brackets, the least.
+// Cycles are the time beside that of a chain of multiplications, of three cycles each: additions of constants take none
+// where they are done as registers are renamed. Under AMX they are those of the clock without tiles, which lower it by
+// a fifth. Time is the thread's own, so that other processes matter little. The median of 5 and, in brackets, the
+// least.
 #include <time.h>
 
 #include <algorithm>
@@ -34,14 +36,14 @@ double now() {
 
 // The highest so far: whoever is interrupted counts too few.
 double cycles_a_second() {
-  constexpr int kAdditions = 1 << 20;
+  constexpr int kMultiplications = 1 << 18;
   static double most = 0;
   const double start = now();
-  uint64_t sum = 0;
-  for (int i = 0; i < kAdditions; i += 8)
+  uint64_t product = 1;
+  for (int i = 0; i < kMultiplications; i += 8)
 #pragma GCC unroll 8
-    for (int j = 0; j < 8; ++j) __asm__ volatile("add $1, %0" : "+r"(sum));
-  most = std::max(most, kAdditions / (now() - start));
+    for (int j = 0; j < 8; ++j) __asm__ volatile("imul $3, %0, %0" : "+r"(product));
+  most = std::max(most, 3 * kMultiplications / (now() - start));
   return most;
 }
 
@@ -64,16 +66,19 @@ void measure(const Kernels &kernels, int format, int64_t m) {
   auto *scratch = static_cast<uint8_t *>(std::aligned_alloc(64, kernels.scratch + 64));
   if (!packed || !scratch || ms_pack(format, 1, kN, kK, codes.data(), scales.data(), packed, 1) != MS_OK) std::abort();
 
-  const int64_t pitch = kK * 4 + 64;
-  std::vector<uint8_t> x(static_cast<size_t>(m * pitch));  // zeros multiply as fast as anything
+  const int64_t pitch = kK * 4 + 64, padded = (m + 15) / 16 * 16;
+  auto *x =
+      static_cast<uint8_t *>(std::calloc(static_cast<size_t>(padded), pitch));  // zeros multiply as fast as anything
+  if (!x) std::abort();
   std::vector<const void *> rows;
-  for (int64_t i = 0; i < m; ++i) rows.push_back(x.data() + i * pitch);
-  std::vector<float> out(static_cast<size_t>(m * kN));
+  for (int64_t i = 0; i < m; ++i) rows.push_back(x + i * pitch);
+  std::vector<float> out(static_cast<size_t>(padded * kN));
+  int state = 0;
   Product p{};
   p.weights = p.next = packed + kHeaderBytes;
   p.n = kN, p.k = kK, p.count = panels(kN);
   p.rows = rows.data(), p.m = m;
-  p.out = out.data(), p.stride = kN, p.scratch = scratch;
+  p.out = out.data(), p.stride = kN, p.scratch = scratch, p.state = &state;
   const auto seconds = [&](int64_t calls) {
     const double start = now();
     for (int64_t i = 0; i < calls; ++i) kernels.product[format](&p);
@@ -88,27 +93,29 @@ void measure(const Kernels &kernels, int format, int64_t m) {
   }
   std::sort(cycles.begin(), cycles.end());
   std::printf(" %7.1f (%6.1f)", cycles[kRounds / 2], cycles[0]);
+  if (kernels.end) kernels.end();
   std::free(packed);
   std::free(scratch);
+  std::free(x);
 }
 
 }  // namespace
 
 int main(int argc, char **argv) {
-  const Kernels *const kernels[] = {&plain_kernels, &avx2_kernels, &avx512_kernels, &avx512_bf16_kernels};
-  const char *const levels[] = {"plain", "avx2", "avx512", "avx512_bf16"};
+  const Kernels *const kernels[] = {&plain_kernels, &avx2_kernels, &avx512_kernels, &avx512_bf16_kernels, &amx_kernels};
+  const char *const levels[] = {"plain", "avx2", "avx512", "avx512_bf16", "amx"};
   const char *const formats[] = {"mxfp4",      "mxfp6_e2m3", "mxfp6_e3m2", "mxfp8_e4m3",
                                  "mxfp8_e5m2", "mxint8",     "nvfp4",      "fp8_block128"};
   for (int i = 1; i < argc; ++i) {
     const int level = std::atoi(argv[i]);
-    if (level < 0 || level > MS_AVX512_BF16 || level > ms_level()) {
-      std::fprintf(stderr, "level %s: this machine has 0 to %d, and AMX multiplies otherwise\n", argv[i], ms_level());
+    if (level < 0 || level > ms_level()) {
+      std::fprintf(stderr, "level %s: this machine has 0 to %d\n", argv[i], ms_level());
       return 1;
     }
-    std::printf("%s, M = 1, 2, 4, 8, 16, 64\n", levels[level]);
+    std::printf("%s, M = 1, 2, 4, 8, 16, 32, 48, 64\n", levels[level]);
     for (int format = 0; format < MS_FORMATS; ++format) {
       std::printf("%-14s", formats[format]);
-      for (int64_t m : {1, 2, 4, 8, 16, 64}) measure(*kernels[level], format, m);
+      for (int64_t m : {1, 2, 4, 8, 16, 32, 48, 64}) measure(*kernels[level], format, m);
       std::puts("");
     }
   }

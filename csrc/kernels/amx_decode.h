@@ -51,8 +51,11 @@ struct BalancedFourBits {
     return t;
   }
   static constexpr Bytes kBytes = split();
-  const __m512i table = FourBits<kHow>().table, bytes = load512(&kBytes);
-  const __m512i second = indices(4), fourth = indices(12);
+  __m512i table = FourBits<kHow>().table, bytes = load512(&kBytes), second = indices(4), fourth = indices(12);
+
+  // GCC would read what it knows to lie in memory again for every use, six times for four vectors, and so keep the
+  // ports busy that load tiles.
+  void keep_in_registers() { __asm__("" : "+v"(table), "+v"(bytes), "+v"(second), "+v"(fourth)); }
 
   // Of the codes that begin at bit `at` of each word.
   static __m512i indices(int at) {
@@ -83,7 +86,9 @@ struct BalancedFourBits {
   }
 };
 template <int kFormat, Raise kHow>
-struct BalancedCodes : Codes<kFormat, kHow> {};
+struct BalancedCodes : Codes<kFormat, kHow> {
+  void keep_in_registers() {}
+};
 template <Raise kHow>
 struct BalancedCodes<MS_MXFP4, kHow> : BalancedFourBits<kHow> {};
 template <Raise kHow>
@@ -92,7 +97,7 @@ struct BalancedCodes<MS_NVFP4, kHow> : BalancedFourBits<kHow> {};
 template <int kFormat>
 struct Decoder {
   static constexpr Raise kHow = kFormat == MS_FP8_BLOCK128 ? kAsIs : kFormat == MS_NVFP4 ? kFlagged : kRaised;
-  const BalancedCodes<kFormat, kHow> codes{};
+  BalancedCodes<kFormat, kHow> codes{};
 
   // What a tile's scales change in its numbers: of NVFP4 a half's.
   struct Change {

@@ -21,9 +21,8 @@ struct alignas(64) Config {
 
 // How tiles are used for R tiles of 16 rows times P panels, up to four sums: the sum of row tile r and panel p is tile
 // r P + p, rows are in tile 4 and weights in tile 5, loaded again for every product that needs others. Tiles 6 and 7
-// are never touched: a core's two threads share the memory that tile registers are renamed in, each register that a
-// thread has written occupies some of it, and with all eight in use loads and products wait for each other. See
-// docs/cpu.md.
+// are never touched: where both threads of a core work, loads and products wait for each other the more, the more
+// tiles have been written since the configuration. With all eight they take twice as long as with six. See docs/cpu.md.
 //
 // `rows` of a tile, at most 16; only R = 1 goes with fewer than 16. Loading a configuration takes as long as ten
 // products.

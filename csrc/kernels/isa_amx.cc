@@ -149,7 +149,8 @@ void rows_times(const Panels<kFormat, P> &all_panels, const Rows<R> &all_rows, i
   constexpr int64_t kStep = P * kTile, kMask = kRing<P> - 1, kLate = kLag<P>;
   const Panels<kFormat, P> panels = all_panels;  // copies stay in registers
   const Rows<R> rows = all_rows;
-  const Decoder<kFormat> decoder;
+  Decoder<kFormat> decoder;
+  decoder.codes.keep_in_registers();
   Fetch<kFormat, P> fetch(panels, tiles);
   typename Decoder<kFormat>::Change change;
   zero<R * P>();

@@ -217,6 +217,7 @@ int main() {
         test_linear(level, format, dtype, 3, 130, 272);
         test_linear(level, format, dtype, 37, 70, 32);
         test_linear(level, format, dtype, 67, 50, 1200);
+        for (int64_t m : {50, 100}) test_linear(level, format, dtype, m, 33, 96);  // 4 and 7 tiles of rows
         test_moe(level, format, dtype, 1, 32, 64);
         test_moe(level, format, dtype, 7, 48, 80);
         test_moe(level, format, dtype, 40, 40, 32);
