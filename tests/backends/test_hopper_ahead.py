@@ -164,7 +164,7 @@ def table_kernels() -> list[tuple[Any, Any, int, str]]:
     for name, (linear, moe) in cuts.table().items():
         formats = [fmt for fmt in FORMATS.values() if cuts.group(fmt) == name]
         turn = cycle(formats)
-        kernels = [(hopper._linear_kernel, row.cut) for row in linear]
+        kernels = [(hopper._linear_kernel, cut) for row in linear for cut in (row.cut, *row.others)]
         kernels += [(experts._first_kernel, row.first) for row in moe]
         kernels += [(experts._second_kernel, row.second) for row in moe]
         for kernel, cut in dict.fromkeys(kernels):

@@ -49,6 +49,27 @@ def test_each_row_of_the_tables_says_what_it_took(layout: Any) -> None:
             assert all(0 < us < 1e5 for us in row["us"].values())
 
 
+def test_of_many_tokens_the_sizes_decide_which_cut(layout: Any) -> None:
+    cuts = import_module("microscale.backends.triton.cuts")
+    fmt = FORMATS["mxfp4"]
+
+    def block(tokens: int, rows: int) -> int:
+        return int(cuts.linear_cut(fmt, tokens, rows // 64, 1).block_m)
+
+    # Programs of 128 rows: 40 of them for each block of tokens, or 64, and 132 multiprocessors.
+    assert [block(m, 5120) for m in (512, 576, 768, 960, 1152, 2048)] == [192, 192, 256, 320, 384, 128]
+    assert [block(m, 8192) for m in (384, 512, 640, 768, 1024, 2048)] == [192, 256, 320, 384, 256, 256]
+    row = cuts.table()["4 bits"][0][-1]
+    assert cuts.rounds(row.cut, 768, 80) == 2 * (256 + cuts.START)  # 120 programs
+    assert cuts.rounds(row.cut, 769, 80) == 4 * (256 + cuts.START)  # 160
+    for tokens in (257, 1000, 5000, 100_000):
+        for tiles in (1, 45, 80, 128, 1000):
+            taken = cuts.rounds(row.fit(tokens, tiles), tokens, tiles)
+            least = min(cuts.rounds(cut, tokens, tiles) for cut in (row.cut, *row.others))
+            assert least <= taken <= least / 0.97
+            assert taken >= tiles * tokens / cuts.MULTIPROCESSORS
+
+
 def test_the_tuner_tries_what_fits_and_keeps_the_fastest(layout: Any) -> None:
     cuts = import_module("microscale.backends.triton.cuts")
     tune = import_module("microscale.bench.tune")
@@ -64,6 +85,11 @@ def test_the_tuner_tries_what_fits_and_keeps_the_fastest(layout: Any) -> None:
                 assert cut.overlap or not cut.bulk
     for linear, _ in cuts.table().values():
         for row in linear:
+            entry = tune._entry(row)
+            assert cuts.LinearRow(
+                entry["tokens"] or float("inf"), entry.get("tiles", 0), cuts.Cut.parse(entry["cut"]),
+                tuple(map(cuts.Cut.parse, entry.get("or", ()))),
+            ) == row  # fmt: skip
             m, names = tune.timed_with(linear, row)
             assert names
             assert m <= row.tokens

@@ -302,7 +302,7 @@ def test_every_cut_gives_the_same_bits(name: str) -> None:
     assert isinstance(matrix, Fragments)
     wide = torch.randn(130, 416, device=DEVICE).bfloat16()
     y = hopper.linear(wide, matrix, None, first)
-    for cut in dict.fromkeys(row.cut.fitted(fmt, 1) for row in linear):
+    for cut in dict.fromkeys(cut.fitted(fmt, 1) for row in linear for cut in (row.cut, *row.others)):
         for rows in (slice(0, 130), slice(3, 7), slice(3, 4)):
             assert torch.equal(hopper.linear(wide[rows], matrix, None, cut), y[rows]), (cut, rows)
     rest = (w13, w2, GPT_OSS, None, None, None, False)

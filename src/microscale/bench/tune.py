@@ -1,7 +1,8 @@
 """Finds the cuts of Hopper's kernels again: every candidate's numbers are checked, and the fastest of each row is kept.
 
 The rows, numbers of tokens and of routes up to which one cut is used, stay those of `cuts.json`. A row is timed with
-what lies in its upper half: all matrices of `gpu.LINEARS`, or the models of which a number of tokens falls into it.
+what lies in its upper half: all matrices of `gpu.LINEARS`, or the models of which a number of tokens falls into it. Of
+a row of several cuts the sizes decide which is taken, so these are checked and timed, and stay.
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ from microscale.tolerance import linear_budget, moe_budget
 # The format that stands for its group.
 FORMAT_OF = {"4 bits": "mxfp4", "6 or 8 bits": "mxfp8_e4m3", "block": "fp8_block128"}
 TOKENS = (1, 8, 32, 64, 128, 256, 512, 2048, 8192)
+# For rows of several cuts.
+_BETWEEN = (384, 512, 640, 768, 960, 1024, 1280, 2048, 4096)
 # tiles, chunks, warps, stages, bulk, and programs; each with and without overlap where there is a choice.
 _SHAPES = {
     8: (
@@ -168,6 +171,37 @@ def timed_with(rows: tuple[LinearRow, ...], row: LinearRow) -> tuple[int, list[s
     raise MicroscaleError(f"no matrix of {list(gpu.LINEARS)} takes the row of up to {row.tokens} tokens")
 
 
+def _entry(row: LinearRow) -> dict[str, Any]:
+    """As `cuts.json` has a row, but for the times."""
+    entry: dict[str, Any] = {"tokens": None if row.tokens == inf else row.tokens}
+    if row.tiles:
+        entry["tiles"] = row.tiles
+    entry["cut"] = str(row.cut)
+    if row.others:
+        entry["or"] = [str(cut) for cut in row.others]
+    return entry
+
+
+def _times_of(
+    row: LinearRow, rows: tuple[LinearRow, ...], weights: dict[str, list[Any]], checked: Checked
+) -> Iterator[tuple[str, float]]:
+    """What linears take with a row of several cuts, for numbers of tokens that it holds for.
+
+    Raises:
+        MicroscaleError: a cut's numbers are wrong.
+    """
+    wrong = [str(cut) for cut in (row.cut, *row.others) if not checked.linear(cut)]
+    if wrong:
+        raise MicroscaleError(f"wrong numbers with the cuts {', '.join(wrong)} of cuts.json")
+    for m, (what, (n, k)) in itertools.product(_BETWEEN, gpu.LINEARS.items()):
+        if next(r for r in rows if r.holds(m, n // 64)) is row:
+            x, cut = torch.randn(m, k, device="cuda").bfloat16(), row.fit(m, n // 64)
+            yield (
+                f"{what} M={m}",
+                round(_time([partial(hopper.linear, x, w, None, cut) for w in weights[what][:4]]), 1),
+            )
+
+
 def tune_linear(name: str, say: Callable[[str], None]) -> Iterator[dict[str, Any]]:
     """The rows of linears, as `cuts.json` has them."""
     fmt = FORMATS[FORMAT_OF[name]]
@@ -178,6 +212,9 @@ def tune_linear(name: str, say: Callable[[str], None]) -> Iterator[dict[str, Any
     }
     rows = cuts.table()[name][0]
     for row in rows:
+        if row.others:
+            yield _entry(row) | {"us": dict(_times_of(row, rows, weights, checked))}
+            continue
         m, of_row = timed_with(rows, row)
         times: dict[Cut, dict[str, float]] = {}
         for cut in dict.fromkeys([row.cut, *candidates(fmt, m, tail=False)]):
@@ -190,10 +227,7 @@ def tune_linear(name: str, say: Callable[[str], None]) -> Iterator[dict[str, Any
                 times[cut] = found
         best = _best(times)
         say(f"{name}, linear, to {row.tokens} tokens: {best}, before {row.cut}")
-        entry: dict[str, Any] = {"tokens": None if row.tokens == inf else row.tokens}
-        if row.tiles:
-            entry["tiles"] = row.tiles
-        yield entry | {"cut": str(best), "us": {k: round(v, 1) for k, v in times[best].items()}}
+        yield _entry(row) | {"cut": str(best), "us": {k: round(v, 1) for k, v in times[best].items()}}
 
 
 def tune_moe(name: str, say: Callable[[str], None]) -> Iterator[dict[str, Any]]:

@@ -1,6 +1,7 @@
 """How Hopper's kernels cut a product into programs and steps, and which cut for what: `cuts.json`, measured.
 
-`microscale bench tune` writes the file. Only cuts whose numbers were checked on the GPU that timed them are in it.
+`microscale bench tune` writes the file. Only cuts whose numbers were checked on the GPU that timed them are in it. Of
+many tokens a row has several, and the sizes decide: see `LinearRow.fit`.
 """
 
 from __future__ import annotations
@@ -18,6 +19,9 @@ from microscale.formats import Format
 
 HOPPER_SHARED = 227 << 10  # bytes that a program may use
 REGISTERS = 1 << 16  # of a multiprocessor
+MULTIPROCESSORS = 132  # of an H100 or H200
+# What a program's beginning and end take, in tokens of its block: 2 us, whatever K is.
+START = 12
 _WORD = re.compile(r"m(\d+)t(\d+)c(\d+)w(\d+)s(\d+)(o?)(h?)(?:b(\d+))?(?:p(\d))?")
 
 
@@ -38,7 +42,7 @@ class Cut:
     """How Hopper's kernels cut a product into programs and steps. Decides the speed only: no sum depends on it.
 
     Attributes:
-        block_m: tokens of a program, 8 to 256: a power of two or, with `bulk`, the sum of two, see `split`.
+        block_m: tokens of a program, 8 to 384: a power of two or, with `bulk`, the sum of two, see `split`.
         tiles: of 64 rows in a program.
         chunks: of 64 columns in a step; 1 for activations of several parts, whose sums take turns by the step.
         warps: 4, or 8 and at least two tiles.
@@ -128,14 +132,29 @@ class Cut:
 
 @dataclass(frozen=True)
 class LinearRow:
-    """Attributes: tokens up to which it holds; tiles of 64 rows from which; the cut."""
+    """Attributes: tokens up to which it holds; tiles of 64 rows from which; the cut; others, see `fit`."""
 
     tokens: float
     tiles: int
     cut: Cut
+    others: tuple[Cut, ...] = ()
 
     def holds(self, tokens: float, tiles: int) -> bool:
         return tokens <= self.tokens and tiles >= self.tiles
+
+    def fit(self, tokens: int, tiles: int) -> Cut:
+        """The cut that keeps the multiprocessors busiest: another than the first if it saves more than 3 %."""
+        best = min((self.cut, *self.others), key=lambda cut: rounds(cut, tokens, tiles))
+        return best if rounds(best, tokens, tiles) < 0.97 * rounds(self.cut, tokens, tiles) else self.cut
+
+
+def rounds(cut: Cut, tokens: int, tiles: int) -> int:
+    """What a linear takes where the matrix unit is what is waited for, in tokens of one tile of rows.
+
+    A multiprocessor multiplies programs one after the other, also if it holds two.
+    """
+    programs = -(-tiles // cut.tiles) * -(-tokens // cut.block_m)
+    return -(-programs // MULTIPROCESSORS) * cut.tiles * (cut.block_m + START)
 
 
 @dataclass(frozen=True)
@@ -160,7 +179,13 @@ def table(arch: str = "sm_90") -> dict[str, tuple[tuple[LinearRow, ...], tuple[M
     found = {}
     for name, rows in json.loads(text)["tables"][arch].items():
         linear = tuple(
-            LinearRow(r["tokens"] or inf, r.get("tiles", 0), Cut.parse(r["cut"])) for r in rows["linear"]
+            LinearRow(
+                r["tokens"] or inf,
+                r.get("tiles", 0),
+                Cut.parse(r["cut"]),
+                tuple(map(Cut.parse, r.get("or", ()))),
+            )
+            for r in rows["linear"]
         )
         moe = tuple(
             MoeRow(r["routes"] or inf, r["each"] or inf, Cut.parse(r["w13"]), Cut.parse(r["w2"]))
@@ -175,7 +200,7 @@ def linear_cut(fmt: Format, tokens: int, tiles: int, parts: int) -> Cut:
     if parts > 1:
         return _in_parts(tokens).fitted(fmt, parts)
     rows = table()[group(fmt)][0]
-    return next(row.cut for row in rows if row.holds(tokens, tiles)).fitted(fmt, parts)
+    return next(row for row in rows if row.holds(tokens, tiles)).fit(tokens, tiles).fitted(fmt, parts)
 
 
 def moe_cuts(
