@@ -18,7 +18,7 @@ from microscale.formats import Format
 
 HOPPER_SHARED = 227 << 10  # bytes that a program may use
 REGISTERS = 1 << 16  # of a multiprocessor
-_WORD = re.compile(r"m(\d+)t(\d+)c(\d+)w(\d+)s(\d+)(o?)(h?)(?:b(\d+))?(?:p(\d))?")
+_WORD = re.compile(r"m(\d+)t(\d+)c(\d+)w(\d+)s(\d+)(o?)(h?)(f?)(?:b(\d+))?(?:p(\d))?")
 
 
 def split(block_m: int) -> tuple[int, int]:
@@ -48,6 +48,7 @@ class Cut:
         bulk: other than 0: by `hopper_bulk`; from 2 on, codes are asked for so many steps before they are multiplied.
             One part only, and with `overlap`.
         programs: other than 0: the compiler is held to the registers with which so many fit a multiprocessor.
+        few: by `hopper_few`, whose stages are steps with codes in registers. One chunk and one part only.
     """
 
     block_m: int
@@ -59,11 +60,13 @@ class Cut:
     tail: bool = False
     bulk: int = 0
     programs: int = 0
+    few: bool = False
 
     def __str__(self) -> str:
         flags = (
             ("o" if self.overlap else "")
             + ("h" if self.tail else "")
+            + ("f" if self.few else "")
             + (f"b{self.bulk}" if self.bulk else "")
             + (f"p{self.programs}" if self.programs else "")
         )
@@ -75,9 +78,9 @@ class Cut:
         found = _WORD.fullmatch(word)
         if found is None:
             raise ValueError(f"{word!r} names no cut, as m128t2c1w8s5ohb1 does")
-        m, t, c, w, s, overlap, tail, bulk, programs = found.groups()
+        m, t, c, w, s, overlap, tail, few, bulk, programs = found.groups()
         sizes = (int(m), int(t), int(c), int(w), int(s))
-        return Cut(*sizes, overlap == "o", tail == "h", int(bulk or 0), int(programs or 0))
+        return Cut(*sizes, overlap == "o", tail == "h", int(bulk or 0), int(programs or 0), few == "f")
 
     def constants(self, w: Fragments) -> dict[str, Any]:
         """Compile-time arguments of the kernels."""
@@ -92,6 +95,7 @@ class Cut:
             "STAGES": self.stages,
             "OVERLAP": self.overlap,
             "BULK": self.bulk,
+            "FEW": w.chunks if self.few else 0,
             "ODD": steps % 2 == 1,
             "ROW_SCALE": w.row_scale is not None,
             "num_warps": self.warps,

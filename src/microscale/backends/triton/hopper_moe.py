@@ -13,11 +13,13 @@ from triton.experimental.gluon import language as gl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from microscale.activations import Activation
-from microscale.backends.triton import hopper_bulk, routing, tiles
+from microscale.backends.triton import hopper_bulk, hopper_few, routing, tiles
 from microscale.backends.triton.cuts import Cut, moe_cuts
 from microscale.backends.triton.fragments import ROWS, Fragments
 from microscale.backends.triton.hopper import PARTS, read_as
 from microscale.backends.triton.hopper_bulk import half_of, main_of, rest_of
+from microscale.backends.triton.hopper_decode import accumulator, applied, factors, slots
+from microscale.backends.triton.hopper_few import few_places
 from microscale.backends.triton.hopper_loop import buffers, copy_weights, pointers, product
 from microscale.backends.triton.hopper_results import activated, routes_at, routes_of, weighted
 from microscale.backends.triton.ordering import tokens_in_order
@@ -55,10 +57,14 @@ def _first(
     KIND: gl.constexpr, GATED: gl.constexpr, INTERLEAVED: gl.constexpr, HAS_LIMIT: gl.constexpr,
     WEIGHT_ON_INPUT: gl.constexpr, DIRECT: gl.constexpr,
     BLOCK_M: gl.constexpr, T: gl.constexpr, C: gl.constexpr, STAGES: gl.constexpr,
-    OVERLAP: gl.constexpr, ODD: gl.constexpr, PARTS: gl.constexpr, BULK: gl.constexpr,
+    OVERLAP: gl.constexpr, ODD: gl.constexpr, PARTS: gl.constexpr, BULK: gl.constexpr, FEW: gl.constexpr,
 ):  # fmt: skip
     """A tile of `_first_kernel`, of at most BLOCK_M tokens."""
     MAIN: gl.constexpr = main_of(BLOCK_M) if BULK else BLOCK_M
+    # Of a few tokens, what comes to the sums is asked for before them, unless something else comes first.
+    EARLY: gl.constexpr = FEW > 0 and not WEIGHT_ON_INPUT
+    LATE_SCALE: gl.constexpr = ROW_SCALE and not EARLY
+    LATE_BIAS: gl.constexpr = HAS_BIAS and not EARLY
     out = (row_scale, bias, order, topk_weights, expert, block, first, second)
     sizes = (N, WIDTH, alpha, beta, limit)
     if BULK:  # x is in the order of the routes
@@ -66,6 +72,17 @@ def _first(
             x, start, codes, scales, ratios, expert, first, second, TILES, STEPS, CHUNKS,
             ELEMENT, SCALE, BLOCK_M, T, C, STAGES, ODD, BULK,
         )  # fmt: skip
+    elif FEW:
+        PLACES: gl.constexpr = few_places(gl.num_warps())
+        i = start + gl.arange(0, BLOCK_M, gl.SliceLayout(1, PLACES))
+        token = (routes_at(order, gl.minimum(i, end - 1), DIRECT) // top_k).to(gl.int64)
+        if EARLY:
+            rows = gl.minimum(slots(first, second, T, gl.SliceLayout(1, accumulator(BLOCK_M, gl.num_warps()))), N - 1)
+            row_factors = factors(row_scale, bias, expert * N + rows, ROW_SCALE, HAS_BIAS)
+        sums = hopper_few.product(x[0], token, i < end, at, held, K, ELEMENT, SCALE, FEW, BLOCK_M, T, C, STAGES)
+        if EARLY:
+            sums = applied(sums, row_factors, ROW_SCALE, HAS_BIAS)
+        accs = (sums,)
     else:
         TOKENS: gl.constexpr = gl.BlockedLayout([1, 8], [4 // C, 8 * C], [gl.num_warps(), 1], [1, 0])
         place = gl.minimum(start + gl.arange(0, BLOCK_M, gl.SliceLayout(1, TOKENS)), end - 1)
@@ -76,7 +93,7 @@ def _first(
         )  # fmt: skip
         accs = (sums,)
     activated(
-        h, accs[0], *out, start, end, *sizes, ROW_SCALE, HAS_BIAS,
+        h, accs[0], *out, start, end, *sizes, LATE_SCALE, LATE_BIAS,
         KIND, GATED, INTERLEAVED, HAS_LIMIT, WEIGHT_ON_INPUT, DIRECT, MAIN, T,
     )  # fmt: skip
     if BULK and rest_of(BLOCK_M):
@@ -94,7 +111,7 @@ def _first_kernel(
     KIND: gl.constexpr, GATED: gl.constexpr, INTERLEAVED: gl.constexpr, HAS_LIMIT: gl.constexpr,
     WEIGHT_ON_INPUT: gl.constexpr, DIRECT: gl.constexpr, HAS_MAP: gl.constexpr,
     BLOCK_M: gl.constexpr, T: gl.constexpr, C: gl.constexpr, STAGES: gl.constexpr,
-    OVERLAP: gl.constexpr, ODD: gl.constexpr, PARTS: gl.constexpr, BULK: gl.constexpr,
+    OVERLAP: gl.constexpr, ODD: gl.constexpr, PARTS: gl.constexpr, BULK: gl.constexpr, FEW: gl.constexpr,
     TAIL: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """h[sorted route, WIDTH] = activation(w13[e] @ x[token] + b13[e])."""
@@ -113,7 +130,10 @@ def _first_kernel(
             first = block * T
             second = first + T // 2
         held, at = codes, codes
-        if not BULK:
+        if FEW:
+            at = hopper_few.pointers(codes, scales, expert, first, second, TILES, FEW, T, C, ELEMENT, SCALE)
+            held = hopper_few.ahead(at, FEW, C, STAGES, ELEMENT, SCALE)
+        elif not BULK:
             held = buffers(T, C, STAGES, ELEMENT, SCALE)
             at = pointers(codes, scales, expert, first, second, TILES, CHUNKS, T, C, ELEMENT, SCALE)
             for s in gl.static_range(STAGES - 1):
@@ -124,14 +144,14 @@ def _first_kernel(
                 h, (x_half, x_half), codes, scales, ratios, row_scale, bias, order, topk_weights, held, at, expert,
                 block, first, second, start, end, top_k, N, WIDTH, K, TILES, CHUNKS, STEPS, alpha, beta, limit,
                 ELEMENT, SCALE, EVEN, ROW_SCALE, HAS_BIAS, KIND, GATED, INTERLEAVED, HAS_LIMIT, WEIGHT_ON_INPUT, DIRECT,
-                half_of(BLOCK_M), T, C, STAGES, OVERLAP, ODD, PARTS, BULK,
+                half_of(BLOCK_M), T, C, STAGES, OVERLAP, ODD, PARTS, BULK, FEW,
             )  # fmt: skip
         else:
             _first(
                 h, (x, x_rest), codes, scales, ratios, row_scale, bias, order, topk_weights, held, at, expert, block,
                 first, second, start, end, top_k, N, WIDTH, K, TILES, CHUNKS, STEPS, alpha, beta, limit,
                 ELEMENT, SCALE, EVEN, ROW_SCALE, HAS_BIAS, KIND, GATED, INTERLEAVED, HAS_LIMIT, WEIGHT_ON_INPUT, DIRECT,
-                BLOCK_M, T, C, STAGES, OVERLAP, ODD, PARTS, BULK,
+                BLOCK_M, T, C, STAGES, OVERLAP, ODD, PARTS, BULK, FEW,
             )  # fmt: skip
 
 
@@ -142,20 +162,32 @@ def _second(
     ELEMENT: gl.constexpr, SCALE: gl.constexpr, EVEN: gl.constexpr, ROW_SCALE: gl.constexpr, HAS_BIAS: gl.constexpr,
     WEIGHT_ON_INPUT: gl.constexpr, DIRECT: gl.constexpr,
     BLOCK_M: gl.constexpr, T: gl.constexpr, C: gl.constexpr, STAGES: gl.constexpr,
-    OVERLAP: gl.constexpr, ODD: gl.constexpr, PARTS: gl.constexpr, BULK: gl.constexpr,
+    OVERLAP: gl.constexpr, ODD: gl.constexpr, PARTS: gl.constexpr, BULK: gl.constexpr, FEW: gl.constexpr,
 ):  # fmt: skip
     """A tile of `_second_kernel`, of at most BLOCK_M tokens."""
     MAIN: gl.constexpr = main_of(BLOCK_M) if BULK else BLOCK_M
     REST: gl.constexpr = rest_of(BLOCK_M) if BULK else 0
-    routes = routes_of(order, topk_weights, start, end, WEIGHT_ON_INPUT, DIRECT, MAIN)
+    EARLY: gl.constexpr = FEW > 0
+    LATE_SCALE: gl.constexpr = ROW_SCALE and not EARLY
+    LATE_BIAS: gl.constexpr = HAS_BIAS and not EARLY
+    routes = routes_of(order, topk_weights, start, end, WEIGHT_ON_INPUT, DIRECT, MAIN, T, EARLY)
     more = routes
     if REST:
-        more = routes_of(order, topk_weights, start + MAIN, end, WEIGHT_ON_INPUT, DIRECT, REST)
+        more = routes_of(order, topk_weights, start + MAIN, end, WEIGHT_ON_INPUT, DIRECT, REST, T, EARLY)
     if BULK:
         accs = hopper_bulk.product(
             h, start, codes, scales, ratios, expert, first, first + T // 2, TILES, STEPS, CHUNKS,
             ELEMENT, SCALE, BLOCK_M, T, C, STAGES, ODD, BULK,
         )  # fmt: skip
+    elif FEW:
+        PLACES: gl.constexpr = few_places(gl.num_warps())
+        i = start + gl.arange(0, BLOCK_M, gl.SliceLayout(1, PLACES))
+        ACC: gl.constexpr = accumulator(BLOCK_M, gl.num_warps())
+        n = gl.minimum(slots(first, first + T // 2, T, gl.SliceLayout(1, ACC)), N - 1)
+        row_factors = factors(row_scale, bias, expert * N + n, ROW_SCALE, HAS_BIAS)
+        at_row = gl.minimum(i, end - 1).to(gl.int64)
+        sums = hopper_few.product(h[0], at_row, i < end, at, held, K, ELEMENT, SCALE, FEW, BLOCK_M, T, C, STAGES)
+        accs = (applied(sums, row_factors, ROW_SCALE, HAS_BIAS),)
     else:
         TOKENS: gl.constexpr = gl.BlockedLayout([1, 8], [4 // C, 8 * C], [gl.num_warps(), 1], [1, 0])
         rows = gl.minimum(start + gl.arange(0, BLOCK_M, gl.SliceLayout(1, TOKENS)), end - 1).to(gl.int64)
@@ -166,12 +198,12 @@ def _second(
         accs = (sums,)
     weighted(
         shares, accs[0], row_scale, bias, routes, expert, first, start, end, N,
-        ROW_SCALE, HAS_BIAS, WEIGHT_ON_INPUT, DIRECT, MAIN, T,
+        LATE_SCALE, LATE_BIAS, WEIGHT_ON_INPUT, DIRECT, MAIN, T, EARLY,
     )  # fmt: skip
     if REST:
         weighted(
             shares, accs[1], row_scale, bias, more, expert, first, start + MAIN, end, N,
-            ROW_SCALE, HAS_BIAS, WEIGHT_ON_INPUT, DIRECT, REST, T,
+            ROW_SCALE, HAS_BIAS, WEIGHT_ON_INPUT, DIRECT, REST, T, EARLY,
         )  # fmt: skip
 
 
@@ -182,7 +214,7 @@ def _second_kernel(
     ELEMENT: gl.constexpr, SCALE: gl.constexpr, EVEN: gl.constexpr, ROW_SCALE: gl.constexpr, HAS_BIAS: gl.constexpr,
     WEIGHT_ON_INPUT: gl.constexpr, DIRECT: gl.constexpr, HAS_MAP: gl.constexpr,
     BLOCK_M: gl.constexpr, T: gl.constexpr, C: gl.constexpr, STAGES: gl.constexpr,
-    OVERLAP: gl.constexpr, ODD: gl.constexpr, PARTS: gl.constexpr, BULK: gl.constexpr,
+    OVERLAP: gl.constexpr, ODD: gl.constexpr, PARTS: gl.constexpr, BULK: gl.constexpr, FEW: gl.constexpr,
     TAIL: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """shares[route, N] = routing weight * (w2[e] @ h[sorted route] + b2[e])."""
@@ -193,7 +225,10 @@ def _second_kernel(
     if expert >= 0:
         first = gl.program_id(0) % blocks * T
         held, at = codes, codes
-        if not BULK:
+        if FEW:
+            at = hopper_few.pointers(codes, scales, expert, first, first + T // 2, TILES, FEW, T, C, ELEMENT, SCALE)
+            held = hopper_few.ahead(at, FEW, C, STAGES, ELEMENT, SCALE)
+        elif not BULK:
             held = buffers(T, C, STAGES, ELEMENT, SCALE)
             at = pointers(codes, scales, expert, first, first + T // 2, TILES, CHUNKS, T, C, ELEMENT, SCALE)
             for s in gl.static_range(STAGES - 1):
@@ -207,14 +242,14 @@ def _second_kernel(
                 shares, (h_half, h_half), codes, scales, ratios, row_scale, bias, order, topk_weights, held, at,
                 expert, first, start, end, N, K, TILES, CHUNKS, STEPS,
                 ELEMENT, SCALE, EVEN, ROW_SCALE, HAS_BIAS, WEIGHT_ON_INPUT, DIRECT,
-                half_of(BLOCK_M), T, C, STAGES, OVERLAP, ODD, PARTS, BULK,
+                half_of(BLOCK_M), T, C, STAGES, OVERLAP, ODD, PARTS, BULK, FEW,
             )  # fmt: skip
         else:
             _second(
                 shares, (h, h_rest), codes, scales, ratios, row_scale, bias, order, topk_weights, held, at,
                 expert, first, start, end, N, K, TILES, CHUNKS, STEPS,
                 ELEMENT, SCALE, EVEN, ROW_SCALE, HAS_BIAS, WEIGHT_ON_INPUT, DIRECT,
-                BLOCK_M, T, C, STAGES, OVERLAP, ODD, PARTS, BULK,
+                BLOCK_M, T, C, STAGES, OVERLAP, ODD, PARTS, BULK, FEW,
             )  # fmt: skip
     elif PDL:
         gdc_wait()

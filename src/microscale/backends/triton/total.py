@@ -11,6 +11,8 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from microscale.backends.triton import tiles
 from microscale.backends.triton.routing import key_of
 
+SOON = True
+
 
 @triton.jit
 def _total_kernel(
@@ -25,14 +27,18 @@ def _total_kernel(
     TOP_K: tl.constexpr,
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
+    SOON: tl.constexpr,
 ):
     blocks = tl.cdiv(N, BLOCK)
     token = (tl.program_id(0) // blocks).to(tl.int64)
     n = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     acc = tl.zeros((BLOCK,), tl.float32)
-    if PDL:
+    if PDL and SOON:
         gdc_launch_dependents()  # see `small`
+    if PDL:
         gdc_wait()
+    if PDL and not SOON:
+        gdc_launch_dependents()
     for t in tl.static_range(TOP_K):
         route = token * TOP_K + t
         key = key_of(ids, expert_map, route, route + 1, experts, known, HAS_MAP)
@@ -65,6 +71,6 @@ def total(
     with tiles.on(shares.device):
         _total_kernel[(tokens * -(-n // 1024),)](
             y, shares, topk_ids.contiguous(), expert_map, experts, known, n,
-            HAS_MAP=expert_map is not None, TOP_K=top_k, BLOCK=1024, PDL=pdl, **launch,
+            HAS_MAP=expert_map is not None, TOP_K=top_k, BLOCK=1024, PDL=pdl, SOON=SOON, **launch,
         )  # fmt: skip
     return y
