@@ -16,7 +16,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from microscale.backends.triton import cuts, hopper_bulk, hopper_few, tiles
+from microscale.backends.triton import cuts, hopper_bulk, tiles
 from microscale.backends.triton.cuts import Cut, split, tail_of
 from microscale.backends.triton.fragments import Fragments
 from microscale.backends.triton.hopper_bulk import main_of, rest_of
@@ -50,8 +50,7 @@ def _linear_kernel(
     y, x, x_rest, codes, scales, ratios, row_scale, bias, M, N, K, TILES, CHUNKS, STEPS,
     ELEMENT: gl.constexpr, SCALE: gl.constexpr, EVEN: gl.constexpr, ROW_SCALE: gl.constexpr, HAS_BIAS: gl.constexpr,
     GROUP: gl.constexpr, BLOCK_M: gl.constexpr, T: gl.constexpr, C: gl.constexpr, STAGES: gl.constexpr,
-    OVERLAP: gl.constexpr, ODD: gl.constexpr, PARTS: gl.constexpr, BULK: gl.constexpr, FEW: gl.constexpr,
-    EARLY: gl.constexpr,
+    OVERLAP: gl.constexpr, ODD: gl.constexpr, PARTS: gl.constexpr, BULK: gl.constexpr, EARLY: gl.constexpr,
 ):  # fmt: skip
     WARPS: gl.constexpr = gl.num_warps()
     # GROUP blocks of tokens take turns with the rows, so that both are found in the cache.
@@ -79,14 +78,6 @@ def _linear_kernel(
         if rest_of(BLOCK_M):
             rest = block_m * BLOCK_M + main_of(BLOCK_M)
             _store(y, accs[1], first, second, rest, *out, ROW_SCALE, HAS_BIAS, rest_of(BLOCK_M), T)
-    elif FEW:
-        at = hopper_few.pointers(codes, scales, matrix, first, second, TILES, FEW, T, C, ELEMENT, SCALE)
-        held = hopper_few.ahead(at, FEW, C, STAGES, ELEMENT, SCALE)
-        m = block_m * BLOCK_M + gl.arange(0, BLOCK_M, gl.SliceLayout(1, hopper_few.few_places(WARPS)))
-        acc = hopper_few.product(
-            x, gl.minimum(m, M - 1).to(gl.int64), m < M, at, held, K, ELEMENT, SCALE, FEW, BLOCK_M, T, C, STAGES
-        )
-        _store(y, acc, first, second, block_m * BLOCK_M, *out, ROW_SCALE, HAS_BIAS, BLOCK_M, T)
     else:
         held = buffers(T, C, STAGES, ELEMENT, SCALE)
         at = pointers(codes, scales, matrix, first, second, TILES, CHUNKS, T, C, ELEMENT, SCALE)

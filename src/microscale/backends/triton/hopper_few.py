@@ -10,7 +10,13 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warpgroup_mma_wait
 
-from microscale.backends.triton.hopper_decode import accumulator, bits_of, operand, scales_layout, words_layout
+from microscale.backends.triton.hopper_decode import (
+    accumulator,
+    bits_of,
+    operand,
+    scales_layout,
+    words_layout,
+)
 from microscale.backends.triton.hopper_loop import barrier, scale_words, tile_of, wide_rows
 
 
@@ -26,6 +32,15 @@ def _copied(CHUNKS):
 def _copies(CHUNKS):
     quads = (CHUNKS + 3) // 4
     return quads // (quads & -quads)
+
+
+@gluon.constexpr_function
+def _steps(CHUNKS, C, STAGES):
+    """So many that turns of STAGES come out even, if there are tokens for them: what stands behind the turns is code
+    that runs once, and has to be fetched."""
+    steps = (CHUNKS + C - 1) // C
+    even = (steps + STAGES - 1) // STAGES * STAGES
+    return even if even * C <= (CHUNKS + 3) // 4 * 4 else steps
 
 
 @gluon.constexpr_function
@@ -76,9 +91,7 @@ def _load(at, step, CHUNKS: gl.constexpr, STRIDE: gl.constexpr, C: gl.constexpr)
 
 
 @gluon.jit
-def _weights(
-    at, step, CHUNKS: gl.constexpr, C: gl.constexpr, ELEMENT: gl.constexpr, SCALE: gl.constexpr
-):
+def _weights(at, step, CHUNKS: gl.constexpr, C: gl.constexpr, ELEMENT: gl.constexpr, SCALE: gl.constexpr):
     """A step's codes, their further bits and scales, as `hopper_decode.operand` takes them."""
     cp, dp, sp = at
     words = _load(cp, step, CHUNKS, 128 * bits_of(ELEMENT), C)
@@ -96,7 +109,12 @@ def _weights(
 
 @gluon.jit
 def ahead(
-    at, CHUNKS: gl.constexpr, C: gl.constexpr, STAGES: gl.constexpr, ELEMENT: gl.constexpr, SCALE: gl.constexpr
+    at,
+    CHUNKS: gl.constexpr,
+    C: gl.constexpr,
+    STAGES: gl.constexpr,
+    ELEMENT: gl.constexpr,
+    SCALE: gl.constexpr,
 ):
     """Tuple of the weights of the first STAGES steps, which changes nothing and waits for nothing."""
     found = ()
@@ -118,8 +136,10 @@ def _replaced(ring, PLACE: gl.constexpr, weights):
 
 
 @gluon.jit
-def _tokens(x, rows, real, K, CHUNKS: gl.constexpr, BLOCK_M: gl.constexpr, C: gl.constexpr):
-    """Shared memory [steps, BLOCK_M, C * 64] with all of K of the tokens, for all threads; 0 past K and past them.
+def _copy_tokens(
+    x, rows, real, K, CHUNKS: gl.constexpr, ROOM: gl.constexpr, BLOCK_M: gl.constexpr, C: gl.constexpr
+):
+    """Shared memory [steps, BLOCK_M, C * 64] to which all of K of the tokens is on its way; 0 past K and past them.
 
     64 columns of all tokens lie together, so that it does not matter how many a copy or a step has.
     """
@@ -128,22 +148,21 @@ def _tokens(x, rows, real, K, CHUNKS: gl.constexpr, BLOCK_M: gl.constexpr, C: gl
     TOKENS: gl.constexpr = few_places(gl.num_warps())
     COPY: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_M, WIDTH], gl.bfloat16)
     STEP: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_M, C * 64], gl.bfloat16)
-    xs = gl.allocate_shared_memory(gl.bfloat16, [COPIES, BLOCK_M, WIDTH], COPY)
+    HELD: gl.constexpr = ROOM * 256 // WIDTH
+    xs = gl.allocate_shared_memory(gl.bfloat16, [HELD, BLOCK_M, WIDTH], COPY)
     column = gl.arange(0, WIDTH, gl.SliceLayout(0, TOKENS))
     tp = x + rows[:, None] * K + column[None, :]
     for i in gl.static_range(COPIES):
         mask = real[:, None] & (i * WIDTH + column < K)[None, :]
         async_copy.async_copy_global_to_shared(xs.index(i), tp + i * WIDTH, mask=mask)
     async_copy.commit_group()
-    async_copy.wait_group(0)
-    barrier()
-    return xs._reinterpret(gl.bfloat16, [COPIES * WIDTH // (C * 64), BLOCK_M, C * 64], STEP)
+    return xs._reinterpret(gl.bfloat16, [HELD * WIDTH // (C * 64), BLOCK_M, C * 64], STEP)
 
 
 @gluon.jit
 def product(
     x, rows, real, at, ring, K,
-    ELEMENT: gl.constexpr, SCALE: gl.constexpr, CHUNKS: gl.constexpr,
+    ELEMENT: gl.constexpr, SCALE: gl.constexpr, CHUNKS: gl.constexpr, ROOM: gl.constexpr,
     BLOCK_M: gl.constexpr, T: gl.constexpr, C: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """float32 [T * 64, BLOCK_M], slots of rows.
@@ -151,13 +170,16 @@ def product(
     Args:
         x: bfloat16 [*, K]; rows: int64 [BLOCK_M]; real: which of these are tokens at all.
         at, ring: of `pointers` and `ahead`.
+        ROOM: `cuts.Cut.room`.
     """
     ACC: gl.constexpr = accumulator(BLOCK_M, gl.num_warps())
-    STEPS: gl.constexpr = (CHUNKS + C - 1) // C
-    xs = _tokens(x, rows, real, K, CHUNKS, BLOCK_M, C)
+    STEPS: gl.constexpr = _steps(CHUNKS, C, STAGES)
+    xs = _copy_tokens(x, rows, real, K, CHUNKS, ROOM, BLOCK_M, C)
     acc = gl.zeros([T * 64, BLOCK_M], gl.float32, ACC)
     now = operand(ring[0], 0, 1, ACC, T, C, ELEMENT, SCALE)
     ring = _replaced(ring, 0, _weights(at, gl.to_tensor(STAGES), CHUNKS, C, ELEMENT, SCALE))
+    async_copy.wait_group(0)
+    barrier()
     # A step is decoded while the one before it is multiplied.
     for turn in range(STEPS // STAGES):
         for s in gl.static_range(STAGES):

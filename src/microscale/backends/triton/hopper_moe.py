@@ -57,7 +57,8 @@ def _first(
     KIND: gl.constexpr, GATED: gl.constexpr, INTERLEAVED: gl.constexpr, HAS_LIMIT: gl.constexpr,
     WEIGHT_ON_INPUT: gl.constexpr, DIRECT: gl.constexpr,
     BLOCK_M: gl.constexpr, T: gl.constexpr, C: gl.constexpr, STAGES: gl.constexpr,
-    OVERLAP: gl.constexpr, ODD: gl.constexpr, PARTS: gl.constexpr, BULK: gl.constexpr, FEW: gl.constexpr,
+    OVERLAP: gl.constexpr, ODD: gl.constexpr, PARTS: gl.constexpr, BULK: gl.constexpr,
+    FEW: gl.constexpr, ROOM: gl.constexpr,
 ):  # fmt: skip
     """A tile of `_first_kernel`, of at most BLOCK_M tokens."""
     MAIN: gl.constexpr = main_of(BLOCK_M) if BULK else BLOCK_M
@@ -75,11 +76,17 @@ def _first(
     elif FEW:
         PLACES: gl.constexpr = few_places(gl.num_warps())
         i = start + gl.arange(0, BLOCK_M, gl.SliceLayout(1, PLACES))
-        token = (routes_at(order, gl.minimum(i, end - 1), DIRECT) // top_k).to(gl.int64)
+        token = (i * 0).to(gl.int64)  # a direct tile is of the only token
+        if not DIRECT:
+            token = (gl.load(order + gl.minimum(i, end - 1)) // top_k).to(gl.int64)
         if EARLY:
-            rows = gl.minimum(slots(first, second, T, gl.SliceLayout(1, accumulator(BLOCK_M, gl.num_warps()))), N - 1)
+            rows = gl.minimum(
+                slots(first, second, T, gl.SliceLayout(1, accumulator(BLOCK_M, gl.num_warps()))), N - 1
+            )
             row_factors = factors(row_scale, bias, expert * N + rows, ROW_SCALE, HAS_BIAS)
-        sums = hopper_few.product(x[0], token, i < end, at, held, K, ELEMENT, SCALE, FEW, BLOCK_M, T, C, STAGES)
+        sums = hopper_few.product(
+            x[0], token, i < end, at, held, K, ELEMENT, SCALE, FEW, ROOM, BLOCK_M, T, C, STAGES
+        )
         if EARLY:
             sums = applied(sums, row_factors, ROW_SCALE, HAS_BIAS)
         accs = (sums,)
@@ -111,8 +118,8 @@ def _first_kernel(
     KIND: gl.constexpr, GATED: gl.constexpr, INTERLEAVED: gl.constexpr, HAS_LIMIT: gl.constexpr,
     WEIGHT_ON_INPUT: gl.constexpr, DIRECT: gl.constexpr, HAS_MAP: gl.constexpr,
     BLOCK_M: gl.constexpr, T: gl.constexpr, C: gl.constexpr, STAGES: gl.constexpr,
-    OVERLAP: gl.constexpr, ODD: gl.constexpr, PARTS: gl.constexpr, BULK: gl.constexpr, FEW: gl.constexpr,
-    TAIL: gl.constexpr, PDL: gl.constexpr,
+    OVERLAP: gl.constexpr, ODD: gl.constexpr, PARTS: gl.constexpr, BULK: gl.constexpr,
+    FEW: gl.constexpr, ROOM: gl.constexpr, TAIL: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """h[sorted route, WIDTH] = activation(w13[e] @ x[token] + b13[e])."""
     blocks = gl.cdiv(WIDTH, T * 32 if GATED else T * 64)
@@ -144,14 +151,14 @@ def _first_kernel(
                 h, (x_half, x_half), codes, scales, ratios, row_scale, bias, order, topk_weights, held, at, expert,
                 block, first, second, start, end, top_k, N, WIDTH, K, TILES, CHUNKS, STEPS, alpha, beta, limit,
                 ELEMENT, SCALE, EVEN, ROW_SCALE, HAS_BIAS, KIND, GATED, INTERLEAVED, HAS_LIMIT, WEIGHT_ON_INPUT, DIRECT,
-                half_of(BLOCK_M), T, C, STAGES, OVERLAP, ODD, PARTS, BULK, FEW,
+                half_of(BLOCK_M), T, C, STAGES, OVERLAP, ODD, PARTS, BULK, FEW, ROOM,
             )  # fmt: skip
         else:
             _first(
                 h, (x, x_rest), codes, scales, ratios, row_scale, bias, order, topk_weights, held, at, expert, block,
                 first, second, start, end, top_k, N, WIDTH, K, TILES, CHUNKS, STEPS, alpha, beta, limit,
                 ELEMENT, SCALE, EVEN, ROW_SCALE, HAS_BIAS, KIND, GATED, INTERLEAVED, HAS_LIMIT, WEIGHT_ON_INPUT, DIRECT,
-                BLOCK_M, T, C, STAGES, OVERLAP, ODD, PARTS, BULK, FEW,
+                BLOCK_M, T, C, STAGES, OVERLAP, ODD, PARTS, BULK, FEW, ROOM,
             )  # fmt: skip
 
 
@@ -162,7 +169,8 @@ def _second(
     ELEMENT: gl.constexpr, SCALE: gl.constexpr, EVEN: gl.constexpr, ROW_SCALE: gl.constexpr, HAS_BIAS: gl.constexpr,
     WEIGHT_ON_INPUT: gl.constexpr, DIRECT: gl.constexpr,
     BLOCK_M: gl.constexpr, T: gl.constexpr, C: gl.constexpr, STAGES: gl.constexpr,
-    OVERLAP: gl.constexpr, ODD: gl.constexpr, PARTS: gl.constexpr, BULK: gl.constexpr, FEW: gl.constexpr,
+    OVERLAP: gl.constexpr, ODD: gl.constexpr, PARTS: gl.constexpr, BULK: gl.constexpr,
+    FEW: gl.constexpr, ROOM: gl.constexpr,
 ):  # fmt: skip
     """A tile of `_second_kernel`, of at most BLOCK_M tokens."""
     MAIN: gl.constexpr = main_of(BLOCK_M) if BULK else BLOCK_M
@@ -186,7 +194,9 @@ def _second(
         n = gl.minimum(slots(first, first + T // 2, T, gl.SliceLayout(1, ACC)), N - 1)
         row_factors = factors(row_scale, bias, expert * N + n, ROW_SCALE, HAS_BIAS)
         at_row = gl.minimum(i, end - 1).to(gl.int64)
-        sums = hopper_few.product(h[0], at_row, i < end, at, held, K, ELEMENT, SCALE, FEW, BLOCK_M, T, C, STAGES)
+        sums = hopper_few.product(
+            h[0], at_row, i < end, at, held, K, ELEMENT, SCALE, FEW, ROOM, BLOCK_M, T, C, STAGES
+        )
         accs = (applied(sums, row_factors, ROW_SCALE, HAS_BIAS),)
     else:
         TOKENS: gl.constexpr = gl.BlockedLayout([1, 8], [4 // C, 8 * C], [gl.num_warps(), 1], [1, 0])
@@ -214,8 +224,8 @@ def _second_kernel(
     ELEMENT: gl.constexpr, SCALE: gl.constexpr, EVEN: gl.constexpr, ROW_SCALE: gl.constexpr, HAS_BIAS: gl.constexpr,
     WEIGHT_ON_INPUT: gl.constexpr, DIRECT: gl.constexpr, HAS_MAP: gl.constexpr,
     BLOCK_M: gl.constexpr, T: gl.constexpr, C: gl.constexpr, STAGES: gl.constexpr,
-    OVERLAP: gl.constexpr, ODD: gl.constexpr, PARTS: gl.constexpr, BULK: gl.constexpr, FEW: gl.constexpr,
-    TAIL: gl.constexpr, PDL: gl.constexpr,
+    OVERLAP: gl.constexpr, ODD: gl.constexpr, PARTS: gl.constexpr, BULK: gl.constexpr,
+    FEW: gl.constexpr, ROOM: gl.constexpr, TAIL: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """shares[route, N] = routing weight * (w2[e] @ h[sorted route] + b2[e])."""
     blocks = gl.cdiv(TILES, T)
@@ -226,7 +236,9 @@ def _second_kernel(
         first = gl.program_id(0) % blocks * T
         held, at = codes, codes
         if FEW:
-            at = hopper_few.pointers(codes, scales, expert, first, first + T // 2, TILES, FEW, T, C, ELEMENT, SCALE)
+            at = hopper_few.pointers(
+                codes, scales, expert, first, first + T // 2, TILES, FEW, T, C, ELEMENT, SCALE
+            )
             held = hopper_few.ahead(at, FEW, C, STAGES, ELEMENT, SCALE)
         elif not BULK:
             held = buffers(T, C, STAGES, ELEMENT, SCALE)
@@ -242,14 +254,14 @@ def _second_kernel(
                 shares, (h_half, h_half), codes, scales, ratios, row_scale, bias, order, topk_weights, held, at,
                 expert, first, start, end, N, K, TILES, CHUNKS, STEPS,
                 ELEMENT, SCALE, EVEN, ROW_SCALE, HAS_BIAS, WEIGHT_ON_INPUT, DIRECT,
-                half_of(BLOCK_M), T, C, STAGES, OVERLAP, ODD, PARTS, BULK, FEW,
+                half_of(BLOCK_M), T, C, STAGES, OVERLAP, ODD, PARTS, BULK, FEW, ROOM,
             )  # fmt: skip
         else:
             _second(
                 shares, (h, h_rest), codes, scales, ratios, row_scale, bias, order, topk_weights, held, at,
                 expert, first, start, end, N, K, TILES, CHUNKS, STEPS,
                 ELEMENT, SCALE, EVEN, ROW_SCALE, HAS_BIAS, WEIGHT_ON_INPUT, DIRECT,
-                BLOCK_M, T, C, STAGES, OVERLAP, ODD, PARTS, BULK, FEW,
+                BLOCK_M, T, C, STAGES, OVERLAP, ODD, PARTS, BULK, FEW, ROOM,
             )  # fmt: skip
     elif PDL:
         gdc_wait()
@@ -282,8 +294,9 @@ def first(
     experts, rows, hidden = w.shape
     inner = rows // 2 if activation.gated else rows
     h = torch.empty(weights.numel(), inner, dtype=x.dtype, device=x.device)
-    per_block = cut.tiles * (32 if activation.gated else 64)
-    _first_kernel[(table.count * -(-inner // per_block),)](
+    programs = table.count * -(-inner // (cut.tiles * (32 if activation.gated else 64)))
+    cut = cut.spread(programs, tiles.target(x.device).units)
+    _first_kernel[(programs,)](
         h, *read_as(x, cut), w.codes, w.scales, w.ratios, w.row_scale, bias,
         table.tile_experts, table.tile_starts, table.ends, table.order, expert_map, weights,
         weights.shape[1], experts, experts if expert_map is None else expert_map.numel(),
@@ -298,6 +311,8 @@ def first(
         DIRECT=direct,
         HAS_MAP=expert_map is not None,
         PARTS=PARTS[x.dtype],
+        FEW=w.chunks if cut.few else 0,
+        ROOM=cut.room(w.shape[-1]) if cut.few else 0,
         # A direct tile is one route: the compiler would decide the branch, and Triton 3.6 cannot compile a decided
         # branch between two sizes of tile ("PassManager::run failed", in ConvertTritonGPUToLLVM).
         TAIL=cut.tail and not direct,
@@ -323,7 +338,9 @@ def second(
     """[routes, I] in the table's order -> [routes, N] in the tokens' order, in h's dtype."""
     experts, n, inner = w.shape
     shares = torch.empty(weights.numel(), n, dtype=h.dtype, device=h.device)
-    _second_kernel[(table.count * -(-w.tiles // cut.tiles),)](
+    programs = table.count * -(-w.tiles // cut.tiles)
+    cut = cut.spread(programs, tiles.target(h.device).units)
+    _second_kernel[(programs,)](
         shares, *read_as(h, cut), w.codes, w.scales, w.ratios, w.row_scale, bias,
         table.tile_experts, table.tile_starts, table.ends, table.order, expert_map, weights,
         experts, experts if expert_map is None else expert_map.numel(), n, inner, *cut.sizes(w),
@@ -332,6 +349,8 @@ def second(
         DIRECT=direct,
         HAS_MAP=expert_map is not None,
         PARTS=PARTS[h.dtype],
+        FEW=w.chunks if cut.few else 0,
+        ROOM=cut.room(w.shape[-1]) if cut.few else 0,
         TAIL=cut.tail and not direct,  # as in `first`
         PDL=pdl,
         launch_pdl=pdl,
@@ -363,6 +382,8 @@ def moe(
     """
     (m, top_k), experts = topk_ids.shape, w13.shape[0]
     cut13, cut2 = cuts or moe_cuts((w13.format, w2.format), m, top_k, experts, PARTS[x.dtype])
+    cut13 = cut13.of_experts(w13, activation.gated and not activation.interleaved)
+    cut2 = cut2.of_experts(w2)
     # Bulk copies are for tokens in the order that routing finds.
     direct = (m == 1 if direct is None else direct) and not (cut13.bulk or cut2.bulk)
     # Between float16 and wider activations and the kernels that read them stand others, which do not start early.

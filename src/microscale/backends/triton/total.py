@@ -11,8 +11,6 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from microscale.backends.triton import tiles
 from microscale.backends.triton.routing import key_of
 
-SOON = True
-
 
 @triton.jit
 def _total_kernel(
@@ -27,21 +25,24 @@ def _total_kernel(
     TOP_K: tl.constexpr,
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
-    SOON: tl.constexpr,
 ):
     blocks = tl.cdiv(N, BLOCK)
     token = (tl.program_id(0) // blocks).to(tl.int64)
     n = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     acc = tl.zeros((BLOCK,), tl.float32)
-    if PDL and SOON:
-        gdc_launch_dependents()  # see `small`
     if PDL:
-        gdc_wait()
-    if PDL and not SOON:
-        gdc_launch_dependents()
+        gdc_launch_dependents()  # see `small`
+    # The ids are older than the kernel before this one, whose programs have waited for them.
+    keys = ()
     for t in tl.static_range(TOP_K):
         route = token * TOP_K + t
         key = key_of(ids, expert_map, route, route + 1, experts, known, HAS_MAP)
+        keys = keys + (key,)  # type: ignore[assignment]  # noqa: RUF005
+    if PDL:
+        gdc_wait()
+    for t in tl.static_range(TOP_K):
+        route = token * TOP_K + t
+        key = keys[t]
         # A share that nobody wrote is not read.
         acc += tl.load(shares + route * N + n, mask=(n < N) & (key < experts), other=0.0).to(tl.float32)
         acc = tl.where(key > experts, float("nan"), acc)
@@ -71,6 +72,6 @@ def total(
     with tiles.on(shares.device):
         _total_kernel[(tokens * -(-n // 1024),)](
             y, shares, topk_ids.contiguous(), expert_map, experts, known, n,
-            HAS_MAP=expert_map is not None, TOP_K=top_k, BLOCK=1024, PDL=pdl, SOON=SOON, **launch,
+            HAS_MAP=expert_map is not None, TOP_K=top_k, BLOCK=1024, PDL=pdl, **launch,
         )  # fmt: skip
     return y
