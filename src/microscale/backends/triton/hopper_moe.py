@@ -76,20 +76,16 @@ def _first(
     elif FEW:
         PLACES: gl.constexpr = few_places(gl.num_warps())
         i = start + gl.arange(0, BLOCK_M, gl.SliceLayout(1, PLACES))
-        token = (i * 0).to(gl.int64)  # a direct tile is of the only token
-        if not DIRECT:
-            token = (gl.load(order + gl.minimum(i, end - 1)) // top_k).to(gl.int64)
-        if EARLY:
-            rows = gl.minimum(
-                slots(first, second, T, gl.SliceLayout(1, accumulator(BLOCK_M, gl.num_warps()))), N - 1
-            )
-            row_factors = factors(row_scale, bias, expert * N + rows, ROW_SCALE, HAS_BIAS)
+        place = gl.minimum(i, end - 1)
+        # A direct tile is of the only token.
+        token = (place * 0 if DIRECT else gl.load(order + place) // top_k).to(gl.int64)
+        ROWS_AT: gl.constexpr = gl.SliceLayout(1, accumulator(BLOCK_M, gl.num_warps()))
+        rows = expert * N + gl.minimum(slots(first, second, T, ROWS_AT), N - 1)
+        late = factors(row_scale, bias, rows, ROW_SCALE and EARLY, HAS_BIAS and EARLY)
         sums = hopper_few.product(
             x[0], token, i < end, at, held, K, ELEMENT, SCALE, FEW, ROOM, BLOCK_M, T, C, STAGES
         )
-        if EARLY:
-            sums = applied(sums, row_factors, ROW_SCALE, HAS_BIAS)
-        accs = (sums,)
+        accs = (applied(sums, late, ROW_SCALE and EARLY, HAS_BIAS and EARLY),)
     else:
         TOKENS: gl.constexpr = gl.BlockedLayout([1, 8], [4 // C, 8 * C], [gl.num_warps(), 1], [1, 0])
         place = gl.minimum(start + gl.arange(0, BLOCK_M, gl.SliceLayout(1, TOKENS)), end - 1)
@@ -190,14 +186,14 @@ def _second(
     elif FEW:
         PLACES: gl.constexpr = few_places(gl.num_warps())
         i = start + gl.arange(0, BLOCK_M, gl.SliceLayout(1, PLACES))
-        ACC: gl.constexpr = accumulator(BLOCK_M, gl.num_warps())
-        n = gl.minimum(slots(first, first + T // 2, T, gl.SliceLayout(1, ACC)), N - 1)
-        row_factors = factors(row_scale, bias, expert * N + n, ROW_SCALE, HAS_BIAS)
-        at_row = gl.minimum(i, end - 1).to(gl.int64)
+        ROWS_AT: gl.constexpr = gl.SliceLayout(1, accumulator(BLOCK_M, gl.num_warps()))
+        n = expert * N + gl.minimum(slots(first, first + T // 2, T, ROWS_AT), N - 1)
+        late = factors(row_scale, bias, n, ROW_SCALE, HAS_BIAS)
+        place = gl.minimum(i, end - 1).to(gl.int64)
         sums = hopper_few.product(
-            h[0], at_row, i < end, at, held, K, ELEMENT, SCALE, FEW, ROOM, BLOCK_M, T, C, STAGES
+            h[0], place, i < end, at, held, K, ELEMENT, SCALE, FEW, ROOM, BLOCK_M, T, C, STAGES
         )
-        accs = (applied(sums, row_factors, ROW_SCALE, HAS_BIAS),)
+        accs = (applied(sums, late, ROW_SCALE, HAS_BIAS),)
     else:
         TOKENS: gl.constexpr = gl.BlockedLayout([1, 8], [4 // C, 8 * C], [gl.num_warps(), 1], [1, 0])
         rows = gl.minimum(start + gl.arange(0, BLOCK_M, gl.SliceLayout(1, TOKENS)), end - 1).to(gl.int64)
@@ -236,9 +232,8 @@ def _second_kernel(
         first = gl.program_id(0) % blocks * T
         held, at = codes, codes
         if FEW:
-            at = hopper_few.pointers(
-                codes, scales, expert, first, first + T // 2, TILES, FEW, T, C, ELEMENT, SCALE
-            )
+            second = first + T // 2
+            at = hopper_few.pointers(codes, scales, expert, first, second, TILES, FEW, T, C, ELEMENT, SCALE)
             held = hopper_few.ahead(at, FEW, C, STAGES, ELEMENT, SCALE)
         elif not BULK:
             held = buffers(T, C, STAGES, ELEMENT, SCALE)
