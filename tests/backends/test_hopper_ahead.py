@@ -71,6 +71,8 @@ def given(
         "DIRECT": direct,
         "TAIL": cut.tail and not direct,
         "PARTS": parts,
+        "FEW": packed.chunks if cut.few else 0,
+        "ROOM": cut.room(packed.shape[-1]) if cut.few else 0,
         "row_scale": "*fp32" if packed.row_scale is not None else None,
         "GROUP": 8,
         "KIND": kind,
@@ -143,6 +145,39 @@ def test_the_hopper_kernels_keep_weights_in_registers(
         if bulk:
             assert "ld.global.v4.b32" in ptx
             assert "cp.async.cg" not in ptx
+
+
+@pytest.mark.parametrize(
+    "name, word, activation, k, direct",
+    [
+        ("mxfp4", "m8t1c2w4s5fp3", ACTIVATIONS[0], 2880, True),
+        ("mxfp4", "m8t2c1w8s8f", ACTIVATIONS[1], 2048, False),
+        ("nvfp4", "m8t1c2w4s8f", ACTIVATIONS[2], 768, True),
+        ("mxfp6_e2m3", "m8t2c1w4s4f", ACTIVATIONS[0], 160, False),
+        ("mxfp8_e4m3", "m16t2c1w8s4f", ACTIVATIONS[1], 288, False),
+        ("mxint8", "m8t1c1w4s5f", ACTIVATIONS[0], 800, True),
+    ],
+)
+def test_the_loop_for_a_few_tokens_waits_for_nothing_but_the_matrix_unit(
+    layout: Any, name: str, word: str, activation: tuple[str, bool, bool, bool], k: int, direct: bool
+) -> None:
+    """Codes go to registers 16 bytes at a time, some of them between products, and no warp waits for others there."""
+    _, experts, cuts = modules()
+    cut = cuts.Cut.parse(word)
+    packed = packed_weights(name, k)
+    arguments = given(packed, cut, activation, 1, direct, "*bf16")
+    for kernel in (experts._first_kernel, experts._second_kernel):
+        made = for_hopper(kernel, arguments, cut)
+        ptx = made.asm["ptx"]
+        assert set(re.findall(r"wgmma\.mma_async\S* \{[^}]*\}, (\S)", ptx)) == {"{"}
+        assert not serialized(ptx)
+        assert made.metadata.shared <= max(cut.shared(packed.format, 1, k), 4096)
+        first, last = (find("wgmma.mma_async") for find in (ptx.index, ptx.rindex))
+        assert "bar.sync" not in ptx[first:last]
+        turn = cut.chunks * cut.stages * 64
+        if k > turn:  # whether loads stay where they are is up to ptxas, which heeds this
+            assert "ld.global.v4.b32" in ptx[first:last]
+            assert "bar.warp.sync" in ptx[first:last]
 
 
 def serialized(ptx: str) -> str:

@@ -6,6 +6,8 @@ import json
 from importlib import import_module, resources
 from typing import Any
 
+import torch
+
 from microscale.formats import FORMATS
 
 
@@ -29,12 +31,39 @@ def test_every_number_of_tokens_has_a_cut_that_fits(layout: Any) -> None:
                 for experts, top_k in ((8, 2), (32, 4), (128, 8)):
                     first, second = cuts.moe_cuts((fmt, fmt), tokens, top_k, experts, parts)
                     assert (first.block_m, first.tail) == (second.block_m, second.tail)
-                    assert first.tiles >= 2  # gates and ups that lie apart
+                    # Gates and ups that lie apart: `Cut.of_experts` sees to it.
+                    assert first.tiles >= 2 or first.few
+                    assert not (first.few or second.few) or parts == 1
                     assert not first.tail or first.block_m >= 16
                     assert tokens > 1 or first.block_m == 8  # routes that are tiles of their own
                     assert tokens > 1 or not (first.bulk or second.bulk)
                     check(first, fmt, parts)
                     check(second, fmt, parts)
+
+
+def test_experts_that_a_loop_for_few_tokens_cannot_take_have_another(layout: Any) -> None:
+    cuts = import_module("microscale.backends.triton.cuts")
+    fragments = import_module("microscale.backends.triton.fragments")
+    cut = cuts.Cut.parse("m8t1c2w4s6fp3")
+
+    def weights(name: str, k: int) -> Any:
+        empty = torch.empty(0, dtype=torch.int32)
+        return fragments.Fragments(FORMATS[name], (2, 128, k), None, empty, empty, None, None)
+
+    assert cut.of_experts(weights("mxfp4", 2880)) == cut
+    # Three programs find room, and no fourth one.
+    assert 227 << 8 < cut.shared(FORMATS["mxfp4"], 1, 2880) <= (228 << 10) // 3 - 1024
+    assert cut.spread(396, 132) == cut
+    assert str(cut.spread(397, 132)) == "m8t1c2w4s6f"
+    assert cuts.Cut.parse("m8t1c2w4s6f").room(2880) == 12
+    assert cuts.Cut.parse("m128t2c1w8s3ohb1p2").spread(10000, 132).programs == 2
+    assert str(cut.of_experts(weights("mxfp4", 2880), apart=True)) == "m8t2c2w8s6f"
+    # All of K must find room, and block FP8's sums are rescaled between steps.
+    for name, k in (("mxfp4", 16384), ("fp8_block128", 256)):
+        other = cut.of_experts(weights(name, k))
+        assert not other.few
+        assert other.block_m == 8
+        assert other.shared(FORMATS[name], 1) <= cuts.HOPPER_SHARED
 
 
 def test_each_row_of_the_tables_says_what_it_took(layout: Any) -> None:

@@ -305,12 +305,13 @@ def test_every_cut_gives_the_same_bits(name: str) -> None:
     for cut in dict.fromkeys(cut.fitted(fmt, 1) for row in linear for cut in (row.cut, *row.others)):
         for rows in (slice(0, 130), slice(3, 7), slice(3, 4)):
             assert torch.equal(hopper.linear(wide[rows], matrix, None, cut), y[rows]), (cut, rows)
-    rest = (w13, w2, GPT_OSS, None, None, None, False)
-    y = hopper_moe.moe(x, ids, weights, *rest, (first, first))
-    for cut13, cut2 in dict.fromkeys((r.first.fitted(fmt, 1), r.second.fitted(fmt, 1)) for r in moe):
-        for rows in (slice(0, 130), slice(3, 7), slice(3, 4)):
-            found = hopper_moe.moe(x[rows], ids[rows], weights[rows], *rest, (cut13, cut2))
-            assert torch.equal(found, y[rows]), (cut13, cut2, rows)
+    for activation in (GPT_OSS, Activation("silu")):
+        rest = (w13, w2, activation, None, None, None, False)
+        y = hopper_moe.moe(x, ids, weights, *rest, (first, first))
+        for cut13, cut2 in dict.fromkeys((r.first.fitted(fmt, 1), r.second.fitted(fmt, 1)) for r in moe):
+            for rows in (slice(0, 130), slice(3, 7), slice(3, 4)):
+                found = hopper_moe.moe(x[rows], ids[rows], weights[rows], *rest, (cut13, cut2))
+                assert torch.equal(found, y[rows]), (activation, cut13, cut2, rows)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="needs a GPU")

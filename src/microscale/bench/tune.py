@@ -62,6 +62,9 @@ _SHAPES = {
     256: ((2, 1, 8, 4, 1, 0), (2, 1, 8, 4, 4, 0)),
 }
 
+# Of a single token's experts, for w13 and w2 each: by `hopper_few`.
+_FEW = ("m8t1c2w4s5f", "m8t1c2w4s8f", "m8t2c2w8s6f", "m8t2c1w8s8fp1", "m8t1c2w4s6fp2")
+
 
 def candidates(fmt: Format, tokens: float, tail: bool) -> list[Cut]:
     """Cuts for up to `tokens` tokens a matrix: blocks of half as many to half as many again."""
@@ -253,6 +256,9 @@ def tune_moe(name: str, say: Callable[[str], None]) -> Iterator[dict[str, Any]]:
                 ]
                 pairs = [(row.first, row.second)]
                 pairs += [(c, c) for c in tried if c.tiles > 1 or not apart]
+                if tokens == 1 and fmt.scale != "f32":
+                    few = [cut for cut in map(Cut.parse, _FEW) if checked.moe(cut)]
+                    pairs += itertools.product(few, few)
                 for first, second in dict.fromkeys(pairs):
                     both = (first, second)
                     taken = _time([partial(_experts, g, cell.biases, both) for g in cell.given])

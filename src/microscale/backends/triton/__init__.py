@@ -3,9 +3,9 @@
 `layout` packs and unpacks, `decode` turns codes and scales into numbers in registers, `gemm` has the loop over K and
 linear, `moe` the experts, `routing` sorts their routes, `total` adds up their shares, `tiles` has the sizes. Hopper has
 a layout and kernels of its own: `placement` and `fragments`, `hopper` and `hopper_moe` over `hopper_loop` or, for many
-tokens, `hopper_bulk`, both over `hopper_decode`; `hopper_results` ends experts, `hopper_fetch` asks for weights ahead,
-`cuts` chooses their sizes, and `fallback` takes over if they do not compile. `attend` and `small` are what a decoded
-token needs besides products.
+tokens, `hopper_bulk`, for experts of a few `hopper_few`, all over `hopper_decode`; `hopper_results` ends experts,
+`hopper_fetch` asks for weights ahead, `cuts` chooses their sizes, and `fallback` takes over if they do not compile.
+`attend` and `small` are what a decoded token needs besides products.
 """
 
 from __future__ import annotations

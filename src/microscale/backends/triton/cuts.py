@@ -22,7 +22,7 @@ REGISTERS = 1 << 16  # of a multiprocessor
 MULTIPROCESSORS = 132  # of an H100 or H200
 # What a program's beginning and end take, in tokens of its block: 2 us, whatever K is.
 START = 12
-_WORD = re.compile(r"m(\d+)t(\d+)c(\d+)w(\d+)s(\d+)(o?)(h?)(?:b(\d+))?(?:p(\d))?")
+_WORD = re.compile(r"m(\d+)t(\d+)c(\d+)w(\d+)s(\d+)(o?)(h?)(f?)(?:b(\d+))?(?:p(\d))?")
 
 
 def split(block_m: int) -> tuple[int, int]:
@@ -51,7 +51,9 @@ class Cut:
         tail: experts' last tiles that fit into `tail_of` tokens take the time of so many; block_m at least 16.
         bulk: other than 0: by `hopper_bulk`; from 2 on, codes are asked for so many steps before they are multiplied.
             One part only, and with `overlap`.
-        programs: other than 0: the compiler is held to the registers with which so many fit a multiprocessor.
+        programs: other than 0: the compiler is held to the registers with which so many fit a multiprocessor; with
+            `few` no more fit, so that early programs do not crowd where the kernel ahead has left room.
+        few: of experts, by `hopper_few`, whose stages are steps with codes in registers. Activations of one part only.
     """
 
     block_m: int
@@ -63,11 +65,13 @@ class Cut:
     tail: bool = False
     bulk: int = 0
     programs: int = 0
+    few: bool = False
 
     def __str__(self) -> str:
         flags = (
             ("o" if self.overlap else "")
             + ("h" if self.tail else "")
+            + ("f" if self.few else "")
             + (f"b{self.bulk}" if self.bulk else "")
             + (f"p{self.programs}" if self.programs else "")
         )
@@ -79,9 +83,9 @@ class Cut:
         found = _WORD.fullmatch(word)
         if found is None:
             raise ValueError(f"{word!r} names no cut, as m128t2c1w8s5ohb1 does")
-        m, t, c, w, s, overlap, tail, bulk, programs = found.groups()
+        m, t, c, w, s, overlap, tail, few, bulk, programs = found.groups()
         sizes = (int(m), int(t), int(c), int(w), int(s))
-        return Cut(*sizes, overlap == "o", tail == "h", int(bulk or 0), int(programs or 0))
+        return Cut(*sizes, overlap == "o", tail == "h", int(bulk or 0), int(programs or 0), few == "f")
 
     def constants(self, w: Fragments) -> dict[str, Any]:
         """Compile-time arguments of the kernels."""
@@ -99,7 +103,11 @@ class Cut:
             "ODD": steps % 2 == 1,
             "ROW_SCALE": w.row_scale is not None,
             "num_warps": self.warps,
-        } | ({"maxnreg": REGISTERS // (32 * self.warps * self.programs) & -8} if self.programs else {})
+        } | (
+            {"maxnreg": min(REGISTERS // (32 * self.warps * self.programs) & -8, 255)}
+            if self.programs
+            else {}
+        )
 
     @property
     def copied(self) -> int:
@@ -107,13 +115,30 @@ class Cut:
         each other. Of 256 tokens that would leave room for too few copies."""
         return 2 if self.chunks == 1 and self.block_m < 256 else self.chunks
 
+    def room(self, columns: int) -> int:
+        """With `few`: for how many times 256 columns of tokens there is shared memory; a multiple of what a copy has,
+        see `hopper_few`."""
+        quads = max(-(-columns // 256), 1)
+        least = HOPPER_SHARED // (self.programs + 1) // (512 * self.block_m) + 1 if self.programs else 0
+        return -(-max(quads, least) // (quads & -quads)) * (quads & -quads)
+
+    def spread(self, programs: int, units: int) -> Cut:
+        """For so many programs on so many multiprocessors: with `few`, where they need more, nothing keeps any away."""
+        return replace(self, programs=0) if self.few and programs > self.programs * units else self
+
     def sizes(self, w: Fragments) -> tuple[int, int, int]:
         """Of the matrix: tiles, chunks, and the steps that these are cut into."""
         return w.tiles, w.chunks, -(-w.chunks // self.chunks)
 
-    def shared(self, fmt: Format, parts: int) -> int:
-        """Bytes of shared memory that the loop takes, for weights of a format and activations of `parts` parts."""
+    def shared(self, fmt: Format, parts: int, columns: int = 0) -> int:
+        """Bytes of shared memory that the loop takes, for weights of a format and activations of `parts` parts.
+
+        Args:
+            columns: K, all of which is there with `few`.
+        """
         scales = 256 if fmt.scale == "e4m3" else 128
+        if self.few:
+            return 512 * self.block_m * self.room(columns)
         if self.bulk:  # codes go straight to registers
             return self.stages * (self.copied * 128 * self.block_m + 8)
         return (
@@ -121,6 +146,19 @@ class Cut:
             * self.chunks
             * (self.tiles * (512 * fmt.element.bits + scales) + 128 * parts * self.block_m)
         )
+
+    def of_experts(self, w: Fragments, apart: bool = False) -> Cut:
+        """For these matrices: another one where `few` has no way to take them.
+
+        Args:
+            apart: gates and ups lie apart, so a program needs a tile of each.
+        """
+        if self.few and (w.format.scale == "f32" or self.shared(w.format, 1, w.shape[-1]) > HOPPER_SHARED):
+            usual = replace(self, tiles=2, chunks=2, warps=4, stages=4, programs=0, few=False)
+            return usual.fitted(w.format, 1)
+        if apart and self.tiles == 1:
+            return replace(self, tiles=2, warps=8, programs=0)
+        return self
 
     def fitted(self, fmt: Format, parts: int) -> Cut:
         """For a format that it was not measured with: what fits."""

@@ -326,13 +326,31 @@ def slots(first, second, T: gl.constexpr, LAYOUT: gl.constexpr):
 
 
 @gluon.jit
+def factors(row_scale, bias, rows, ROW_SCALE: gl.constexpr, HAS_BIAS: gl.constexpr):
+    """What sums of these rows are multiplied by, and what comes to them; anything where there is none."""
+    scale, shift = rows, rows
+    if ROW_SCALE:
+        scale = gl.load(row_scale + rows)
+    if HAS_BIAS:
+        shift = gl.load(bias + rows)
+    return scale, shift
+
+
+@gluon.jit
+def applied(acc, given, ROW_SCALE: gl.constexpr, HAS_BIAS: gl.constexpr):
+    """Sums with the `factors` of their rows."""
+    scale, shift = given
+    if ROW_SCALE:
+        acc = acc * scale[:, None]
+    if HAS_BIAS:
+        acc = acc + shift.to(gl.float32)[:, None]
+    return acc
+
+
+@gluon.jit
 def finish(acc, row_scale, bias, rows, ROW_SCALE: gl.constexpr, HAS_BIAS: gl.constexpr):
     """As `gemm.scaled`."""
-    if ROW_SCALE:
-        acc = acc * gl.load(row_scale + rows)[:, None]
-    if HAS_BIAS:
-        acc = acc + gl.load(bias + rows).to(gl.float32)[:, None]
-    return acc
+    return applied(acc, factors(row_scale, bias, rows, ROW_SCALE, HAS_BIAS), ROW_SCALE, HAS_BIAS)
 
 
 @gluon.jit

@@ -13,11 +13,13 @@ from triton.experimental.gluon import language as gl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from microscale.activations import Activation
-from microscale.backends.triton import hopper_bulk, routing, tiles
+from microscale.backends.triton import hopper_bulk, hopper_few, routing, tiles
 from microscale.backends.triton.cuts import Cut, moe_cuts
 from microscale.backends.triton.fragments import ROWS, Fragments
 from microscale.backends.triton.hopper import PARTS, read_as
 from microscale.backends.triton.hopper_bulk import half_of, main_of, rest_of
+from microscale.backends.triton.hopper_decode import accumulator, applied, factors, slots
+from microscale.backends.triton.hopper_few import few_places
 from microscale.backends.triton.hopper_loop import buffers, copy_weights, pointers, product
 from microscale.backends.triton.hopper_results import activated, routes_at, routes_of, weighted
 from microscale.backends.triton.ordering import tokens_in_order
@@ -56,9 +58,14 @@ def _first(
     WEIGHT_ON_INPUT: gl.constexpr, DIRECT: gl.constexpr,
     BLOCK_M: gl.constexpr, T: gl.constexpr, C: gl.constexpr, STAGES: gl.constexpr,
     OVERLAP: gl.constexpr, ODD: gl.constexpr, PARTS: gl.constexpr, BULK: gl.constexpr,
+    FEW: gl.constexpr, ROOM: gl.constexpr,
 ):  # fmt: skip
     """A tile of `_first_kernel`, of at most BLOCK_M tokens."""
     MAIN: gl.constexpr = main_of(BLOCK_M) if BULK else BLOCK_M
+    # Of a few tokens, what comes to the sums is asked for before them, unless something else comes first.
+    EARLY: gl.constexpr = FEW > 0 and not WEIGHT_ON_INPUT
+    LATE_SCALE: gl.constexpr = ROW_SCALE and not EARLY
+    LATE_BIAS: gl.constexpr = HAS_BIAS and not EARLY
     out = (row_scale, bias, order, topk_weights, expert, block, first, second)
     sizes = (N, WIDTH, alpha, beta, limit)
     if BULK:  # x is in the order of the routes
@@ -66,6 +73,19 @@ def _first(
             x, start, codes, scales, ratios, expert, first, second, TILES, STEPS, CHUNKS,
             ELEMENT, SCALE, BLOCK_M, T, C, STAGES, ODD, BULK,
         )  # fmt: skip
+    elif FEW:
+        PLACES: gl.constexpr = few_places(gl.num_warps())
+        i = start + gl.arange(0, BLOCK_M, gl.SliceLayout(1, PLACES))
+        place = gl.minimum(i, end - 1)
+        # A direct tile is of the only token.
+        token = (place * 0 if DIRECT else gl.load(order + place) // top_k).to(gl.int64)
+        ROWS_AT: gl.constexpr = gl.SliceLayout(1, accumulator(BLOCK_M, gl.num_warps()))
+        rows = expert * N + gl.minimum(slots(first, second, T, ROWS_AT), N - 1)
+        late = factors(row_scale, bias, rows, ROW_SCALE and EARLY, HAS_BIAS and EARLY)
+        sums = hopper_few.product(
+            x[0], token, i < end, at, held, K, ELEMENT, SCALE, FEW, ROOM, BLOCK_M, T, C, STAGES
+        )
+        accs = (applied(sums, late, ROW_SCALE and EARLY, HAS_BIAS and EARLY),)
     else:
         TOKENS: gl.constexpr = gl.BlockedLayout([1, 8], [4 // C, 8 * C], [gl.num_warps(), 1], [1, 0])
         place = gl.minimum(start + gl.arange(0, BLOCK_M, gl.SliceLayout(1, TOKENS)), end - 1)
@@ -76,7 +96,7 @@ def _first(
         )  # fmt: skip
         accs = (sums,)
     activated(
-        h, accs[0], *out, start, end, *sizes, ROW_SCALE, HAS_BIAS,
+        h, accs[0], *out, start, end, *sizes, LATE_SCALE, LATE_BIAS,
         KIND, GATED, INTERLEAVED, HAS_LIMIT, WEIGHT_ON_INPUT, DIRECT, MAIN, T,
     )  # fmt: skip
     if BULK and rest_of(BLOCK_M):
@@ -95,7 +115,7 @@ def _first_kernel(
     WEIGHT_ON_INPUT: gl.constexpr, DIRECT: gl.constexpr, HAS_MAP: gl.constexpr,
     BLOCK_M: gl.constexpr, T: gl.constexpr, C: gl.constexpr, STAGES: gl.constexpr,
     OVERLAP: gl.constexpr, ODD: gl.constexpr, PARTS: gl.constexpr, BULK: gl.constexpr,
-    TAIL: gl.constexpr, PDL: gl.constexpr,
+    FEW: gl.constexpr, ROOM: gl.constexpr, TAIL: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """h[sorted route, WIDTH] = activation(w13[e] @ x[token] + b13[e])."""
     blocks = gl.cdiv(WIDTH, T * 32 if GATED else T * 64)
@@ -113,7 +133,10 @@ def _first_kernel(
             first = block * T
             second = first + T // 2
         held, at = codes, codes
-        if not BULK:
+        if FEW:
+            at = hopper_few.pointers(codes, scales, expert, first, second, TILES, FEW, T, C, ELEMENT, SCALE)
+            held = hopper_few.ahead(at, FEW, C, STAGES, ELEMENT, SCALE)
+        elif not BULK:
             held = buffers(T, C, STAGES, ELEMENT, SCALE)
             at = pointers(codes, scales, expert, first, second, TILES, CHUNKS, T, C, ELEMENT, SCALE)
             for s in gl.static_range(STAGES - 1):
@@ -124,14 +147,14 @@ def _first_kernel(
                 h, (x_half, x_half), codes, scales, ratios, row_scale, bias, order, topk_weights, held, at, expert,
                 block, first, second, start, end, top_k, N, WIDTH, K, TILES, CHUNKS, STEPS, alpha, beta, limit,
                 ELEMENT, SCALE, EVEN, ROW_SCALE, HAS_BIAS, KIND, GATED, INTERLEAVED, HAS_LIMIT, WEIGHT_ON_INPUT, DIRECT,
-                half_of(BLOCK_M), T, C, STAGES, OVERLAP, ODD, PARTS, BULK,
+                half_of(BLOCK_M), T, C, STAGES, OVERLAP, ODD, PARTS, BULK, FEW, ROOM,
             )  # fmt: skip
         else:
             _first(
                 h, (x, x_rest), codes, scales, ratios, row_scale, bias, order, topk_weights, held, at, expert, block,
                 first, second, start, end, top_k, N, WIDTH, K, TILES, CHUNKS, STEPS, alpha, beta, limit,
                 ELEMENT, SCALE, EVEN, ROW_SCALE, HAS_BIAS, KIND, GATED, INTERLEAVED, HAS_LIMIT, WEIGHT_ON_INPUT, DIRECT,
-                BLOCK_M, T, C, STAGES, OVERLAP, ODD, PARTS, BULK,
+                BLOCK_M, T, C, STAGES, OVERLAP, ODD, PARTS, BULK, FEW, ROOM,
             )  # fmt: skip
 
 
@@ -143,19 +166,34 @@ def _second(
     WEIGHT_ON_INPUT: gl.constexpr, DIRECT: gl.constexpr,
     BLOCK_M: gl.constexpr, T: gl.constexpr, C: gl.constexpr, STAGES: gl.constexpr,
     OVERLAP: gl.constexpr, ODD: gl.constexpr, PARTS: gl.constexpr, BULK: gl.constexpr,
+    FEW: gl.constexpr, ROOM: gl.constexpr,
 ):  # fmt: skip
     """A tile of `_second_kernel`, of at most BLOCK_M tokens."""
     MAIN: gl.constexpr = main_of(BLOCK_M) if BULK else BLOCK_M
     REST: gl.constexpr = rest_of(BLOCK_M) if BULK else 0
-    routes = routes_of(order, topk_weights, start, end, WEIGHT_ON_INPUT, DIRECT, MAIN)
+    EARLY: gl.constexpr = FEW > 0
+    LATE_SCALE: gl.constexpr = ROW_SCALE and not EARLY
+    LATE_BIAS: gl.constexpr = HAS_BIAS and not EARLY
+    routes = routes_of(order, topk_weights, start, end, WEIGHT_ON_INPUT, DIRECT, MAIN, T, EARLY)
     more = routes
     if REST:
-        more = routes_of(order, topk_weights, start + MAIN, end, WEIGHT_ON_INPUT, DIRECT, REST)
+        more = routes_of(order, topk_weights, start + MAIN, end, WEIGHT_ON_INPUT, DIRECT, REST, T, EARLY)
     if BULK:
         accs = hopper_bulk.product(
             h, start, codes, scales, ratios, expert, first, first + T // 2, TILES, STEPS, CHUNKS,
             ELEMENT, SCALE, BLOCK_M, T, C, STAGES, ODD, BULK,
         )  # fmt: skip
+    elif FEW:
+        PLACES: gl.constexpr = few_places(gl.num_warps())
+        i = start + gl.arange(0, BLOCK_M, gl.SliceLayout(1, PLACES))
+        ROWS_AT: gl.constexpr = gl.SliceLayout(1, accumulator(BLOCK_M, gl.num_warps()))
+        n = expert * N + gl.minimum(slots(first, first + T // 2, T, ROWS_AT), N - 1)
+        late = factors(row_scale, bias, n, ROW_SCALE, HAS_BIAS)
+        place = gl.minimum(i, end - 1).to(gl.int64)
+        sums = hopper_few.product(
+            h[0], place, i < end, at, held, K, ELEMENT, SCALE, FEW, ROOM, BLOCK_M, T, C, STAGES
+        )
+        accs = (applied(sums, late, ROW_SCALE, HAS_BIAS),)
     else:
         TOKENS: gl.constexpr = gl.BlockedLayout([1, 8], [4 // C, 8 * C], [gl.num_warps(), 1], [1, 0])
         rows = gl.minimum(start + gl.arange(0, BLOCK_M, gl.SliceLayout(1, TOKENS)), end - 1).to(gl.int64)
@@ -166,12 +204,12 @@ def _second(
         accs = (sums,)
     weighted(
         shares, accs[0], row_scale, bias, routes, expert, first, start, end, N,
-        ROW_SCALE, HAS_BIAS, WEIGHT_ON_INPUT, DIRECT, MAIN, T,
+        LATE_SCALE, LATE_BIAS, WEIGHT_ON_INPUT, DIRECT, MAIN, T, EARLY,
     )  # fmt: skip
     if REST:
         weighted(
             shares, accs[1], row_scale, bias, more, expert, first, start + MAIN, end, N,
-            ROW_SCALE, HAS_BIAS, WEIGHT_ON_INPUT, DIRECT, REST, T,
+            ROW_SCALE, HAS_BIAS, WEIGHT_ON_INPUT, DIRECT, REST, T, EARLY,
         )  # fmt: skip
 
 
@@ -183,7 +221,7 @@ def _second_kernel(
     WEIGHT_ON_INPUT: gl.constexpr, DIRECT: gl.constexpr, HAS_MAP: gl.constexpr,
     BLOCK_M: gl.constexpr, T: gl.constexpr, C: gl.constexpr, STAGES: gl.constexpr,
     OVERLAP: gl.constexpr, ODD: gl.constexpr, PARTS: gl.constexpr, BULK: gl.constexpr,
-    TAIL: gl.constexpr, PDL: gl.constexpr,
+    FEW: gl.constexpr, ROOM: gl.constexpr, TAIL: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """shares[route, N] = routing weight * (w2[e] @ h[sorted route] + b2[e])."""
     blocks = gl.cdiv(TILES, T)
@@ -193,7 +231,11 @@ def _second_kernel(
     if expert >= 0:
         first = gl.program_id(0) % blocks * T
         held, at = codes, codes
-        if not BULK:
+        if FEW:
+            second = first + T // 2
+            at = hopper_few.pointers(codes, scales, expert, first, second, TILES, FEW, T, C, ELEMENT, SCALE)
+            held = hopper_few.ahead(at, FEW, C, STAGES, ELEMENT, SCALE)
+        elif not BULK:
             held = buffers(T, C, STAGES, ELEMENT, SCALE)
             at = pointers(codes, scales, expert, first, first + T // 2, TILES, CHUNKS, T, C, ELEMENT, SCALE)
             for s in gl.static_range(STAGES - 1):
@@ -207,14 +249,14 @@ def _second_kernel(
                 shares, (h_half, h_half), codes, scales, ratios, row_scale, bias, order, topk_weights, held, at,
                 expert, first, start, end, N, K, TILES, CHUNKS, STEPS,
                 ELEMENT, SCALE, EVEN, ROW_SCALE, HAS_BIAS, WEIGHT_ON_INPUT, DIRECT,
-                half_of(BLOCK_M), T, C, STAGES, OVERLAP, ODD, PARTS, BULK,
+                half_of(BLOCK_M), T, C, STAGES, OVERLAP, ODD, PARTS, BULK, FEW, ROOM,
             )  # fmt: skip
         else:
             _second(
                 shares, (h, h_rest), codes, scales, ratios, row_scale, bias, order, topk_weights, held, at,
                 expert, first, start, end, N, K, TILES, CHUNKS, STEPS,
                 ELEMENT, SCALE, EVEN, ROW_SCALE, HAS_BIAS, WEIGHT_ON_INPUT, DIRECT,
-                BLOCK_M, T, C, STAGES, OVERLAP, ODD, PARTS, BULK,
+                BLOCK_M, T, C, STAGES, OVERLAP, ODD, PARTS, BULK, FEW, ROOM,
             )  # fmt: skip
     elif PDL:
         gdc_wait()
@@ -247,8 +289,9 @@ def first(
     experts, rows, hidden = w.shape
     inner = rows // 2 if activation.gated else rows
     h = torch.empty(weights.numel(), inner, dtype=x.dtype, device=x.device)
-    per_block = cut.tiles * (32 if activation.gated else 64)
-    _first_kernel[(table.count * -(-inner // per_block),)](
+    programs = table.count * -(-inner // (cut.tiles * (32 if activation.gated else 64)))
+    cut = cut.spread(programs, tiles.target(x.device).units)
+    _first_kernel[(programs,)](
         h, *read_as(x, cut), w.codes, w.scales, w.ratios, w.row_scale, bias,
         table.tile_experts, table.tile_starts, table.ends, table.order, expert_map, weights,
         weights.shape[1], experts, experts if expert_map is None else expert_map.numel(),
@@ -263,6 +306,8 @@ def first(
         DIRECT=direct,
         HAS_MAP=expert_map is not None,
         PARTS=PARTS[x.dtype],
+        FEW=w.chunks if cut.few else 0,
+        ROOM=cut.room(w.shape[-1]) if cut.few else 0,
         # A direct tile is one route: the compiler would decide the branch, and Triton 3.6 cannot compile a decided
         # branch between two sizes of tile ("PassManager::run failed", in ConvertTritonGPUToLLVM).
         TAIL=cut.tail and not direct,
@@ -288,7 +333,9 @@ def second(
     """[routes, I] in the table's order -> [routes, N] in the tokens' order, in h's dtype."""
     experts, n, inner = w.shape
     shares = torch.empty(weights.numel(), n, dtype=h.dtype, device=h.device)
-    _second_kernel[(table.count * -(-w.tiles // cut.tiles),)](
+    programs = table.count * -(-w.tiles // cut.tiles)
+    cut = cut.spread(programs, tiles.target(h.device).units)
+    _second_kernel[(programs,)](
         shares, *read_as(h, cut), w.codes, w.scales, w.ratios, w.row_scale, bias,
         table.tile_experts, table.tile_starts, table.ends, table.order, expert_map, weights,
         experts, experts if expert_map is None else expert_map.numel(), n, inner, *cut.sizes(w),
@@ -297,6 +344,8 @@ def second(
         DIRECT=direct,
         HAS_MAP=expert_map is not None,
         PARTS=PARTS[h.dtype],
+        FEW=w.chunks if cut.few else 0,
+        ROOM=cut.room(w.shape[-1]) if cut.few else 0,
         TAIL=cut.tail and not direct,  # as in `first`
         PDL=pdl,
         launch_pdl=pdl,
@@ -328,6 +377,8 @@ def moe(
     """
     (m, top_k), experts = topk_ids.shape, w13.shape[0]
     cut13, cut2 = cuts or moe_cuts((w13.format, w2.format), m, top_k, experts, PARTS[x.dtype])
+    cut13 = cut13.of_experts(w13, activation.gated and not activation.interleaved)
+    cut2 = cut2.of_experts(w2)
     # Bulk copies are for tokens in the order that routing finds.
     direct = (m == 1 if direct is None else direct) and not (cut13.bulk or cut2.bulk)
     # Between float16 and wider activations and the kernels that read them stand others, which do not start early.

@@ -81,10 +81,20 @@ def _early(BLOCK_M):
 @gluon.jit
 def routes_of(
     order, topk_weights, start, end,
-    WEIGHT_ON_INPUT: gl.constexpr, DIRECT: gl.constexpr, BLOCK_M: gl.constexpr,
+    WEIGHT_ON_INPUT: gl.constexpr, DIRECT: gl.constexpr, BLOCK_M: gl.constexpr, T: gl.constexpr, EARLY: gl.constexpr,
 ):  # fmt: skip
-    """What `weighted` needs of the routes, asked for ahead of the product: two loads, one after the other."""
-    if _early(BLOCK_M):
+    """What `weighted` needs of the routes, asked for ahead of the product: two loads, one after the other.
+
+    Args:
+        EARLY: of fewer tokens, too: each thread its own.
+    """
+    if EARLY:
+        ACC: gl.constexpr = gl.SliceLayout(0, accumulator(BLOCK_M, gl.num_warps()))
+        STORE: gl.constexpr = gl.SliceLayout(0, store_layout(T * 64, BLOCK_M, gl.num_warps()))
+        route, _ = _routes_in(order, topk_weights, start, end, True, DIRECT, BLOCK_M, STORE)
+        _, weight = _routes_in(order, topk_weights, start, end, WEIGHT_ON_INPUT, DIRECT, BLOCK_M, ACC)
+        return route, weight
+    elif _early(BLOCK_M):
         LAYOUT: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
         return _routes_in(order, topk_weights, start, end, WEIGHT_ON_INPUT, DIRECT, BLOCK_M, LAYOUT)
     else:
@@ -95,7 +105,7 @@ def routes_of(
 def weighted(
     shares, acc, row_scale, bias, routes, expert, first, start, end, N,
     ROW_SCALE: gl.constexpr, HAS_BIAS: gl.constexpr, WEIGHT_ON_INPUT: gl.constexpr, DIRECT: gl.constexpr,
-    BLOCK_M: gl.constexpr, T: gl.constexpr,
+    BLOCK_M: gl.constexpr, T: gl.constexpr, EARLY: gl.constexpr,
 ):  # fmt: skip
     """What w2 gives for BLOCK_M places from `start` on, from the sums to where it belongs; routes: of `routes_of`."""
     WARPS: gl.constexpr = gl.num_warps()
@@ -104,7 +114,9 @@ def weighted(
     TOKENS: gl.constexpr = gl.SliceLayout(0, STORE)
     rows = gl.minimum(slots(first, first + T // 2, T, gl.SliceLayout(1, ACC)), N - 1)
     acc = finish(acc, row_scale, bias, expert * N + rows, ROW_SCALE, HAS_BIAS)
-    if _early(BLOCK_M):
+    if EARLY:
+        route, weight = routes
+    elif _early(BLOCK_M):
         route = gl.convert_layout(routes[0], TOKENS)
         weight = gl.convert_layout(routes[1], gl.SliceLayout(0, ACC))
     else:

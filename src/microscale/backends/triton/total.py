@@ -32,10 +32,17 @@ def _total_kernel(
     acc = tl.zeros((BLOCK,), tl.float32)
     if PDL:
         gdc_launch_dependents()  # see `small`
-        gdc_wait()
+    # The ids are older than the kernel before this one, whose programs have waited for them.
+    keys = ()
     for t in tl.static_range(TOP_K):
         route = token * TOP_K + t
         key = key_of(ids, expert_map, route, route + 1, experts, known, HAS_MAP)
+        keys = keys + (key,)  # type: ignore[assignment]  # noqa: RUF005
+    if PDL:
+        gdc_wait()
+    for t in tl.static_range(TOP_K):
+        route = token * TOP_K + t
+        key = keys[t]
         # A share that nobody wrote is not read.
         acc += tl.load(shares + route * N + n, mask=(n < N) & (key < experts), other=0.0).to(tl.float32)
         acc = tl.where(key > experts, float("nan"), acc)
