@@ -2,11 +2,14 @@
 // Python (backends/cpu.py); what arrives here is only held against the packed buffer's own header.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/array.h>
+#include <nanobind/stl/vector.h>
 
 #include <array>
 #include <cstdint>
+#include <limits>
 #include <new>
 #include <string>
+#include <vector>
 
 #include "microscale.h"
 
@@ -122,6 +125,106 @@ void attend(int level, int dtype, float scale, std::array<int64_t, 7> shape, Add
   check(status, "attend");
 }
 
+void route(int level, int dtype, Address logits, int64_t m, int64_t experts, int router, bool renormalize,
+           int64_t chosen, Address ids, Address weights) {
+  check(ms_route(level, dtype, at<const void>(logits), m, experts, router, renormalize, chosen, at<int64_t>(ids),
+                 at<float>(weights)),
+        "route");
+}
+
+// Steps of ms_token, put down once and run for every token. The caller keeps what the addresses are of.
+class Chain {
+ public:
+  Chain(int dtype, int64_t m) : dtype_(dtype), m_(m) {}
+
+  void embed(Address table, int64_t count, int64_t n, Address ids, Address y) {
+    auto &s = add(MS_STEP_EMBED).of.embed;
+    s.table = at<const void>(table), s.count = count, s.n = n, s.ids = at<const int64_t>(ids), s.y = at<void>(y);
+  }
+  void norm(Address x, Address more, int weight_dtype, Address w, int64_t n, float epsilon, bool twice, Address y) {
+    auto &s = add(MS_STEP_NORM).of.norm;
+    s.x = at<void>(x), s.more = at<const void>(more), s.weight_dtype = weight_dtype, s.twice = twice;
+    s.w = at<const void>(w), s.n = n, s.epsilon = epsilon, s.y = at<void>(y);
+  }
+  // Of each weight: address, stride, N, the bias' address.
+  void dense(int weight_dtype, int64_t k, const std::vector<std::array<int64_t, 4>> &weights, Address x, Address y) {
+    if (weights.size() > MS_STEP_PARTS) throw nb::value_error("dense: too many weights side by side");
+    auto &s = add(MS_STEP_DENSE).of.dense;
+    s.weight_dtype = weight_dtype, s.parts = static_cast<int32_t>(weights.size()), s.k = k;
+    for (size_t i = 0; i < weights.size(); ++i) {
+      s.w[i] = at<const void>(static_cast<Address>(weights[i][0])), s.w_stride[i] = weights[i][1];
+      s.n[i] = weights[i][2], s.bias[i] = at<const void>(static_cast<Address>(weights[i][3]));
+    }
+    s.x = at<const void>(x), s.y = at<void>(y);
+  }
+  void linear(Address w, Address outer, Address bias, int64_t k, Address x, Address y) {
+    auto &s = add(MS_STEP_LINEAR).of.linear;
+    s.w = at<const void>(w), s.outer = at<const float>(outer), s.bias = at<const float>(bias), s.k = k;
+    s.x = at<const void>(x), s.y = at<void>(y);
+  }
+  // Shape: (heads, key_heads, width, turned, slots, positions); strides and addresses: of q, k and v; norms: of q
+  // and k, then the dtype and whether they round twice.
+  void attend(std::array<int64_t, 6> shape, std::array<Address, 3> qkv, std::array<int64_t, 3> strides,
+              std::array<Address, 2> norms, int weight_dtype, bool twice, float epsilon, float scale, Address cos,
+              Address sin, Address keys, Address values, Address sinks, Address y) {
+    auto &s = add(MS_STEP_ATTEND).of.attend;
+    s.heads = shape[0], s.key_heads = shape[1], s.width = shape[2], s.turned = shape[3], s.slots = shape[4];
+    s.positions = shape[5];
+    s.q = at<const void>(qkv[0]), s.k = at<const void>(qkv[1]), s.v = at<const void>(qkv[2]);
+    s.q_stride = strides[0], s.k_stride = strides[1], s.v_stride = strides[2];
+    s.q_norm = at<const void>(norms[0]), s.k_norm = at<const void>(norms[1]);
+    s.weight_dtype = weight_dtype, s.twice = twice, s.epsilon = epsilon, s.scale = scale;
+    s.cos = at<const void>(cos), s.sin = at<const void>(sin), s.keys = at<void>(keys), s.values = at<void>(values);
+    s.sinks = at<const void>(sinks), s.y = at<void>(y);
+  }
+  void gate(int kind, int64_t n, int64_t stride, Address gate, Address up, Address y) {
+    auto &s = add(MS_STEP_GATE).of.gate;
+    s.activation.kind = kind, s.activation.limit = std::numeric_limits<float>::infinity();
+    s.n = n, s.stride = stride, s.gate = at<const void>(gate), s.up = at<const void>(up), s.y = at<void>(y);
+  }
+  void route(Address logits, int64_t experts, int router, bool renormalize, int64_t chosen, Address ids,
+             Address weights) {
+    auto &s = add(MS_STEP_ROUTE).of.route;
+    s.logits = at<const void>(logits), s.experts = experts, s.chosen = chosen, s.router = router;
+    s.renormalize = renormalize, s.ids = at<int64_t>(ids), s.weights = at<float>(weights);
+  }
+  void moe(Address w13, Address outer13, Address w2, Address outer2, Address x, Address ids, Address weights,
+           int64_t chosen, int kind, bool gated, bool interleaved, float alpha, float beta, float limit, Address b13,
+           Address b2, Address y) {
+    auto &s = add(MS_STEP_MOE).of.moe;
+    s.w13 = at<const void>(w13), s.outer13 = at<const float>(outer13);
+    s.w2 = at<const void>(w2), s.outer2 = at<const float>(outer2);
+    s.x = at<const void>(x), s.ids = at<const int64_t>(ids), s.weights = at<const float>(weights), s.chosen = chosen;
+    s.activation = {kind, gated, interleaved, alpha, beta, limit};
+    s.b13 = at<const float>(b13), s.b2 = at<const float>(b2), s.y = at<void>(y);
+  }
+
+  // Returns the seconds that each kind of step took.
+  std::array<double, MS_STEP_KINDS> run(int level, int64_t position, int threads) const {
+    std::array<double, MS_STEP_KINDS> seconds{};
+    int status;
+    {
+      nb::gil_scoped_release release;
+      status = ms_token(level, dtype_, m_, steps_.data(), static_cast<int64_t>(steps_.size()), position, threads,
+                        seconds.data());
+    }
+    check(status, "token");
+    return seconds;
+  }
+
+ private:
+  ms_step &add(int kind) {
+    ms_step step{};
+    step.kind = kind;
+    steps_.push_back(step);
+    return steps_.back();
+  }
+
+  int dtype_;
+  int64_t m_;
+  std::vector<ms_step> steps_;
+};
+
 double read_rate(Address from, int64_t bytes, int threads) {
   double rate = 0;
   int status;
@@ -156,6 +259,18 @@ NB_MODULE(_core, m) {
   m.def("moe", &moe);
   m.def("rms_norm", &rms_norm);
   m.def("attend", &attend);
+  m.def("route", &route);
+  nb::class_<Chain>(m, "Chain")
+      .def(nb::init<int, int64_t>())
+      .def("embed", &Chain::embed)
+      .def("norm", &Chain::norm)
+      .def("dense", &Chain::dense)
+      .def("linear", &Chain::linear)
+      .def("attend", &Chain::attend)
+      .def("gate", &Chain::gate)
+      .def("route", &Chain::route)
+      .def("moe", &Chain::moe)
+      .def("run", &Chain::run);
   m.def("level", &ms_level);
   m.def("compiled_level", &ms_compiled_level);
   m.def("read_rate", &read_rate);

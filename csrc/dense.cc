@@ -1,4 +1,6 @@
 // One product with weights that are not packed: y = x w^T + bias.
+#include "dense.h"
+
 #include <algorithm>
 
 #include "buffer.h"
@@ -28,21 +30,28 @@ const Dense *dense_for(int level, int weight_dtype, int dtype) {
 }
 
 struct Columns {
-  DenseProduct whole;  // of all columns
+  DenseProduct whole;  // but for what a part says
   void (*product)(const DenseProduct *);
+  const DensePart *parts;
   int64_t each;                 // columns of a unit
   int64_t weight_bytes, bytes;  // of an element of w, and of y
   float *sums;
   int64_t sums_each;
 
+  int64_t units_of(const DensePart &part) const { return (part.n + each - 1) / each; }
+
   static void run(void *context, int64_t unit, int thread) {
     const Columns &c = *static_cast<const Columns *>(context);
+    const DensePart *part = c.parts;
+    int64_t before = 0;  // columns of parts
+    for (; unit >= c.units_of(*part); ++part) unit -= c.units_of(*part), before += part->n;
     const int64_t first = unit * c.each;
     DenseProduct p = c.whole;
-    p.n = std::min(c.each, p.n - first);
-    p.weights += first * p.weight_step;
-    if (p.bias) p.bias += first * c.weight_bytes;
-    p.y += first * c.bytes;
+    p.n = std::min(c.each, part->n - first);
+    p.weight_step = part->w_stride * c.weight_bytes;
+    p.weights = static_cast<const uint8_t *>(part->w) + first * p.weight_step;
+    if (part->bias) p.bias = static_cast<const uint8_t *>(part->bias) + first * c.weight_bytes;
+    p.y += (before + first) * c.bytes;
     p.sums = c.sums + thread * c.sums_each;
     c.product(&p);
   }
@@ -57,25 +66,28 @@ int64_t columns_each(int64_t n, int64_t column_bytes, int threads) {
 }
 
 }  // namespace
-}  // namespace microscale
 
-extern "C" int ms_dense(int level, int weight_dtype, const void *w, int64_t w_stride, int64_t n, int64_t k,
-                        const void *bias, int dtype, const void *x, int64_t x_stride, int64_t m, void *y, int threads) {
-  using namespace microscale;
-  if (weight_dtype < 0 || weight_dtype >= MS_DTYPES || dtype < 0 || dtype >= MS_DTYPES || n < 0 || k < 0 || m < 0 ||
-      threads < 1)
+int dense_parts(int level, int weight_dtype, const DensePart *parts, int64_t count, int64_t k, int dtype, const void *x,
+                int64_t x_stride, int64_t m, void *y, int threads) {
+  if (weight_dtype < 0 || weight_dtype >= MS_DTYPES || dtype < 0 || dtype >= MS_DTYPES || k < 0 || m < 0 || threads < 1)
     return MS_BAD_ARGUMENT;
+  int64_t n = 0;
+  for (int64_t i = 0; i < count; n += parts[i++].n)
+    if (parts[i].n < 0) return MS_BAD_ARGUMENT;
   const Dense *dense = dense_for(level, weight_dtype, dtype);
   if (!dense) return MS_BAD_LEVEL;
   if (m == 0 || n == 0) return MS_OK;
 
   Columns c{};
+  c.parts = parts;
   c.weight_bytes = element_bytes(weight_dtype);
   c.bytes = element_bytes(dtype);
   // Waking a thread costs microseconds, in which one core reads some 100 KB.
   if (n * k * c.weight_bytes * std::min<int64_t>(m, 16) < (1 << 17)) threads = 1;
   c.product = dense->product[weight_dtype];
   c.each = columns_each(n, k * c.weight_bytes, threads);
+  int64_t units = 0;
+  for (int64_t i = 0; i < count; ++i) units += c.units_of(parts[i]);
   const int64_t most = std::min(m, kMaxRows);
   c.sums_each = most * c.each;
   Buffer<float> sums(c.sums_each * threads);
@@ -84,17 +96,10 @@ extern "C" int ms_dense(int level, int weight_dtype, const void *w, int64_t w_st
   Buffer<float> converted(convert ? most * k : 0);
   if (!sums || !rows || !converted) return MS_NO_MEMORY;
   c.sums = sums.get();
-  c.whole = {static_cast<const uint8_t *>(w),
-             w_stride * c.weight_bytes,
-             n,
-             k,
-             rows.get(),
-             0,
-             static_cast<const uint8_t *>(bias),
-             nullptr,
-             dtype,
-             nullptr,
-             n * c.bytes};
+  c.whole.k = k;
+  c.whole.rows = rows.get();
+  c.whole.dtype = dtype;
+  c.whole.y_step = n * c.bytes;
   for (int64_t row = 0; row < m; row += kMaxRows) {
     c.whole.m = std::min(m - row, kMaxRows);
     c.whole.y = static_cast<uint8_t *>(y) + row * c.whole.y_step;
@@ -105,9 +110,17 @@ extern "C" int ms_dense(int level, int weight_dtype, const void *w, int64_t w_st
       dense->load(dtype, from, k, converted.get() + i * k);
       rows[i] = converted.get() + i * k;
     }
-    parallel(threads, (n + c.each - 1) / c.each, Columns::run, &c);
+    parallel(threads, units, Columns::run, &c);
   }
   return MS_OK;
+}
+
+}  // namespace microscale
+
+extern "C" int ms_dense(int level, int weight_dtype, const void *w, int64_t w_stride, int64_t n, int64_t k,
+                        const void *bias, int dtype, const void *x, int64_t x_stride, int64_t m, void *y, int threads) {
+  const microscale::DensePart part{w, w_stride, n, bias};
+  return microscale::dense_parts(level, weight_dtype, &part, 1, k, dtype, x, x_stride, m, y, threads);
 }
 
 extern "C" int ms_rms_norm(int level, int dtype, const void *x, int64_t m, int64_t n, int weight_dtype, const void *w,

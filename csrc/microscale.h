@@ -121,6 +121,106 @@ struct ms_attention {
 };
 int ms_attend(int level, const struct ms_attention *attention, int threads);
 
+/* Router logits [m, experts] of `dtype` to `chosen` experts a row, best first, the lower index of equals; a NaN ranks
+ * above every number. `weights` [m, chosen] are the chosen logits' softmax, or their shares in the softmax of all,
+ * which `renormalize` divides by their sum; computed in float32 and rounded to `dtype`. */
+enum ms_router { MS_TOPK_SOFTMAX, MS_SOFTMAX_TOPK, MS_ROUTERS };
+int ms_route(int level, int dtype, const void *logits, int64_t m, int64_t experts, int router, int renormalize,
+             int64_t chosen, int64_t *ids, float *weights);
+
+/* One token for each of m sequences of equal length through a model: steps in their order, over memory that the caller
+ * keeps. Matrices are [m, ...], dense, of one dtype. What a model's modules round is rounded here. */
+enum ms_step_kind {
+  MS_STEP_EMBED,
+  MS_STEP_NORM,
+  MS_STEP_DENSE,
+  MS_STEP_LINEAR,
+  MS_STEP_ATTEND,
+  MS_STEP_GATE,
+  MS_STEP_ROUTE,
+  MS_STEP_MOE,
+  MS_STEP_KINDS
+};
+#define MS_STEP_PARTS 3
+struct ms_step {
+  int32_t kind;
+  union {
+    struct { /* y = rows `ids` [m] of table [count, n] */
+      const void *table;
+      int64_t count, n;
+      const int64_t *ids;
+      void *y;
+    } embed;
+    struct { /* x += more, unless that is NULL, and y as ms_rms_norm's; `twice`: rounded before w multiplies, too */
+      void *x;
+      const void *more;
+      int32_t weight_dtype, twice;
+      const void *w;
+      int64_t n;
+      float epsilon;
+      void *y;
+    } norm;
+    struct { /* ms_dense with up to MS_STEP_PARTS weights side by side: y [m, sum of n] */
+      int32_t weight_dtype, parts;
+      int64_t k;
+      const void *w[MS_STEP_PARTS], *bias[MS_STEP_PARTS];
+      int64_t w_stride[MS_STEP_PARTS], n[MS_STEP_PARTS];
+      const void *x;
+      void *y;
+    } dense;
+    struct { /* ms_linear */
+      const void *w;
+      const float *outer, *bias;
+      int64_t k;
+      const void *x;
+      void *y;
+    } linear;
+    struct {
+      /* The token's queries and keys are normed (NULL: they are not), and the first `turned` numbers of each head
+       * turned by its position's row of cos and sin [positions, turned / 2]: number i with number turned / 2 + i. Key
+       * and value then go to slot position % slots of keys and values [m, key_heads, slots, width], and each query
+       * attends to min(position + 1, slots) slots: y [m, heads * width]. q, k and v: a head's numbers are contiguous,
+       * heads lie side by side, and `stride` numbers are between rows. */
+      int64_t heads, key_heads, width, turned, slots, positions;
+      const void *q, *k, *v;
+      int64_t q_stride, k_stride, v_stride;
+      int32_t weight_dtype, twice;
+      const void *q_norm, *k_norm; /* [width] of weight_dtype */
+      float epsilon, scale;
+      const void *cos, *sin;
+      void *keys, *values;
+      const void *sinks; /* as ms_attention's */
+      void *y;
+    } attend;
+    struct { /* y [m, n] = activation(gate) * up, whose rows are `stride` numbers apart; kinds that need no limit */
+      struct ms_activation activation;
+      int64_t n, stride;
+      const void *gate, *up;
+      void *y;
+    } gate;
+    struct { /* ms_route */
+      const void *logits;
+      int64_t experts, chosen;
+      int32_t router, renormalize;
+      int64_t *ids;
+      float *weights;
+    } route;
+    struct { /* ms_moe */
+      const void *w13, *w2;
+      const float *outer13, *outer2, *b13, *b2;
+      const void *x;
+      const int64_t *ids;
+      const float *weights;
+      int64_t chosen;
+      struct ms_activation activation;
+      void *y;
+    } moe;
+  } of;
+};
+/* `seconds` [MS_STEP_KINDS] grows by what each kind of step took, or is NULL. Stops at the first step that fails. */
+int ms_token(int level, int dtype, int64_t m, const struct ms_step *steps, int64_t count, int64_t position, int threads,
+             double *seconds);
+
 /* The widest level this processor and operating system allow; asks for the permission to use AMX tiles once. */
 int ms_level(void);
 /* The widest level that was compiled in: MS_PLAIN on other architectures. */

@@ -54,7 +54,7 @@ def test_the_cores_own_tests_pass_under_sanitizers(build: Path) -> None:
 def test_units_of_one_level_export_their_table_alone(build: Path) -> None:
     """A weak symbol compiled for a wide level could be the copy that the linker keeps for every machine."""
     nm = tool("nm")
-    kinds = ("isa", "dense", "attend", "ceilings")
+    kinds = ("isa", "dense", "attend", "small", "ceilings")
     units = [unit for kind in kinds for unit in build.rglob(f"{kind}_*.cc.o")]
     assert len(units) >= len(kinds)
     for unit in units:

@@ -77,6 +77,85 @@ def moe(
     threads: int,
     /,
 ) -> None: ...
+def route(
+    level: int,
+    dtype: int,
+    logits: int,
+    m: int,
+    experts: int,
+    router: int,
+    renormalize: bool,
+    chosen: int,
+    ids: int,
+    weights: int,
+    /,
+) -> None: ...
+
+class Chain:
+    """Steps of `ms_token`; what the addresses are of must outlive it."""
+
+    def __init__(self, dtype: int, m: int, /) -> None: ...
+    def embed(self, table: int, count: int, n: int, ids: int, y: int, /) -> None: ...
+    def norm(
+        self, x: int, more: int, weight_dtype: int, w: int, n: int, epsilon: float, twice: bool, y: int, /
+    ) -> None: ...
+    def dense(
+        self, weight_dtype: int, k: int, weights: list[tuple[int, int, int, int]], x: int, y: int, /
+    ) -> None: ...
+    def linear(self, w: int, outer: int, bias: int, k: int, x: int, y: int, /) -> None: ...
+    def attend(
+        self,
+        shape: tuple[int, ...],
+        qkv: tuple[int, ...],
+        strides: tuple[int, ...],
+        norms: tuple[int, ...],
+        weight_dtype: int,
+        twice: bool,
+        epsilon: float,
+        scale: float,
+        cos: int,
+        sin: int,
+        keys: int,
+        values: int,
+        sinks: int,
+        y: int,
+        /,
+    ) -> None: ...
+    def gate(self, kind: int, n: int, stride: int, gate: int, up: int, y: int, /) -> None: ...
+    def route(
+        self,
+        logits: int,
+        experts: int,
+        router: int,
+        renormalize: bool,
+        chosen: int,
+        ids: int,
+        weights: int,
+        /,
+    ) -> None: ...
+    def moe(
+        self,
+        w13: int,
+        outer13: int,
+        w2: int,
+        outer2: int,
+        x: int,
+        ids: int,
+        weights: int,
+        chosen: int,
+        kind: int,
+        gated: bool,
+        interleaved: bool,
+        alpha: float,
+        beta: float,
+        limit: float,
+        b13: int,
+        b2: int,
+        y: int,
+        /,
+    ) -> None: ...
+    def run(self, level: int, position: int, threads: int, /) -> list[float]: ...
+
 def level() -> int: ...
 def compiled_level() -> int: ...
 def read_rate(start: int, bytes: int, threads: int, /) -> float: ...

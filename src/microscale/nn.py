@@ -281,6 +281,11 @@ class QuantExperts:
         self.placement = placement
         return placement
 
+    def biases(self) -> tuple[Tensor | None, Tensor | None]:
+        """(b13, b2) as they are now, float32 where no gradient of them can be asked for."""
+        b13, b2 = self._biases
+        return b13.now(), b2.now()
+
     def _store(self, parts: dict[str, Tensor], held: Placement | None) -> None:
         if held is not None or self._held is not None:
             for name, t in parts.items():
@@ -302,7 +307,7 @@ class QuantExperts:
         if placement is None or self._placed_on != x.device:
             placement = self.place(x.dtype)
         w13, w2 = placement.packed
-        b13, b2 = self._biases
+        b13, b2 = self.biases()
         y = placement.backend.moe(
             x.reshape(-1, x.shape[-1]),
             topk_ids,
@@ -310,8 +315,8 @@ class QuantExperts:
             w13,
             w2,
             self.activation,
-            b13=b13.now(),
-            b2=b2.now(),
+            b13=b13,
+            b2=b2,
             act=self.act,
         )
         return y.view(*x.shape[:-1], y.shape[-1])

@@ -115,19 +115,18 @@ def test_timing_is_refused_where_it_cannot_look(
     assert why in result.stderr
 
 
-def test_why_tokens_are_not_replayed_is_said(cli: Cli, tiny: Path) -> None:
+def test_how_tokens_are_computed_is_said(cli: Cli, tiny: Path) -> None:
     options = ("--max-new-tokens", "4", "--device", "cpu")
-    why = "CUDA graphs are for CUDA, and the model is on cpu"
-    assert document(cli("run", tiny, "abc", *options, "--json"))["graph"] == {
-        "replayed": False,
-        "fused": False,
-        "why_not": why,
-    }
+    off = "replaying steps is switched off"
     found = document(cli("run", tiny, "abc", *options, "--no-graph", "--json"))
-    assert found["graph"] == {"replayed": False, "fused": False, "why_not": "CUDA graphs are switched off"}
-    assert "graph" not in cli("run", tiny, "abc", *options).stderr, "nobody expects one on a CPU"
+    assert found["graph"] == {"replayed": False, "fused": False, "why_not": off}
+    assert f"steps of its modules: {off}" in cli("run", tiny, "abc", *options, "--no-graph").stderr
+    found = document(cli("run", tiny, "abc", *options, "--json"))["graph"]
     if detect().core:
-        assert f"not from a graph: {why}" in cli("run", tiny, "abc", *options, "--timing").stderr
+        assert found == {"replayed": True, "fused": True, "why_not": None}
+        assert "steps of one chain of kernels" in cli("run", tiny, "abc", *options).stderr
+    else:
+        assert found == {"replayed": False, "fused": False, "why_not": detect().core_missing}
 
 
 def test_a_prompt_comes_through_a_pipe(cli: Cli, tiny: Path) -> None:

@@ -20,9 +20,11 @@ from microscale.operands import local_ids
 
 FORMAT_IDS = {name: i for i, name in enumerate(FORMATS)}  # enum ms_format
 DTYPE_IDS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}  # enum ms_dtype
-_KIND_IDS = {kind: i for i, kind in enumerate(KINDS)}  # enum ms_kind
 ALIGNMENT = 64  # bytes, of a packed buffer
-CALLS = ("linear", "moe", "dense", "attend", "rms_norm")
+CALLS = ("linear", "moe", "dense", "attend", "rms_norm", "route")
+STEPS = ("embed", "rms_norm", "dense", "linear", "attend", "gate", "route", "moe")  # enum ms_step_kind
+ROUTERS = ("topk_softmax", "softmax_topk")  # enum ms_router, functions of `microscale.routing`
+KIND_IDS = {kind: i for i, kind in enumerate(KINDS)}  # enum ms_kind
 _run: Any = _core  # through which these are called; see `timed`
 
 
@@ -63,15 +65,19 @@ class _Stopwatch:
         def timed_call(*args: Any) -> None:
             started = time.perf_counter()
             call(*args)
-            self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - started
+            self.add(name, time.perf_counter() - started)
 
         self.__dict__[name] = timed_call
         return timed_call
 
+    def add(self, name: str, seconds: float) -> None:
+        """Count seconds that somebody else has seen."""
+        self._seconds[name] = self._seconds.get(name, 0.0) + seconds
+
 
 @contextmanager
 def timed(seconds: dict[str, float]) -> Iterator[None]:
-    """For a while, add the seconds that each of `CALLS` takes inside the core to `seconds`, by its name."""
+    """For a while, add the seconds that each of `CALLS` and `STEPS` takes inside the core to `seconds`, by its name."""
     global _run
     before = _run
     _run = _Stopwatch(seconds)
@@ -111,7 +117,7 @@ def linear(x: Tensor, packed: Tensor, outer: Tensor | None, n: int, bias: Tensor
     if k == 0:
         return y.zero_() if bias is None else y.copy_(bias.expand(y.shape))
     rows, stride = _rows(x, k)
-    b = _float32(bias)
+    b = float32(bias)
     _run.linear(
         level(),
         packed.data_ptr(),
@@ -162,6 +168,30 @@ def rms_norm(x: Tensor, w: Tensor, epsilon: float) -> Tensor:
         level(), types[0], x.data_ptr(), x.numel() // n, n, types[1], w.data_ptr(), epsilon, y.data_ptr()
     )
     return y
+
+
+def route(
+    logits: Tensor, top_k: int, router: str = "topk_softmax", renormalize: bool = True
+) -> tuple[Tensor, Tensor]:
+    """Contiguous logits [M, E] -> weights float32 [M, T], rounded to the logits' dtype, and ids; see `ms_route`.
+
+    The slow twins are `routing.topk_softmax` and `routing.softmax_topk`.
+    """
+    m, experts = logits.shape
+    ids = torch.empty((m, top_k), dtype=torch.int64)
+    weights = torch.empty((m, top_k), dtype=torch.float32)
+    kind, dtype = ROUTERS.index(router), DTYPE_IDS[logits.dtype]
+    out = (ids.data_ptr(), weights.data_ptr())
+    _run.route(level(), dtype, logits.data_ptr(), m, experts, kind, renormalize, top_k, *out)
+    return weights, ids
+
+
+def run(chain: Any, position: int) -> None:
+    """Take a `_core.Chain`, whose steps write where they were told to, through the token at a position."""
+    took = chain.run(level(), position, torch.get_num_threads())
+    if isinstance(_run, _Stopwatch):
+        for name, seconds in zip(STEPS, took, strict=True):
+            _run.add(name, seconds)
 
 
 def attend(
@@ -224,7 +254,7 @@ def moe(
         return y.zero_()
     # Names for what is converted: an address does not keep a temporary alive.
     rows, weights = x.contiguous(), topk_weights.float().contiguous()
-    first, second = _float32(b13), _float32(b2)
+    first, second = float32(b13), float32(b2)
     _run.moe(
         level(),
         packed13.data_ptr(),
@@ -237,7 +267,7 @@ def moe(
         ids.data_ptr(),
         weights.data_ptr(),
         t,
-        _KIND_IDS[activation.kind],
+        KIND_IDS[activation.kind],
         activation.gated,
         activation.interleaved,
         activation.alpha,
@@ -261,7 +291,8 @@ def _rows(x: Tensor, k: int) -> tuple[Tensor, int]:
     return rows.contiguous(), k
 
 
-def _float32(t: Tensor | None) -> Tensor | None:
+def float32(t: Tensor | None) -> Tensor | None:
+    """As the core wants biases: contiguous, a copy if need be."""
     if t is None or (t.dtype == torch.float32 and t.is_contiguous()):
         return t
     return t.float().contiguous()

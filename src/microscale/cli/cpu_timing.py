@@ -24,6 +24,9 @@ _PARTS = {
     "dense": "linears",
     "attend": "attention",
     "rms_norm": "norms",
+    "embed": "linears",
+    "gate": "linears",
+    "route": "experts",
 }
 
 

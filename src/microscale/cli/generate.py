@@ -65,7 +65,7 @@ class Generation:
         prefill, decode: seconds until the first token, and from there to the last.
         stopped: "length", "end" (the model ended it) or "interrupted".
         timing: where a decoded token's time went, if it was asked for and there are two.
-        eager: why tokens were not replayed from a CUDA graph; None: they were.
+        eager: why tokens were not replayed (from a CUDA graph, or on a CPU from a chain of kernels); None: they were.
         fused: they were by kernels made for the model's architecture (see `Decoder`).
     """
 

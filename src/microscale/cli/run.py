@@ -76,7 +76,8 @@ def run(
     graph: Annotated[
         bool,
         typer.Option(
-            "--graph/--no-graph", help="On a GPU: replay each token from a CUDA graph where that can be."
+            "--graph/--no-graph",
+            help="Replay each token where that can be: from a CUDA graph, on a CPU from one chain of kernels.",
         ),
     ] = True,
     timing: Annotated[

@@ -41,7 +41,7 @@ class Session:
         chat: prompts go through the chat template.
         loading: seconds that it took.
         bytes: of weights that a decoded token reads; 0: nobody asked, and generations are not timed in detail.
-        graph: on a GPU, replay tokens from a CUDA graph where that can be.
+        graph: replay tokens, from a CUDA graph or on a CPU from one chain of kernels, where that can be.
     """
 
     name: str
@@ -147,8 +147,7 @@ class Session:
         parts = [f"{self.name} on {self.model.device}: " + (", ".join(made) or "nothing is quantised")]
         if result is not None:
             parts.append(rates(result))
-            if result.timing is not None or self.model.device.type != "cpu":
-                parts.append(_graph(result))
+            parts.append(_steps(result, self.model.device.type))
             if self.bytes and result.timing is None:
                 parts.append("too few tokens to say where their time goes")
             if self.settings.samples(self.model):
@@ -160,7 +159,10 @@ class Session:
         return "\n".join(lines)
 
 
-def _graph(result: Generation) -> str:
+def _steps(result: Generation, device: str) -> str:
+    """How its tokens were computed."""
+    if device == "cpu":
+        return f"steps of its modules: {result.eager}" if result.eager else "steps of one chain of kernels"
     if result.eager:
         return f"not from a graph: {result.eager}"
     return f"from a CUDA graph of {'one chain of kernels' if result.fused else 'its modules'}"

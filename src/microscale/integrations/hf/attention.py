@@ -28,6 +28,10 @@ _ARCHITECTURES = ("gpt_oss",)  # those whose modules hand their sinks over as `s
 _SLOTS = 8
 _VOID = -1e4
 _QUERIES = 8  # that the core takes at once; each reads all keys again
+_BLOCK = (
+    64,
+    256,
+)  # queries of a sliding layer's prompt that are taken together: a window's, but within these
 
 
 def fuse_sinks(model: Any) -> bool:
@@ -67,6 +71,7 @@ def sink_attention(
     scaling: float,
     dropout: float = 0.0,
     s_aux: Tensor | None = None,
+    sliding_window: int | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """softmax over a query's keys and its head's sink, of which the sink has no value.
@@ -79,6 +84,7 @@ def sink_attention(
         key, value: [B, key heads, K, D].
         attention_mask: bool [B or 1, 1, Q, K], True: look at it. None: causal, or all keys for a single query.
         s_aux: [heads].
+        sliding_window: how many keys up to its own a query looks at, which the mask says, too; None: all.
     Returns:
         [B, Q, heads, D], and no weights.
     """
@@ -96,6 +102,8 @@ def sink_attention(
         from microscale.backends.triton.attend import attend
 
         return attend(query, key, value, attention_mask, s_aux, scaling), None
+    if not dropout and _prompt(query, key, value, s_aux):
+        return _in_blocks(query, key, value, attention_mask, s_aux, scaling, sliding_window), None
     heads, length, width = query.shape[1:]
     repeat = heads // key.shape[1]
     causal = attention_mask is None and length > 1
@@ -109,6 +117,63 @@ def sink_attention(
     mask = None if attention_mask is None else F.pad(attention_mask, (_SLOTS, 0), value=True)
     out = F.scaled_dot_product_attention(query, key, value, mask, dropout, causal, scale=scaling)
     return out[:, :, _SLOTS if causal else 0 :, :width].transpose(1, 2).contiguous(), None
+
+
+def _in_blocks(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    sinks: Tensor,
+    scaling: float,
+    window: int | None,
+) -> Tensor:
+    """A prompt on the CPU -> [B, Q, heads, D]: of a sliding layer, block by block the keys that its window reaches."""
+    length = query.shape[2]
+    if mask is None:  # causal; a static cache hands over its empty end, too
+        key, value = key[:, :, :length], value[:, :, :length]
+        return _beside_sinks(query, key, value, None, sinks, scaling).transpose(1, 2).contiguous()
+    block = min(max(window or 0, _BLOCK[0]), _BLOCK[1])
+    if not window or key.shape[2] != length or length <= window + block:
+        return _beside_sinks(query, key, value, mask, sinks, scaling).transpose(1, 2).contiguous()
+    out = query.new_empty(query.shape[0], length, query.shape[1], value.shape[3])
+    for first in range(0, length, block):
+        queries, keys = slice(first, first + block), slice(max(first - window + 1, 0), first + block)
+        part = (query[:, :, queries], key[:, :, keys], value[:, :, keys], mask[:, :, queries, keys])
+        out[:, queries] = _beside_sinks(*part, sinks, scaling).transpose(1, 2)
+    return out
+
+
+def _beside_sinks(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, sinks: Tensor, scaling: float
+) -> Tensor:
+    """Causal attention, or by a bool mask, -> [B, heads, Q, D].
+
+    A query's result without a sink, times what its keys have of the softmax's denominator: that, as a logarithm, is
+    what PyTorch's kernel leaves for the backward pass.
+    """
+    added = None
+    if mask is not None:
+        added = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(~mask, float("-inf"))
+    out, logarithm = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        query, key, value, 0.0, mask is None, attn_mask=added, scale=scaling
+    )
+    share = torch.sigmoid(logarithm - sinks.float()[:, None])[..., None]
+    return torch.where(share > 0, out * share, 0).to(query.dtype)  # 0 where nothing is looked at, not NaN
+
+
+def _prompt(query: Tensor, key: Tensor, value: Tensor, sinks: Tensor) -> bool:
+    """Whether PyTorch's kernel for CPUs takes it as it is: queries of a prompt, and nobody asks for gradients."""
+    tensors = (query, key, value, sinks)
+    return (
+        query.is_cpu
+        and query.shape[2] > 1
+        and not torch.compiler.is_compiling()
+        and all(t.dtype is sinks.dtype and t.stride(-1) == 1 for t in tensors)
+        and key.shape[3] == value.shape[3] == query.shape[3]
+        and sinks.dtype in DTYPES.values()
+        and not autograd.watched(*tensors)
+    )
 
 
 def _one(query: Tensor, key: Tensor, value: Tensor, sinks: Tensor) -> bool:

@@ -20,6 +20,11 @@ class DenseGptOssRouter(DenseModule, GptOssTopKRouter):  # type: ignore[misc]
     def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[M, H] -> logits [M, E], softmax over the chosen [M, T], their ids [M, T]."""
         logits = self.product(hidden_states)
+        if logits.is_cpu and logits.shape[0] <= ROWS and _plain(logits, logits) and detect().core:
+            from microscale.backends import cpu_core
+
+            weights, ids = cpu_core.route(logits, self.top_k)
+            return logits, weights.to(logits.dtype), ids
         chosen, ids = torch.topk(logits, self.top_k, dim=-1)
         return logits, torch.softmax(chosen, dim=1, dtype=chosen.dtype), ids
 

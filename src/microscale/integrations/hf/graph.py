@@ -1,4 +1,4 @@
-"""Generation whose steps are replayed from a CUDA graph.
+"""Generation whose steps are replayed from a CUDA graph, or on the CPU from a chain of the core's kernels.
 
 A token of gpt-oss-20b is some 600 kernels, which take the GPU a tenth of the time that Python takes to launch them. So
 the second step of a generation is captured, and that one and those behind it are replayed. Prompts run as they always
@@ -16,6 +16,9 @@ import torch
 from torch import Tensor
 from transformers import GenerationMixin
 
+from microscale.integrations.hf import cpu_step
+from microscale.integrations.hf.cpu_cache import TokenCache
+from microscale.integrations.hf.cpu_step import CpuStep
 from microscale.integrations.hf.step import MASKS, Step
 from microscale.integrations.hf.step_cache import KINDS, StepCache, layer_kinds
 from microscale.kv_cache import kv_cache
@@ -52,6 +55,9 @@ _PLAIN = {
 class Decoder:
     """Generates with one model, and keeps the captured step for the next prompt.
 
+    On the CPU a step is one call of the C++ core for architectures that it has a chain for, and the model's own forward
+    for others; `why` and `fused` say which.
+
     One sequence, or a batch of sequences of one length: of padded ones the steps are not replayed, and `why` says so.
 
     Attributes:
@@ -63,11 +69,11 @@ class Decoder:
     def __init__(self, model: Any, graph: bool = True) -> None:
         """`graph=False`: never capture."""
         self.model = model
-        self._never = refuse(model) if graph else "CUDA graphs are switched off"
+        self._never = refuse(model) if graph else "replaying steps is switched off"
         self.why = self._never
         self.fused = False
         self._cache: StepCache | None = None
-        self._step: Step | None = None
+        self._step: Step | CpuStep | None = None
         self._weights: tuple[list[int], list[Any]] = [], []
 
     def generate(self, input_ids: Tensor, max_new_tokens: int, **arguments: Any) -> Tensor:
@@ -77,9 +83,13 @@ class Decoder:
             arguments: of `generate`. Some, such as beams, are for steps that are not captured.
         """
         call: dict[str, Any] = {"input_ids": input_ids, "max_new_tokens": max_new_tokens, **arguments}
-        capacity = capacity_for(input_ids.shape[1] + max_new_tokens)
+        room = min(max_new_tokens, cpu_step.ROOM) if chained(self.model) else max_new_tokens
+        capacity = capacity_for(input_ids.shape[1] + room)
         self.why = (
-            self._never or self._refuse_call(arguments) or self._refuse_room(input_ids.shape[0], capacity)
+            self._never
+            or self._refuse_call(arguments)
+            or self._refuse_room(input_ids.shape[0], capacity)
+            or (cpu_step.refuse(self.model, input_ids.shape[0]) if chained(self.model) else None)
         )
         self.fused = False
         if self.why is not None:
@@ -138,15 +148,33 @@ class Decoder:
             return False
         return capacity <= cache.capacity <= 2 * capacity
 
-    def _ready(self, batch: int, capacity: int) -> tuple[StepCache, Step]:
+    def _ready(self, batch: int, capacity: int) -> tuple[StepCache, Step | CpuStep]:
         """A cache that is empty, and its step: those of before where they fit."""
+        if chained(self.model):
+            return self._ready_on_cpu(batch, capacity)
         weights = _weights(self.model)
         cache, step = self._cache, self._step
-        if cache is None or step is None or not self._fits(batch, capacity) or weights[0] != self._weights[0]:
+        if (
+            cache is None
+            or not isinstance(step, Step)
+            or not self._fits(batch, capacity)
+            or weights[0] != self._weights[0]
+        ):
             self._cache = self._step = cache = step = None  # its memory first
             cache = StepCache(self.model.config.get_text_config(decoder=True), capacity, self.model.device)
             step = Step(self.model, cache, batch)
             self._cache, self._step, self._weights = cache, step, weights
+        cache.reset()
+        return cache, step
+
+    def _ready_on_cpu(self, batch: int, capacity: int) -> tuple[StepCache, CpuStep]:
+        """A new step: it reads the weights of this moment. Its cache may be the one of before."""
+        cache = self._cache if self._fits(batch, capacity) else None
+        if not (isinstance(cache, TokenCache) and cache.holds(self.model.dtype)):
+            self._cache = self._step = None
+            cache = TokenCache(self.model.config.get_text_config(decoder=True), capacity, self.model.device)
+        step = CpuStep(self.model, cache, batch)
+        self._cache, self._step = cache, step
         cache.reset()
         return cache, step
 
@@ -157,9 +185,14 @@ def capacity_for(tokens: int) -> int:
     return -(-tokens // grain) * grain
 
 
+def chained(model: Any) -> bool:
+    """Whether the steps of a model are chains of the core's, if they are replayed at all."""
+    return bool(model.device.type == "cpu")
+
+
 def refuse(model: Any) -> str | None:
-    """None, or why the steps of a model cannot be captured, in a sentence."""
-    if model.device.type != "cuda":
+    """None, or why the steps of a model cannot be replayed whatever it is asked, in a sentence."""
+    if model.device.type not in ("cuda", "cpu"):
         return f"CUDA graphs are for CUDA, and the model is on {model.device.type}"
     return refuse_model(model)
 
@@ -195,7 +228,7 @@ def _weights(model: Any) -> tuple[list[int], list[Any]]:
 
 
 @contextmanager
-def _in_place_of(model: Any, step: Step) -> Iterator[None]:
+def _in_place_of(model: Any, step: Step | CpuStep) -> Iterator[None]:
     """While it lasts, a model that is called with the step's cache takes the step, once its prompt is in."""
     forward, inputs, cache = model.forward, model.prepare_inputs_for_generation, step.cache
 

@@ -102,12 +102,14 @@ class StepCache(Cache):
         steps: the layers.
     """
 
+    layer = StepLayer
+
     def __init__(self, config: Any, capacity: int, device: torch.device) -> None:
         self.capacity, self.length = capacity, 0
         window = min(getattr(config, "sliding_window", None) or capacity, capacity)
         kinds = layer_kinds(config)
         self.widths = {k: window if k == "sliding_attention" else capacity for k in dict.fromkeys(kinds)}
-        self.steps = [StepLayer(self, self.widths[k], k == "sliding_attention") for k in kinds]
+        self.steps = [self.layer(self, self.widths[k], k == "sliding_attention") for k in kinds]
         super().__init__(layers=list(self.steps))
         with torch.inference_mode(False):
             self.position = torch.zeros(1, dtype=torch.int64, device=device)

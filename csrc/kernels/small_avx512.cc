@@ -1,0 +1,7 @@
+#include "small.h"
+
+namespace microscale {
+
+extern const Small avx512_small = {small_norm, small_turn, small_gate, small_load, small_round};
+
+}  // namespace microscale

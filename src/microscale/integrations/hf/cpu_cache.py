@@ -1,0 +1,62 @@
+"""A `StepCache` on the CPU: nobody has captured its addresses, so it grows, and no mask hides slots from a reader."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from microscale.integrations.hf.step_cache import StepCache, StepLayer
+
+
+class TokenLayer(StepLayer):
+    """Keys and values of one layer; slots that no token has come to hold anything."""
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Take the memory, as the first keys show how much; pages come when they are written."""
+        with torch.inference_mode(False):
+            self.keys, self.values = (
+                t.new_empty(*t.shape[:2], self.slots, t.shape[3]) for t in (key_states, value_states)
+            )
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.is_initialized = True
+
+    def reset(self) -> None:
+        """What is there will be written before it is read."""
+
+    def widen(self, slots: int) -> None:
+        """Have so many slots, which are more, in new memory. No token has been overwritten yet."""
+        if not self.is_initialized:
+            self.slots = slots
+            return
+        filled, before = self.slots, (self.keys, self.values)
+        self.slots = slots
+        self.lazy_initialization(*before)
+        for kept, old in zip((self.keys, self.values), before, strict=True):
+            kept[:, :, :filled] = old
+
+
+class TokenCache(StepCache):
+    """The cache of a batch whose sequences have one length, for steps that read as many slots as there are tokens."""
+
+    layer = TokenLayer
+
+    def grow(self, window: int | None) -> None:
+        """Double the capacity; `window` is what sliding layers look at."""
+        self.capacity *= 2
+        for layer in self.steps:
+            slots = min(window, self.capacity) if window and layer.is_sliding else self.capacity
+            if slots > layer.slots:
+                layer.widen(slots)  # type: ignore[attr-defined]
+        with torch.inference_mode(False):
+            self._places = torch.arange(self.capacity)
+        self._turns = None
+
+    def holds(self, dtype: torch.dtype) -> bool:
+        """Whether what it has room for is of this dtype, as far as it knows."""
+        return all(layer.dtype is dtype for layer in self.steps if layer.is_initialized)
+
+    def begin_step(self, dtype: torch.dtype | None) -> dict[str, Any]:
+        """Not for a model's modules, which would want masks."""
+        raise NotImplementedError("steps over a TokenCache are chains of the core's")

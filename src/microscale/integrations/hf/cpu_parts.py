@@ -1,0 +1,257 @@
+"""What a model's token is made of, if it is what `cpu_chain` knows: plain records of its modules.
+
+Architectures are known by their classes' names, so that asking imports nothing. All of them are a norm, attention, a
+norm, and an MLP or experts, each added to the stream; `transformers` spells their modules alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from microscale.canary import DTYPE_WORDS
+from microscale.dense import DenseLinear, DenseModule
+from microscale.integrations.hf.attention import NAME
+from microscale.machine import detect
+from microscale.nn import QuantExperts, QuantLinear, runner_of
+
+# Families of architectures, and the attention that their modules compute when nobody asked for another.
+FAMILIES = {
+    "GptOss": NAME,
+    "Llama": "sdpa",
+    "Mistral": "sdpa",
+    "Qwen2": "sdpa",
+    "Qwen3": "sdpa",
+    "Qwen3Moe": "sdpa",
+}
+GATES = {"silu": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh"}  # transformers' words, and ours
+_MOVING = ("dynamic", "longrope")  # kinds of rotary embedding that look at how long a sequence has become
+
+
+@dataclass(frozen=True)
+class Norm:
+    """y = w * x / rms(x); `twice`: rounded before w multiplies, too."""
+
+    weight: Tensor
+    epsilon: float
+    twice: bool
+
+
+@dataclass(frozen=True)
+class Product:
+    """[M, K] -> [M, N]: a weight as it lies, or one that the core has packed."""
+
+    weight: Any  # Tensor [N, K], or cpu.Packed
+    bias: Tensor | None
+    n: int
+    k: int
+
+    @property
+    def packed(self) -> bool:
+        """The core has packed it."""
+        return not isinstance(self.weight, Tensor)
+
+
+@dataclass(frozen=True)
+class Experts:
+    """A router and its experts."""
+
+    router: Product
+    rule: str  # of `cpu_core.ROUTERS`
+    renormalize: bool
+    top_k: int
+    runner: QuantExperts
+
+
+@dataclass(frozen=True)
+class Mlp:
+    """down(activation(gate) * up)."""
+
+    gate: Product
+    up: Product
+    down: Product
+    activation: str
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer; norms of queries and keys, and sinks, where there are any."""
+
+    first: Norm
+    q: Product
+    k: Product
+    v: Product
+    o: Product
+    q_norm: Norm | None
+    k_norm: Norm | None
+    sinks: Tensor | None
+    width: int
+    scale: float
+    second: Norm
+    mlp: Mlp | Experts
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A model."""
+
+    dtype: torch.dtype
+    embedding: Tensor
+    rotary: Any
+    layers: list[Layer]
+    norm: Norm
+    head: Product
+
+
+class _UnknownError(Exception):
+    """Its text says what about a model `parts_of` does not know."""
+
+
+def parts_of(model: Any) -> Parts | str:
+    """A model's parts, its layers placed; or why a token of it is not what `cpu_chain` computes, in a sentence."""
+    try:
+        return _parts(model)
+    except _UnknownError as unknown:
+        return str(unknown)
+
+
+def _parts(model: Any) -> Parts:
+    if not detect().core:
+        raise _UnknownError(detect().core_missing)
+    family = type(model).__name__.removesuffix("ForCausalLM")
+    if family not in FAMILIES or not _made_by(model, f"{family}ForCausalLM"):
+        raise _UnknownError(f"{type(model).__name__} is not an architecture that the core has a chain for")
+    attention = model.config._attn_implementation
+    if attention != FAMILIES[family]:
+        raise _UnknownError(f"its attention is {attention}, which the chain would not be")
+    listener = next(_listeners(model), None)
+    if listener is not None:
+        raise _UnknownError(f"a hook listens to {listener}")
+    if torch.is_autocast_enabled("cpu"):
+        raise _UnknownError("autocast chooses dtypes, and the chain has one")
+    if model.training:
+        raise _UnknownError("it is in training mode")
+    body = _known(model.model, f"{family}Model")
+    rotary = _known(body.rotary_emb, f"{family}RotaryEmbedding")
+    if any(word in rotary.rope_type for word in _MOVING):
+        raise _UnknownError(f"its rotary embedding is {rotary.rope_type}, which changes on the way")
+    table = _known(body.embed_tokens, "Embedding").weight
+    if table.dtype not in DTYPE_WORDS:
+        raise _UnknownError(f"it computes in {table.dtype}")
+    read = _Reader(family, table.dtype)
+    layers = [read.layer(layer) for layer in body.layers]
+    return Parts(
+        table.dtype, read.tensor(table), rotary, layers, read.norm(body.norm), read.product(model.lm_head)
+    )
+
+
+class _Reader:
+    """Modules of one family, in one dtype, to records."""
+
+    def __init__(self, family: str, dtype: torch.dtype) -> None:
+        self.family, self.dtype = family, dtype
+
+    def layer(self, module: Any) -> Layer:
+        _known(module, f"{self.family}DecoderLayer")
+        at = _known(module.self_attn, f"{self.family}Attention")
+        q_norm, k_norm, sinks = (getattr(at, name, None) for name in ("q_norm", "k_norm", "sinks"))
+        return Layer(
+            first=self.norm(module.input_layernorm),
+            q=self.product(at.q_proj),
+            k=self.product(at.k_proj),
+            v=self.product(at.v_proj),
+            o=self.product(at.o_proj),
+            q_norm=None if q_norm is None else self.norm(q_norm),
+            k_norm=None if k_norm is None else self.norm(k_norm),
+            sinks=None if sinks is None else self.tensor(sinks),
+            width=at.head_dim,
+            scale=at.scaling,
+            second=self.norm(module.post_attention_layernorm),
+            mlp=self.mlp(module.mlp),
+        )
+
+    def mlp(self, module: Any) -> Mlp | Experts:
+        if _made_by(module, "GptOssMLP"):
+            router = _known(module.router, "DenseGptOssRouter")
+            return self.experts(router, module.experts, "topk_softmax", True)
+        if _made_by(module, "Qwen3MoeSparseMoeBlock"):
+            router = _known(module.gate, "Qwen3MoeTopKRouter")
+            return self.experts(router, module.experts, "softmax_topk", router.norm_topk_prob)
+        _known(module, f"{self.family}MLP")
+        activation = GATES.get(module.config.hidden_act)
+        if activation is None:
+            raise _UnknownError(f"its activation is {module.config.hidden_act}")
+        gate, up, down = (self.product(m) for m in (module.gate_proj, module.up_proj, module.down_proj))
+        return Mlp(gate, up, down, activation)
+
+    def experts(self, router: Any, module: Any, rule: str, renormalize: bool) -> Experts:
+        runner = runner_of(module)
+        if not isinstance(runner, QuantExperts):
+            raise _UnknownError("its experts are not in a block format")
+        placement = runner.placement or runner.place(self.dtype)
+        _by_core(placement.choice.backend.name, runner.act, "experts")
+        if isinstance(router, DenseModule) and not router.rows:
+            raise _UnknownError("its router is PyTorch's")
+        w, bias = self.tensor(router.weight), getattr(router, "bias", None)
+        product = Product(w, None if bias is None else self.tensor(bias), *w.shape)
+        return Experts(product, rule, bool(renormalize), router.top_k, runner)
+
+    def norm(self, module: Any) -> Norm:
+        once = _made_by(module, "DenseGptOssRMSNorm")
+        if not once:
+            _known(module, f"{self.family}RMSNorm")
+        w = module.weight
+        if w.dtype not in DTYPE_WORDS or not w.is_contiguous():
+            raise _UnknownError(f"a norm's weight is {w.dtype}")
+        return Norm(w, module.variance_epsilon, not once)
+
+    def product(self, module: Any) -> Product:
+        if isinstance(module, QuantLinear):
+            placement = module.placement or module.place(self.dtype)
+            _by_core(placement.choice.backend.name, module.act, "a linear")
+            (packed,) = placement.packed
+            return Product(packed, module.bias, module.out_features, module.in_features)
+        if not isinstance(module, DenseLinear) or not module.rows:
+            raise _UnknownError(f"a {type(module).__name__} in it is PyTorch's")
+        w, bias = module.weight, module.bias
+        return Product(self.tensor(w), None if bias is None else self.tensor(bias), *w.shape)
+
+    def tensor(self, t: Tensor) -> Tensor:
+        if t.dtype is not self.dtype or not t.is_cpu or not t.is_contiguous():
+            raise _UnknownError(f"a weight is {t.dtype} on {t.device}, and the chain is {self.dtype}")
+        return t
+
+
+def _by_core(backend: str, act: Any, what: str) -> None:
+    if backend != "cpu":
+        raise _UnknownError(f"{what} by {backend}, not by the core")
+    if act is not None:
+        raise _UnknownError(f"activations are quantised to {act.name}")
+
+
+def _made_by(module: Any, name: str) -> bool:
+    kind = type(module)
+    return kind.__name__ == name and kind.__module__.startswith(
+        ("transformers.models.", "microscale.", "torch.")
+    )
+
+
+def _known(module: Any, name: str) -> Any:
+    if not _made_by(module, name):
+        raise _UnknownError(f"a {type(module).__name__} stands where a {name} would")
+    return module
+
+
+def _listeners(model: nn.Module) -> Iterator[str]:
+    """Modules whose calls somebody else sees, and which a chain would not make."""
+    for name, module in model.named_modules():
+        hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+        # transformers' own record what it is asked for, which a step is not.
+        if any(getattr(hook, "__name__", "") != "output_capturing_hook" for hook in hooks):
+            yield name or "the model"
+        elif "forward" in module.__dict__ and module is not model:
+            yield name

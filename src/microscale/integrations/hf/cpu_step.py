@@ -1,0 +1,66 @@
+"""A step of generation on the CPU: `step.Step`, but for a chain of the core's in place of a CUDA graph."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from microscale.dense import ROWS
+from microscale.integrations.hf.cpu_cache import TokenCache
+from microscale.integrations.hf.cpu_parts import Parts, parts_of
+
+ROOM = 1024  # new tokens that a cache has room for at the start
+
+
+class CpuStep:
+    """One token for each sequence of a batch: [B, 1] ids to logits, over a `TokenCache`, which grows as needed.
+
+    A chain is made at a generation's first step, so it never reads weights that are gone.
+
+    Attributes:
+        why, captured, fused, greedy: as `Step` has them.
+    """
+
+    why: None = None
+    captured = fused = True
+    greedy = False
+
+    def __init__(self, model: Any, cache: TokenCache, batch: int) -> None:
+        """
+        Raises:
+            ValueError: `refuse` has a reason.
+        """
+        parts = parts_of(model)
+        if not isinstance(parts, Parts):
+            raise ValueError(parts)
+        self.cache, self.batch, self._parts = cache, batch, parts
+        self._window = getattr(model.config.get_text_config(decoder=True), "sliding_window", None)
+        self._chain: Any = None
+
+    def __call__(self, ids: Tensor) -> Any:
+        """The logits for the next token of each sequence; the next call overwrites them."""
+        cache = self.cache
+        if cache.length >= cache.capacity:
+            cache.grow(self._window)
+            self._chain = None
+        if self._chain is None:
+            from microscale.integrations.hf.cpu_chain import TokenChain
+
+            self._chain = TokenChain(self._parts, cache, self.batch)
+        self._chain.ids.copy_(ids)
+        self._chain.run(cache.length)
+        cache.length += 1
+        return CausalLMOutputWithPast(logits=self._chain.logits, past_key_values=cache)
+
+    def finish(self) -> None:
+        """Nothing was launched ahead."""
+
+
+def refuse(model: Any, batch: int) -> str | None:
+    """None, or why tokens of so many sequences are not one chain of kernels on the CPU, in a sentence."""
+    if batch > ROWS:
+        return f"{batch} sequences are more than the {ROWS} that the core reads weights once for"
+    parts = parts_of(model)
+    return None if isinstance(parts, Parts) else parts
