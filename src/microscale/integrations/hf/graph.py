@@ -56,8 +56,8 @@ class Decoder:
 
     Attributes:
         why: why the steps of the last generation were not replayed, in a sentence; None: they were.
-        fused: they were a chain of kernels made for the model's architecture, and not its modules', each by itself. A
-            hook anywhere in a model keeps it from being stepped so.
+        fused: they were a chain of kernels, and not its modules', each by itself (see `chain_parts`).
+        why_modules: why they were its modules', in a sentence: a hook anywhere in a model, say. None: they were not.
     """
 
     def __init__(self, model: Any, graph: bool = True) -> None:
@@ -66,6 +66,7 @@ class Decoder:
         self._never = refuse(model) if graph else "CUDA graphs are switched off"
         self.why = self._never
         self.fused = False
+        self.why_modules: str | None = None
         self._cache: StepCache | None = None
         self._step: Step | None = None
         self._weights: tuple[list[int], list[Any]] = [], []
@@ -81,7 +82,7 @@ class Decoder:
         self.why = (
             self._never or self._refuse_call(arguments) or self._refuse_room(input_ids.shape[0], capacity)
         )
-        self.fused = False
+        self.fused, self.why_modules = False, None
         if self.why is not None:
             return self._generate(call)
         cache, step = self._ready(input_ids.shape[0], capacity)
@@ -97,6 +98,7 @@ class Decoder:
             if step.why is not None or step.captured:
                 self.why = step.why
                 self.fused = step.captured and step.fused
+                self.why_modules = step.why_modules if step.captured else None
 
     def _generate(self, call: dict[str, Any]) -> Tensor:
         found: Tensor = self.model.generate(**call)
