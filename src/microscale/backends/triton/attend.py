@@ -2,11 +2,11 @@
 
 The slow twin is transformers' own: scores over all keys, a head's sink among them where it has one, and the sink's
 share left out. A span of keys that are not looked at is not read, so a cache with room for many tokens costs what those
-in it do; up to 128 of them, mostly, are one span, which nothing is put together with.
+in it do; few of them are one span, which nothing is put together with. Of several spans the program that comes last
+puts all of them together, in their order.
 
-Of several spans the program that comes last puts all of them together, in their order. Spans begin at the same tokens
-however long a cache is (up to 64 spans, and then in steps of that), and a ring is read from its oldest token on. So
-a token gets the same bits from a cache that grows and from one that does not.
+Where spans begin depends on how many tokens are looked at, and not on how long a cache is; and a ring is read from its
+oldest token on. So a token gets the same bits from a cache that grows and from one that does not.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from microscale.backends.triton import tiles
 
-_KEYS = 128  # that a program looks at in a step, at most
-_SPANS = 64  # at most
-_TOGETHER = 8  # spans that are read at once to be put together
+_KEYS = 256  # that a program looks at in a step, at most
+_SPANS = 16  # at most
+_HELD = 1 << 14  # numbers of spans' sums that a program holds as it puts them together
 
 
 @triton.jit
@@ -54,7 +54,7 @@ def ask(p):
 
 @triton.jit
 def _places(
-    at, filled, oldest, keys, mask, KEYS: tl.constexpr, MASKED: tl.constexpr, RING: tl.constexpr, mask_k
+    at, filled, oldest, keys, mask, mask_k, KEYS: tl.constexpr, MASKED: tl.constexpr, RING: tl.constexpr
 ):
     """Of KEYS tokens from `at` on: which are looked at, which is the newest, and their rows."""
     n = at + tl.arange(0, KEYS)
@@ -82,54 +82,56 @@ def _looked(query, key, value, seen, scaling, peak, total, acc):
 
 @triton.jit
 def _together(
-    sums,
-    peaks,
-    totals,
-    first,
-    spans,
-    heads,
-    d,
-    AT_ONCE: tl.constexpr,
-    ROWS: tl.constexpr,
-    WIDTH: tl.constexpr,
-):
-    """`_looked` of the spans that there are, in their order; `first`: the place of each head's first."""
-    peak = tl.full((ROWS,), float("-inf"), tl.float32)
-    total = tl.zeros((ROWS,), tl.float32)
-    acc = tl.zeros((ROWS, WIDTH), tl.float32)
-    i = spans * 0
-    while i < spans:
-        n = i + tl.arange(0, AT_ONCE)
-        there, place = (n < spans)[:, None] & heads, first[None, :] + n[:, None]
-        # From where the other programs' stores met: this one's own cache may hold what lay there before.
-        tops = tl.load(peaks + place, mask=there, other=float("-inf"), cache_modifier=".cg")
-        wholes = tl.load(totals + place, mask=there, other=0.0, cache_modifier=".cg")
+    y, sums, peaks, totals, sinks, first, active, room, GROUP: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr,
+    WIDTH: tl.constexpr, SPANS: tl.constexpr, AT_ONCE: tl.constexpr, SINKS: tl.constexpr,
+):  # fmt: skip
+    """What GROUP heads find, of which y and sinks begin at the first, from all `active` spans, in their order.
+
+    Read from where the stores of other programs met: this one's own cache may hold what lay there before.
+    """
+    r, d = tl.arange(0, HEADS), tl.arange(0, WIDTH)
+    real = (r < GROUP)[None, :]
+    peak = tl.full((HEADS,), float("-inf"), tl.float32)
+    total = tl.zeros((HEADS,), tl.float32)
+    acc = tl.zeros((HEADS, WIDTH), tl.float32)
+    if SINKS:
+        sink = tl.load(sinks + r, mask=r < GROUP, other=0.0).to(tl.float32)
+    for i in tl.static_range(0, SPANS, AT_ONCE):
+        n = i + tl.arange(0, AT_ONCE)[:, None]
+        there, place = (n < active) & real, (first + r[None, :]) * room + n
         at = sums + place[:, :, None] * WIDTH + d[None, None, :]
         parts = tl.load(at, mask=there[:, :, None], other=0.0, cache_modifier=".cg")
+        tops = tl.load(peaks + place, mask=there, other=float("-inf"), cache_modifier=".cg")
+        wholes = tl.load(totals + place, mask=there, other=0.0, cache_modifier=".cg")
         higher = tl.maximum(peak, tl.max(tops, 0))
         least = tl.where(higher == float("-inf"), 0.0, higher)  # nothing was looked at yet
         shrink, shares = tl.exp(peak - least), tl.exp(tops - least[None, :])
         total = total * shrink + tl.sum(wholes * shares, 0)
         acc = acc * shrink[:, None] + tl.sum(parts * shares[:, :, None], 0)
         peak = higher
-        i += AT_ONCE
-    return peak, total, acc
+    if SINKS:
+        higher = tl.maximum(peak, sink)
+        shrink = tl.exp(peak - higher)
+        acc, total = acc * shrink[:, None], total * shrink + tl.exp(sink - higher)
+    here = (r < GROUP)[:, None] & (d < D)[None, :]
+    tl.store(y + r[:, None] * D + d[None, :], (acc / total[:, None]).to(y.dtype.element_ty), mask=here)
 
 
 @triton.jit
 def _span_kernel(
     y, sums, peaks, totals, arrived, q, new_k, new_v, k, v, mask, position, sinks, cos, sin, q_weight, k_weight,
-    eps, scaling, keys, spans, key_heads, q_b, new_k_b, new_v_b, q_h, k_b, k_h, k_k, v_b, v_h, v_k, mask_b, mask_k,
-    GROUP: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, KEYS: tl.constexpr,
-    STEPS: tl.constexpr, TOGETHER: tl.constexpr, MASKED: tl.constexpr, RING: tl.constexpr, TURN: tl.constexpr,
-    NORM: tl.constexpr, SINKS: tl.constexpr, PDL: tl.constexpr,
+    eps, scaling, keys, room, key_heads, q_b, new_k_b, new_v_b, q_h, k_b, k_h, k_k, v_b, v_h, v_k, mask_b, mask_k,
+    GROUP: tl.constexpr, ROWS: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr,
+    KEYS: tl.constexpr, SPANS: tl.constexpr, AT_ONCE: tl.constexpr, LONG: tl.constexpr, MASKED: tl.constexpr,
+    RING: tl.constexpr, TURN: tl.constexpr, NORM: tl.constexpr, SINKS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     filled, oldest, token = keys, 0, 0
     if RING:
         token = tl.load(position)
         filled = tl.minimum(token + 1, keys).to(tl.int32)
         oldest = ((token + 1 - filled) % keys).to(tl.int32)
-    active = tl.maximum(tl.cdiv(filled, STEPS * KEYS), 1)
+    length = tl.maximum(tl.cdiv(filled, SPANS * KEYS), 1) * KEYS if LONG else KEYS
+    active = tl.maximum(tl.cdiv(filled, length), 1)
     span = tl.program_id(1)
     if span >= active:
         return
@@ -137,16 +139,15 @@ def _span_kernel(
     h = tl.program_id(0) % key_heads
     r, d = tl.arange(0, ROWS), tl.arange(0, WIDTH)
     head = h * GROUP + r
-    heads = key_heads * GROUP
     inner = d < D
     here = (r < GROUP)[:, None] & inner[None, :]
     kept_k, kept_v, mask = k + b * k_b + h * k_h, v + b * v_b + h * v_h, mask + b * mask_b if MASKED else mask
     # Keys and values of earlier tokens are older than the kernel ahead, which may still run.
-    at = span * (STEPS * KEYS)
-    seen, newest, n = _places(at, filled, oldest, keys, mask, KEYS, MASKED, RING, mask_k)
-    read = seen & (n != token % keys) if TURN else seen
-    key = tl.load(kept_k + n[:, None] * k_k + d[None, :], mask=read[:, None] & inner[None, :], other=0.0)
-    value = tl.load(kept_v + n[:, None] * v_k + d[None, :], mask=read[:, None] & inner[None, :], other=0.0)
+    at = span * length
+    seen, newest, n = _places(at, filled, oldest, keys, mask, mask_k, KEYS, MASKED, RING)
+    read = (seen & (n != token % keys) if TURN else seen)[:, None] & inner[None, :]
+    key = tl.load(kept_k + n[:, None] * k_k + d[None, :], mask=read, other=0.0)
+    value = tl.load(kept_v + n[:, None] * v_k + d[None, :], mask=read, other=0.0)
     if SINKS:
         sink = tl.load(sinks + head, mask=r < GROUP, other=0.0).to(tl.float32)
     if TURN:
@@ -163,17 +164,19 @@ def _span_kernel(
             tl.load(k_weight + d, mask=inner, other=0.0),
             tl.load(k_weight + partner, mask=inner, other=0.0),
         )
+    end = tl.minimum(at + length, filled)
     if PDL:
-        for step in range(1, STEPS):
+        if LONG and RING:
             LINES: tl.constexpr = triton.cdiv(D * k.dtype.element_ty.primitive_bitwidth, 1024)
             line = tl.arange(0, triton.next_power_of_2(LINES)) * (D // LINES)
-            later = at + step * KEYS
-            if later < filled:
+            later = at + KEYS
+            while later < end:
                 row = ((tl.minimum(later + tl.arange(0, KEYS), filled - 1) + oldest) % keys).to(tl.int64)[
                     :, None
                 ]
                 ask(kept_k + row * k_k + line[None, :])
                 ask(kept_v + row * v_k + line[None, :])
+                later += KEYS
         gdc_launch_dependents()
         gdc_wait()
     query = tl.load(q + b * q_b + head[:, None] * q_h + d[None, :], mask=here, other=0.0)
@@ -196,49 +199,52 @@ def _span_kernel(
         if span == active - 1:
             tl.store(kept_k + token % keys * k_k + d, fresh, mask=inner)
             tl.store(kept_v + token % keys * v_k + d, fresh_value, mask=inner)
+        key = tl.where(newest[:, None], fresh[None, :], key)
+        value = tl.where(newest[:, None], fresh_value[None, :], value)
     peak = tl.full((ROWS,), float("-inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     acc = tl.zeros((ROWS, WIDTH), tl.float32)
-    for step in range(STEPS):
-        some = at + step * KEYS < filled
-        if (step > 0) & some:
-            seen, newest, n = _places(
-                at + step * KEYS, filled, oldest, keys, mask, KEYS, MASKED, RING, mask_k
-            )
-            read = seen & (n != token % keys) if TURN else seen
-            key = tl.load(
-                kept_k + n[:, None] * k_k + d[None, :], mask=read[:, None] & inner[None, :], other=0.0
-            )
-            value = tl.load(
-                kept_v + n[:, None] * v_k + d[None, :], mask=read[:, None] & inner[None, :], other=0.0
-            )
-        if MASKED:
-            some = some & (tl.sum(seen.to(tl.int32), 0) > 0)
-        if some:
-            if TURN:
-                key = tl.where(newest[:, None], fresh[None, :], key)
-                value = tl.where(newest[:, None], fresh_value[None, :], value)
-            peak, total, acc = _looked(query, key, value, seen, scaling, peak, total, acc)
-    out = b * heads + head
-    last = active == 1
-    if active > 1:
-        place = out * spans + span
-        tl.store(sums + place[:, None] * WIDTH + d[None, :], acc, mask=(r < GROUP)[:, None])
-        tl.store(peaks + place, peak, mask=r < GROUP)
-        tl.store(totals + place, total, mask=r < GROUP)
-        tl.debug_barrier()  # one thread's release speaks for all threads' stores
-        last = tl.atomic_add(arrived + tl.program_id(0), 1, sem="acq_rel", scope="gpu") == active - 1
-        if last:
-            tl.store(arrived + tl.program_id(0), 0)  # for the next launch
-            peak, total, acc = _together(
-                sums, peaks, totals, out * spans, active, (r < GROUP)[None, :], d, TOGETHER, ROWS, WIDTH
-            )
-    if last:
+    some = at < filled
+    if MASKED:
+        some = tl.sum(seen.to(tl.int32), 0) > 0
+    if some:
+        peak, total, acc = _looked(query, key, value, seen, scaling, peak, total, acc)
+    if LONG:
+        after = at + KEYS
+        while after < end:
+            seen, newest, n = _places(after, filled, oldest, keys, mask, mask_k, KEYS, MASKED, RING)
+            some = after < filled
+            if MASKED:
+                some = tl.sum(seen.to(tl.int32), 0) > 0
+            if some:
+                read = (seen & (n != token % keys) if TURN else seen)[:, None] & inner[None, :]
+                key = tl.load(kept_k + n[:, None] * k_k + d[None, :], mask=read, other=0.0)
+                value = tl.load(kept_v + n[:, None] * v_k + d[None, :], mask=read, other=0.0)
+                if TURN:
+                    key = tl.where(newest[:, None], fresh[None, :], key)
+                    value = tl.where(newest[:, None], fresh_value[None, :], value)
+                peak, total, acc = _looked(query, key, value, seen, scaling, peak, total, acc)
+            after += KEYS
+    first = (b * key_heads + h) * GROUP
+    out = first + r
+    if active == 1:
         if SINKS:
             higher = tl.maximum(peak, sink)
             shrink = tl.exp(peak - higher)
             acc, total = acc * shrink[:, None], total * shrink + tl.exp(sink - higher)
         tl.store(y + out[:, None] * D + d[None, :], (acc / total[:, None]).to(y.dtype.element_ty), mask=here)
+    else:
+        place = out * room + span
+        tl.store(sums + place[:, None] * WIDTH + d[None, :], acc, mask=(r < GROUP)[:, None])
+        tl.store(peaks + place, peak, mask=r < GROUP)
+        tl.store(totals + place, total, mask=r < GROUP)
+        tl.debug_barrier()  # one thread's release speaks for all threads' stores
+        if tl.atomic_add(arrived + tl.program_id(0), 1, sem="acq_rel", scope="gpu") == active - 1:
+            tl.store(arrived + tl.program_id(0), 0)  # for the next launch
+            _together(
+                y + first * D, sums, peaks, totals, sinks + h * GROUP if SINKS else sinks, first, active, room,
+                GROUP, HEADS, D, WIDTH, SPANS, AT_ONCE, SINKS,
+            )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -276,11 +282,11 @@ def attend(
     Args:
         query: [B, heads, 1, D], key, value: [B, key heads, K, D] with components side by side; all of one dtype.
         mask: bool [B or 1, 1, 1, K], True: look at it; None: at all.
-        sinks: [heads]; None: there are none.
+        sinks: [heads]; None: there are none, and a key at least.
         position: int64 [1]: keys are a ring, token t in place t % K, and this is the last of them; no mask is given.
             None: all K are there.
     Returns:
-        [B, 1, heads, D]; NaN where there are neither sinks nor keys.
+        [B, 1, heads, D].
     """
     pairs = key.shape[0] * key.shape[1]
     arrived = torch.zeros(pairs, dtype=torch.int32, device=query.device)
@@ -323,7 +329,7 @@ def cut(wide: int, itemsize: int, shared: int) -> tuple[int, int]:
         keys > 16 and 2 * keys * wide * itemsize > shared * 3 // 4
     ):  # keys and values pass through scratchpad
         keys //= 2
-    return keys, 4 if wide * itemsize <= 128 else 8
+    return keys, 8 if keys * wide * itemsize > 1 << 14 else 4
 
 
 def _attend(
@@ -347,8 +353,7 @@ def _attend(
         return y
     target, wide = tiles.target(query.device), max(16, triton.next_power_of_2(width))
     at_once, warps = cut(wide, query.itemsize, target.shared)
-    steps = max(1, -(-keys // (_SPANS * at_once)))
-    spans = max(1, -(-keys // (steps * at_once)))
+    spans = min(max(1, -(-keys // at_once)), _SPANS)
     sums, peaks, totals = (
         torch.empty(batch * heads * spans * n if spans > 1 else 0, device=query.device) for n in (wide, 1, 1)
     )
@@ -361,13 +366,15 @@ def _attend(
     if turn is not None:
         turns = (turn.cos, turn.sin, turn.q_weight, turn.k_weight, turn.eps)
     pdl, group = target.early, heads // key_heads
+    together = triton.next_power_of_2(group)
     with tiles.on(query.device):
         _span_kernel[(batch * key_heads, spans)](
             y, sums, peaks, totals, arrived, query, new_key, new_value, key, value, mask, position, sinks, *turns,
             scaling, keys, spans, key_heads, *strides, *key.stride()[:3], *value.stride()[:3], *mask_strides,
-            GROUP=group, ROWS=max(16, triton.next_power_of_2(group)), D=width, WIDTH=wide, KEYS=at_once, STEPS=steps,
-            TOGETHER=_TOGETHER, MASKED=mask is not None,
-            RING=position is not None, TURN=turn is not None, NORM=turn is not None and turn.q_weight is not None,
-            SINKS=sinks is not None, PDL=pdl, num_warps=warps, enable_fp_fusion=False, **tiles.launch(pdl),
+            GROUP=group, ROWS=max(16, together), HEADS=together, D=width, WIDTH=wide, KEYS=at_once, SPANS=_SPANS,
+            AT_ONCE=min(_SPANS, max(1, _HELD // (together * wide))), LONG=keys > _SPANS * at_once,
+            MASKED=mask is not None, RING=position is not None, TURN=turn is not None,
+            NORM=turn is not None and turn.q_weight is not None, SINKS=sinks is not None, PDL=pdl,
+            num_warps=warps, enable_fp_fusion=False, **tiles.launch(pdl),
         )  # fmt: skip
     return y

@@ -68,7 +68,7 @@ def _fed_forward(kind: Kind, mlp: Any, y: Tensor) -> Tensor:
     of_all = not getattr(router, "norm_topk_prob", True)
     (logits,) = products(y, (router,))
     weights, chosen = route(logits, router.top_k, of_all, kind.shares)
-    found = experts(y, chosen, weights)
+    found: Tensor = experts(y, chosen, weights)
     return found.contiguous()
 
 
