@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 SIZES: dict[str, Any] = {
-    "hidden_size": 96, "intermediate_size": 64, "head_dim": 16, "num_hidden_layers": 2, "vocab_size": 160,
+    "hidden_size": 96, "intermediate_size": 64, "head_dim": 16, "num_hidden_layers": 2, "vocab_size": 64,
     "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64,
 }  # fmt: skip
 _QWEN = {"moe_intermediate_size": 64, "num_experts": 6, "num_experts_per_tok": 2}

@@ -71,11 +71,11 @@ def test_attend(
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("seen", [1, 255, 256, 257, 600, 5000])
+@pytest.mark.parametrize("seen", [1, 255, 256, 257, 5000])
 def test_a_ring_gives_the_bits_of_a_list(dtype: torch.dtype, seen: int) -> None:
     """Whatever room there is, and wherever the ring begins."""
-    if INTERPRETED and seen > 1000 and dtype == torch.float16:
-        seen = 270
+    if INTERPRETED and seen > 300:  # as many programs as time allows
+        seen = 600 if dtype == torch.float32 else 300
     q, sinks = torch.randn(2, 6, 1, 64, device=DEVICE).to(dtype), torch.randn(6, device=DEVICE).to(dtype)
     k, v = (torch.randn(2, 3, seen, 64, device=DEVICE).to(dtype) for _ in "kv")
     for slots in (seen, seen + 1, seen + 400):
@@ -104,6 +104,8 @@ def test_rms_norm(dtype: torch.dtype, rows: int, width: int) -> None:
     assert (
         (y - wanted).abs() <= (2 * relative + relative**2) * wanted.abs() + tiny * (1 + w.double().abs())
     ).all()
+    if dtype == torch.float32:
+        return
     rounded = (x64 / (x64.square().mean(-1, keepdim=True) + 1e-5).sqrt()).to(dtype) * w
     assert (y == rounded).double().mean() >= 0.9, "rounded before the weight"
 
@@ -221,8 +223,7 @@ def test_a_token_is_turned_stored_and_looked_at(
             assert ((found.nan_to_num(77.0) - right.nan_to_num(77.0)).abs() <= least).all()
 
 
-@pytest.mark.parametrize("batch", [1, 5])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name, batch", [*((name, 1) for name in MODELS), ("gpt_oss", 5), ("qwen3_moe", 3)])
 def test_a_token_of_a_model(name: str, batch: int) -> None:
     """All layers of a small model, past the point where its windows are full, beside the model's own forward."""
     from microscale.integrations.hf.attention import fuse_sinks
@@ -232,7 +233,7 @@ def test_a_token_of_a_model(name: str, batch: int) -> None:
 
     model = made(name, DEVICE)
     length = 11 if INTERPRETED else 20
-    ids = torch.randint(160, (batch, length), device=DEVICE)
+    ids = torch.randint(64, (batch, length), device=DEVICE)
     with torch.no_grad():
         wanted = model(ids).logits
     fuse_sinks(model)
@@ -240,9 +241,9 @@ def test_a_token_of_a_model(name: str, batch: int) -> None:
     assert (chain_of(model)[0] is None) == INTERPRETED
     cache = StepCache(model.config, 32, model.device)
     with torch.no_grad():
-        model(ids[:, :4], past_key_values=cache)
-        cache.start(4)
-        for t in range(4, length):
+        model(ids[:, :7], past_key_values=cache)
+        cache.start(7)
+        for t in range(7, length):
             kind = KINDS[model.config.model_type]
             found = token(kind, model, ids[:, t : t + 1], cache).logits[:, 0]
             assert (found - wanted[:, t]).abs().max() <= 1e-4 * wanted.abs().max(), t
@@ -251,9 +252,8 @@ def test_a_token_of_a_model(name: str, batch: int) -> None:
     assert not cache.arrived.any()
 
 
-@pytest.mark.parametrize("batch", [1, 5])
 @pytest.mark.parametrize(
-    "name, fmt", [("qwen3", "nvfp4"), ("qwen3_moe", "mxfp8_e4m3"), ("llama", "fp8_block128")]
+    "name, fmt, batch", [("qwen3", "nvfp4", 1), ("qwen3_moe", "mxfp8_e4m3", 5), ("llama", "fp8_block128", 2)]
 )
 def test_a_token_of_a_quantised_model(name: str, fmt: str, batch: int) -> None:
     """Linears, experts and all but routers packed: beside the same numbers as plain weights."""
@@ -267,7 +267,7 @@ def test_a_token_of_a_quantised_model(name: str, fmt: str, batch: int) -> None:
     microscale.requantize(model, fmt, backend="emulation" if INTERPRETED else "triton")
     plain = dequantize_model(copy.deepcopy(model))
     assert refuse_parts(model) is None
-    ids = torch.randint(160, (batch, 7), device=DEVICE)
+    ids = torch.randint(64, (batch, 7), device=DEVICE)
     cache = StepCache(model.config, 32, model.device)
     with torch.no_grad():
         wanted = plain(ids).logits

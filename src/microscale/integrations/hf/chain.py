@@ -62,8 +62,7 @@ def _fed_forward(kind: Kind, mlp: Any, y: Tensor) -> Tensor:
     experts = getattr(mlp, "experts", None)
     if experts is None:
         gate, up = products(y, (mlp.gate_proj, mlp.up_proj))
-        (found,) = products(silu_gate(gate, up), (mlp.down_proj,))
-        return found
+        return products(silu_gate(gate, up), (mlp.down_proj,))[0]
     router = getattr(mlp, kind.router)
     of_all = not getattr(router, "norm_topk_prob", True)
     (logits,) = products(y, (router,))
