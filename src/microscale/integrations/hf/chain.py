@@ -1,6 +1,6 @@
 """A token through all layers of a model in few kernels: what `step.Step` captures instead of the forward.
 
-A layer of experts is ten kernels of ours, and a dense one seven. Each adds what the one before it gave to the stream
+A layer of experts is ten kernels of ours, and a dense one eight. Each adds what the one before it gave to the stream
 as it takes the norm of it, and on Hopper each is launched before the one ahead has ended (see `backends.triton.small`).
 The slow twin is transformers' forward of the same token over the same cache. `chain_parts` says for which models.
 """
