@@ -140,31 +140,36 @@ KERNELS = {
     "span": ("attend", "_span_kernel"),
     "masked_span": ("attend", "_span_kernel"),
     "ring_span": ("attend", "_span_kernel"),
-    "together": ("attend", "_together_kernel"),
     "token_span": ("attend", "_span_kernel"),
+    "normed_span": ("attend", "_span_kernel"),
     "norm": ("small", "_rms_norm_kernel"),
     "add_norm": ("small", "_rms_norm_kernel"),
     "rows": ("rows", "_rows_kernel"),
     "row": ("rows", "_rows_kernel"),
     "choose": ("small", "_route_kernel"),
+    "gate": ("small", "_gate_kernel"),
 }
 PRODUCTS = ("linear", "w13", "w2")
 _REST = ("w1", "w2", "bias1", "bias2")  # what one matrix alone leaves out
 # Those of a decoded token beside its products: what distinguishes each, and its warps.
 STEP: dict[str, tuple[dict[str, Any], int]] = {
-    "span": ({"MASKED": False, "RING": False, "ONE": True, "TURN": False}, 4),
-    "masked_span": ({"MASKED": True, "RING": False, "ONE": True, "TURN": False}, 4),
-    "ring_span": ({"MASKED": False, "RING": True, "ONE": False, "TURN": False}, 4),
-    "token_span": ({"MASKED": False, "RING": True, "ONE": False, "TURN": True}, 4),
-    "together": ({}, 4),
-    "norm": ({"BLOCK": 4096, "ADD": False}, 8),
-    "add_norm": ({"BLOCK": 4096, "ADD": True}, 8),
+    "span": ({"MASKED": False, "RING": False, "TURN": False, "NORM": False}, 4),
+    "masked_span": ({"MASKED": True, "RING": False, "TURN": False, "NORM": False}, 4),
+    "ring_span": ({"MASKED": False, "RING": True, "TURN": False, "NORM": False, "LONG": False}, 4),
+    "token_span": ({"MASKED": False, "RING": True, "TURN": True, "NORM": False, "LONG": False}, 4),
+    "normed_span": (
+        {"MASKED": False, "RING": True, "TURN": True, "NORM": True, "SINKS": False, "D": 128, "WIDTH": 128},
+        8,
+    ),
+    "norm": ({"BLOCK": 4096, "ADD": False, "TWICE": False}, 8),
+    "add_norm": ({"BLOCK": 4096, "ADD": True, "TWICE": True}, 8),
     "rows": ({"K": 2880, "M": 1, "COUNT": 3, "HELD": 8}, 4),
     "row": (
         {"K": 288, "M": 4, "COUNT": 1, "HELD": 2, "BIAS1": False, "BIAS2": False} | dict.fromkeys(_REST),
         4,
     ),
-    "choose": ({"TOP_K": 4, "SLOTS": 4, "BLOCK": 128}, 1),
+    "choose": ({"TOP_K": 4, "SLOTS": 4, "BLOCK": 128, "ALL": True}, 1),
+    "gate": ({"BLOCK": 512}, 4),
 }
 
 
@@ -265,27 +270,34 @@ def step(job: Job) -> tuple[dict[str, Any], dict[str, Any]]:
         ("y", "x", "w", "q", "k", "v", "mask", "sinks", "cos", "sin", "logits", "weights", "total", "more"),
         own,
     )
+    given |= dict.fromkeys(("new_k", "new_v", "q_weight", "k_weight", "gate", "up"), own)
     given |= dict.fromkeys(("w0", "w1", "w2", "bias0", "bias1", "bias2"), own)
-    given |= dict.fromkeys(("sums", "peaks", "totals"), "*fp32")
+    given |= dict.fromkeys(("sums", "peaks", "totals"), "*fp32") | {"arrived": "*i32"}
     given |= dict.fromkeys(("position", "ids"), "*i64") | dict.fromkeys(("scaling", "eps"), "fp32")
     strides = [f"{t}_{d}" for t in "kv" for d in "bhk"]
-    counts = ["spans", "key_heads", "heads", "keys", "N", "E", "q_b", "q_h", "mask_b", "mask_k"]
-    counts += ["N0", "N1", "N2", "later"]
+    counts = ["room", "key_heads", "heads", "keys", "N", "E", "q_b", "q_h", "mask_b", "mask_k"]
+    counts += ["N0", "N1", "N2", "new_k_b", "new_v_b", "gate_m", "up_m"]
     given |= dict.fromkeys(strides + counts, "i32")
     given |= {
         "D": 64,
         "WIDTH": 64,
-        "ROUND": 64,
-        "KEYS": 64,
-        "STEPS": 2,
+        "SPANS": 16,
+        "AT_ONCE": 16,
+        "LONG": True,
+        "HEADS": 8,
         "GROUP": 8,
         "ROWS": 16,
+        "SINKS": True,
         "WARPS": 4,
         "COLUMNS": 256,
         **dict.fromkeys(("BIAS0", "BIAS1", "BIAS2"), True),
         "PDL": job.target == "sm_90",
     }
-    return given | flags, {"num_warps": warps}
+    given |= flags
+    if "span" in job.kernel:
+        attend = import_module("microscale.backends.triton.attend")
+        given["KEYS"], warps = attend.cut(given["WIDTH"], job.dtype.itemsize, TARGETS[job.target].shared)
+    return given, {"num_warps": warps}
 
 
 @cache

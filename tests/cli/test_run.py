@@ -119,14 +119,19 @@ def test_how_tokens_are_computed_is_said(cli: Cli, tiny: Path) -> None:
     options = ("--max-new-tokens", "4", "--device", "cpu")
     off = "replaying steps is switched off"
     found = document(cli("run", tiny, "abc", *options, "--no-graph", "--json"))
-    assert found["graph"] == {"replayed": False, "fused": False, "why_not": off}
+    assert found["graph"] == {"replayed": False, "fused": False, "why_not": off, "why_modules": None}
     assert f"steps of its modules: {off}" in cli("run", tiny, "abc", *options, "--no-graph").stderr
     found = document(cli("run", tiny, "abc", *options, "--json"))["graph"]
     if detect().core:
-        assert found == {"replayed": True, "fused": True, "why_not": None}
+        assert found == {"replayed": True, "fused": True, "why_not": None, "why_modules": None}
         assert "steps of one chain of kernels" in cli("run", tiny, "abc", *options).stderr
     else:
-        assert found == {"replayed": False, "fused": False, "why_not": detect().core_missing}
+        assert found == {
+            "replayed": False,
+            "fused": False,
+            "why_not": detect().core_missing,
+            "why_modules": None,
+        }
 
 
 def test_a_prompt_comes_through_a_pipe(cli: Cli, tiny: Path) -> None:

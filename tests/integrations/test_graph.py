@@ -320,36 +320,40 @@ def test_other_devices_have_no_graphs(tmp_path: Path, monkeypatch: pytest.Monkey
     assert Decoder(model).why == "CUDA graphs are for CUDA, and the model is on xpu"
 
 
-def test_a_model_is_stepped_by_its_own_kernels_unless_somebody_listens(
+def test_a_model_is_stepped_by_a_chain_of_kernels_unless_somebody_listens(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The choice, and that it is told: kernels for a token stand aside here, and the model's forward for them."""
-    from microscale.integrations.hf import gpt_oss_step
+    from microscale.integrations.hf import chain, chain_parts
     from microscale.integrations.hf.gpt_oss import DenseGptOssRMSNorm, StepGptOssRouter, take_steps
 
     model, ids = gpt_oss(tmp_path), prompt(1, 5)
     for module in model.modules():  # as they are on a GPU, where the core takes no router
         if "Router" in type(module).__name__:
             module.__class__ = StepGptOssRouter.__mro__[1]
+        elif type(module).__name__ == "DenseLinear":
+            module.__class__ = torch.nn.Linear
     take_steps(model)
     assert {type(m).__name__ for m in model.modules()} >= {
         DenseGptOssRMSNorm.__name__,
         StepGptOssRouter.__name__,
     }
-    monkeypatch.setattr(gpt_oss_step, "triton_steps", lambda device: True)
+    if DEVICE == "cpu":
+        assert "for CUDA from sm_80 on, and the model is on cpu" in str(chain_parts.chain_of(model)[1])
+    monkeypatch.setattr(chain_parts, "triton_steps", lambda device: True)
     taken: list[int] = []
 
-    def token(model: Any, ids: torch.Tensor, cache: StepCache) -> Any:
+    def token(kind: Any, model: Any, ids: torch.Tensor, cache: StepCache) -> Any:
         taken.append(1)
         masks, position = cache.begin_step(None), cache.position.expand(len(ids), 1)
         return type(model).forward(
             model, input_ids=ids, attention_mask=masks, position_ids=position, past_key_values=cache
         )
 
-    monkeypatch.setattr(gpt_oss_step, "token", token)
+    monkeypatch.setattr(chain, "token", token)
     decoder = Decoder(model)
     wanted = decoder.generate(ids, 12)
-    assert (decoder.why, decoder.fused) == (None, True)
+    assert (decoder.why, decoder.fused, decoder.why_modules) == (None, True, None)
     assert taken
 
     heard: list[int] = []
@@ -357,8 +361,53 @@ def test_a_model_is_stepped_by_its_own_kernels_unless_somebody_listens(
     taken.clear()
     listening = Decoder(model)
     assert torch.equal(listening.generate(ids, 12), wanted)
-    assert (listening.why, listening.fused) == (None, False)
+    assert (listening.why, listening.fused, listening.why_modules) == (None, False, "lm_head has a hook")
     assert heard
     assert not taken
     handle.remove()
     assert not Decoder(model, graph=False).fused
+
+
+def test_what_is_not_known_is_stepped_by_its_modules_with_a_word(tmp_path: Path) -> None:
+    """Each thing that `chain.token` would compute otherwise, put into a model that is known."""
+    from microscale.integrations.hf.chain_parts import refuse_parts
+
+    def changed(change: Callable[[Any], Any], make: Callable[[Path], Any] = qwen) -> str:
+        model = make(tmp_path)
+        assert refuse_parts(model) is None
+        change(model)
+        return str(refuse_parts(model))
+
+    class Other(torch.nn.Linear):
+        pass
+
+    def attribute(path: str, value: Any) -> Callable[[Any], None]:
+        def change(model: Any) -> None:
+            owner, _, name = path.rpartition(".")
+            setattr(model.get_submodule(owner), name, value)
+
+        return change
+
+    first = "model.layers.0"
+    assert changed(attribute(f"{first}.self_attn.o_proj", Other(64, 64))) == (
+        f"{first}.self_attn.o_proj is Other, which is not known"
+    )
+    assert "GELU, which is not known" in changed(attribute(f"{first}.mlp.experts.act_fn", torch.nn.GELU()))
+    assert changed(attribute(f"{first}.input_layernorm.forward", lambda x: x)) == (
+        f"{first}.input_layernorm has a forward of its own"
+    )
+    assert "not all of its norms" in changed(lambda model: model.model.norm.half())
+    assert "turns a part of each head" in changed(attribute("model.rotary_emb.inv_freq", torch.ones(4)))
+    assert "looks at a sequence's length" in changed(attribute("model.rotary_emb.rope_type", "dynamic"))
+    assert "queries and keys differ" in changed(attribute(f"{first}.self_attn.k_norm.variance_epsilon", 0.1))
+    assert changed(lambda model: model.train()) == "it is in training mode"
+    assert changed(lambda model: model.set_attn_implementation("flex_attention"), mistral) == (
+        "its attention is flex_attention, and not sdpa or eager"
+    )
+    assert changed(_as_bloom) == (
+        "bloom is none of gpt_oss, llama, mistral, mixtral, qwen2, qwen3, qwen3_moe"
+    )
+
+
+def _as_bloom(model: Any) -> None:
+    model.config = BloomConfig()

@@ -66,7 +66,8 @@ class Generation:
         stopped: "length", "end" (the model ended it) or "interrupted".
         timing: where a decoded token's time went, if it was asked for and there are two.
         eager: why tokens were not replayed (from a CUDA graph, or on a CPU from a chain of kernels); None: they were.
-        fused: they were by kernels made for the model's architecture (see `Decoder`).
+        fused: they were a chain of kernels (see `Decoder`).
+        why_modules: why they were the model's modules'; None: they were not.
     """
 
     prompt_ids: list[int]
@@ -78,6 +79,7 @@ class Generation:
     timing: Timing | None = None
     eager: str | None = None
     fused: bool = False
+    why_modules: str | None = None
 
     @property
     def prefill_rate(self) -> float:
@@ -132,7 +134,7 @@ def generate(
         result.stopped = "interrupted"
         if not interruptible:
             raise
-    result.eager, result.fused = decoder.why, decoder.fused
+    result.eager, result.fused, result.why_modules = decoder.why, decoder.fused, decoder.why_modules
     if streamer.times:
         result.prefill = streamer.times[0] - started
         result.decode = streamer.times[-1] - streamer.times[0]

@@ -209,7 +209,12 @@ def _document(session: Session, prompt: str, result: Generation) -> dict[str, An
         "seed": session.settings.seed,
         "samples": session.settings.samples(session.model),
         "seconds": {"load": session.loading, "prefill": result.prefill, "decode": result.decode},
-        "graph": {"replayed": result.eager is None, "fused": result.fused, "why_not": result.eager},
+        "graph": {
+            "replayed": result.eager is None,
+            "fused": result.fused,
+            "why_not": result.eager,
+            "why_modules": result.why_modules,
+        },
         "tokens_per_second": {"prefill": result.prefill_rate, "decode": result.decode_rate},
         **({"timing": result.timing.document()} if result.timing is not None else {}),
         "layers": session.layers(),

@@ -165,7 +165,9 @@ def _steps(result: Generation, device: str) -> str:
         return f"steps of its modules: {result.eager}" if result.eager else "steps of one chain of kernels"
     if result.eager:
         return f"not from a graph: {result.eager}"
-    return f"from a CUDA graph of {'one chain of kernels' if result.fused else 'its modules'}"
+    if result.fused:
+        return "from a CUDA graph of one chain of kernels"
+    return f"from a CUDA graph of its modules: {result.why_modules}"
 
 
 def _proofs(layer: dict[str, Any]) -> str:

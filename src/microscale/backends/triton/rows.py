@@ -23,14 +23,11 @@ MATRICES = 3
 _WARPS = 4
 _COLUMNS = 256  # that a warp reads at once, 16 bytes a thread where weights have 16 bits
 _HELD = 8  # times that, before a token is looked at; more of it leaves room for fewer warps
-_NEXT = (
-    6  # programs of a multiprocessor at a time; each asks for the rows of the one that comes so many later
-)
 
 
 @triton.jit
 def _rows(
-    y, x, w, bias, at, N, K: tl.constexpr, width, later, M: tl.constexpr,
+    y, x, w, bias, at, N, K: tl.constexpr, width, M: tl.constexpr,
     WARPS: tl.constexpr, COLUMNS: tl.constexpr, HELD: tl.constexpr, HAS_BIAS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """y[:, n] for WARPS rows n of w from `at` on. y and x begin at the matrix' first result and the first token."""
@@ -52,9 +49,6 @@ def _rows(
         if REST > 0:
             rest = HELD * COLUMNS + tl.arange(0, triton.next_power_of_2(triton.cdiv(REST, LINE))) * LINE
             ask(w + tl.minimum(n, N - 1).to(tl.int64)[:, None] * K + tl.minimum(rest, K - 1)[None, :])
-        if at < later and at + later < N:
-            line = tl.arange(0, triton.next_power_of_2(triton.cdiv(K, LINE))) * LINE
-            ask(w + tl.minimum(n + later, N - 1).to(tl.int64)[:, None] * K + tl.minimum(line, K - 1)[None, :])
         gdc_wait()
         gdc_launch_dependents()
     for m in tl.static_range(M):
@@ -74,7 +68,7 @@ def _rows(
 
 @triton.jit
 def _rows_kernel(
-    y, x, w0, w1, w2, bias0, bias1, bias2, N0, N1, N2, later, K: tl.constexpr, M: tl.constexpr, COUNT: tl.constexpr,
+    y, x, w0, w1, w2, bias0, bias1, bias2, N0, N1, N2, K: tl.constexpr, M: tl.constexpr, COUNT: tl.constexpr,
     WARPS: tl.constexpr, COLUMNS: tl.constexpr, HELD: tl.constexpr,
     BIAS0: tl.constexpr, BIAS1: tl.constexpr, BIAS2: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -84,11 +78,11 @@ def _rows_kernel(
     second = tl.cdiv(N0, WARPS) * WARPS
     third = second + tl.cdiv(N1, WARPS) * WARPS
     if COUNT == 1 or at < second:
-        _rows(y, x, w0, bias0, at, N0, K, width, later, M, WARPS, COLUMNS, HELD, BIAS0, PDL)
+        _rows(y, x, w0, bias0, at, N0, K, width, M, WARPS, COLUMNS, HELD, BIAS0, PDL)
     elif COUNT == 2 or at < third:
-        _rows(y + N0, x, w1, bias1, at - second, N1, K, width, later, M, WARPS, COLUMNS, HELD, BIAS1, PDL)
+        _rows(y + N0, x, w1, bias1, at - second, N1, K, width, M, WARPS, COLUMNS, HELD, BIAS1, PDL)
     elif COUNT == 3:
-        _rows(y + N0 + N1, x, w2, bias2, at - third, N2, K, width, later, M, WARPS, COLUMNS, HELD, BIAS2, PDL)
+        _rows(y + N0 + N1, x, w2, bias2, at - third, N2, K, width, M, WARPS, COLUMNS, HELD, BIAS2, PDL)
 
 
 def linear(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> Tensor:
@@ -106,11 +100,10 @@ def linear(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]
     (m, k), sizes = x.shape, [w.shape[0] for w in weights]
     y = torch.empty(m, sum(sizes), dtype=x.dtype, device=x.device)
     none = [None] * (MATRICES - len(sizes))
-    target = tiles.target(x.device)
-    pdl, later = target.early, _NEXT * target.units * _WARPS
+    pdl = tiles.target(x.device).early
     with tiles.on(x.device):
         _rows_kernel[(sum(-(-n // _WARPS) for n in sizes),)](
-            y, x, *weights, *none, *biases, *none, *sizes, *(0 for _ in none), later, K=k, M=m, COUNT=len(sizes),
+            y, x, *weights, *none, *biases, *none, *sizes, *(0 for _ in none), K=k, M=m, COUNT=len(sizes),
             WARPS=_WARPS, COLUMNS=_COLUMNS, HELD=min(_HELD, -(-k // _COLUMNS)),
             **{f"BIAS{i}": b is not None for i, b in enumerate([*biases, *none])},
             PDL=pdl, num_warps=_WARPS, enable_fp_fusion=x.dtype != torch.float32, **tiles.launch(pdl),

@@ -1,4 +1,4 @@
-"""What else a token needs, each in one kernel where torch has many: norms and routes.
+"""What else a token needs, each in one kernel where torch has many: norms, routes, and a gate between two products.
 
 On Hopper the kernels of a token start early: each lets the next one start before it waits for the one ahead, so that
 weights of a product behind them are on their way meanwhile (`rows`). All wait before they end, so what a kernel sees
@@ -18,7 +18,9 @@ from microscale.backends.triton import tiles
 
 
 @triton.jit
-def _rms_norm_kernel(y, total, x, more, w, eps, N, BLOCK: tl.constexpr, ADD: tl.constexpr, PDL: tl.constexpr):
+def _rms_norm_kernel(
+    y, total, x, more, w, eps, N, BLOCK: tl.constexpr, ADD: tl.constexpr, TWICE: tl.constexpr, PDL: tl.constexpr
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * N
     n = tl.arange(0, BLOCK)
     weight = tl.load(w + n, mask=n < N, other=0.0).to(tl.float32)
@@ -32,38 +34,45 @@ def _rms_norm_kernel(y, total, x, more, w, eps, N, BLOCK: tl.constexpr, ADD: tl.
         tl.store(total + row + n, whole, mask=n < N)
         value = whole.to(tl.float32)
     scale = tl.rsqrt(tl.sum(value * value, 0) / N + eps)
-    tl.store(y + row + n, (weight * (value * scale)).to(y.dtype.element_ty), mask=n < N)
+    value = value * scale
+    if TWICE:
+        value = value.to(y.dtype.element_ty).to(tl.float32)
+    tl.store(y + row + n, (weight * value).to(y.dtype.element_ty), mask=n < N)
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor, eps: float, twice: bool = False) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight in float32, rounded once to x's dtype.
 
     Args:
         x: [..., H], contiguous. weight: [H].
+        twice: rounded before the weight, too.
     """
-    return _norm(x, None, weight, eps)[1]
+    return _norm(x, None, weight, eps, twice)[1]
 
 
-def add_rms_norm(x: Tensor, more: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def add_rms_norm(
+    x: Tensor, more: Tensor, weight: Tensor, eps: float, twice: bool = False
+) -> tuple[Tensor, Tensor]:
     """x + more, and `rms_norm` of it. Both [..., H] and contiguous; the sum is rounded to their dtype."""
-    return _norm(x, more, weight, eps)
+    return _norm(x, more, weight, eps, twice)
 
 
-def _norm(x: Tensor, more: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def _norm(x: Tensor, more: Tensor | None, weight: Tensor, eps: float, twice: bool) -> tuple[Tensor, Tensor]:
     y, n = torch.empty_like(x), weight.numel()
     total = x if more is None else torch.empty_like(x)
     pdl = tiles.target(x.device).early
     with tiles.on(x.device):
         _rms_norm_kernel[(x.numel() // n,)](
-            y, total, x, more, weight, eps, n, BLOCK=triton.next_power_of_2(n), ADD=more is not None, PDL=pdl,
-            num_warps=8, **tiles.launch(pdl),
+            y, total, x, more, weight, eps, n, BLOCK=triton.next_power_of_2(n), ADD=more is not None, TWICE=twice,
+            PDL=pdl, num_warps=8, **tiles.launch(pdl),
         )  # fmt: skip
     return total, y
 
 
 @triton.jit
 def _route_kernel(
-    ids, weights, logits, E, TOP_K: tl.constexpr, SLOTS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr
+    ids, weights, logits, E, TOP_K: tl.constexpr, SLOTS: tl.constexpr, BLOCK: tl.constexpr, ALL: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     e, t = tl.arange(0, BLOCK), tl.arange(0, SLOTS)
@@ -73,6 +82,7 @@ def _route_kernel(
     left = tl.load(logits + row * E + e, mask=e < E, other=float("-inf")).to(tl.float32)
     left = tl.where(left == left, left, float("inf"))  # a NaN is chosen, and spreads
     left = tl.where(e < E, left, float("-inf"))
+    every = left
     free = e < E
     chosen = tl.full((SLOTS,), float("-inf"), tl.float32)
     expert = tl.zeros((SLOTS,), tl.int32)
@@ -83,29 +93,65 @@ def _route_kernel(
         expert = tl.where(t == i, at, expert)
         free = free & (e != at)
         left = tl.where(e == at, float("-inf"), left)
-    share = tl.exp(chosen - tl.max(chosen, 0))
-    share = share / tl.sum(share, 0)
+    greatest = tl.max(chosen, 0)
+    share = tl.exp(chosen - greatest)
+    share = share / tl.sum(tl.exp(every - greatest) if ALL else share, 0)
     tl.store(ids + row * TOP_K + t, expert.to(tl.int64), mask=t < TOP_K)
     tl.store(weights + row * TOP_K + t, share.to(weights.dtype.element_ty), mask=t < TOP_K)
 
 
-def route(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-    """The greatest logits of each row, softmax over them in float32, rounded to their dtype.
+def route(
+    logits: Tensor, top_k: int, of_all: bool = False, dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor]:
+    """The greatest logits of each row, softmax over them in float32, rounded.
 
     Among equal ones the lower expert is first. A row with a NaN or an infinity has weights that are NaN.
 
     Args:
         logits: [M, E], contiguous, with E of at least `top_k`.
+        of_all: softmax is over all of a row.
+        dtype: of the weights; None: of the logits.
     Returns:
         weights [M, top_k], and int64 ids [M, top_k].
     """
     rows, experts = logits.shape
-    weights = torch.empty(rows, top_k, dtype=logits.dtype, device=logits.device)
+    weights = torch.empty(rows, top_k, dtype=dtype or logits.dtype, device=logits.device)
     ids = torch.empty(rows, top_k, dtype=torch.int64, device=logits.device)
     pdl = tiles.target(logits.device).early
     with tiles.on(logits.device):
         _route_kernel[(rows,)](
             ids, weights, logits, experts, TOP_K=top_k, SLOTS=triton.next_power_of_2(top_k),
-            BLOCK=triton.next_power_of_2(experts), PDL=pdl, num_warps=1, **tiles.launch(pdl),
+            BLOCK=triton.next_power_of_2(experts), ALL=of_all, PDL=pdl, num_warps=1, **tiles.launch(pdl),
         )  # fmt: skip
     return weights, ids
+
+
+@triton.jit
+def _gate_kernel(y, gate, up, N, gate_m, up_m, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    g = tl.load(gate + row * gate_m + n, mask=n < N, other=0.0).to(tl.float32)
+    u = tl.load(up + row * up_m + n, mask=n < N, other=0.0).to(tl.float32)
+    h = (g / (1.0 + tl.exp(-g))).to(y.dtype.element_ty).to(tl.float32)
+    tl.store(y + row * N + n, (h * u).to(y.dtype.element_ty), mask=n < N)
+
+
+def silu_gate(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up, each rounded to their dtype, as torch's operators round them.
+
+    Args:
+        gate, up: [M, I] with columns side by side.
+    Returns:
+        [M, I], contiguous.
+    """
+    m, n = gate.shape
+    y = torch.empty(m, n, dtype=gate.dtype, device=gate.device)
+    pdl = tiles.target(gate.device).early
+    with tiles.on(gate.device):
+        _gate_kernel[(m, -(-n // 512))](
+            y, gate, up, n, gate.stride(0), up.stride(0), BLOCK=512, PDL=pdl, **tiles.launch(pdl)
+        )
+    return y

@@ -39,7 +39,7 @@ class TokenChain:
         count, hidden = parts.embedding.shape
         with torch.inference_mode(False):
             self.ids = torch.zeros(batch, 1, dtype=torch.int64)
-            self._cos, self._sin = self._turns(cache)
+            self._cos, self._sin = cache.turns(parts.rotary, parts.embedding[:1])
             x, self._y = self._matrix("x", hidden), self._matrix("y", hidden)
             self._chain.embed(self._at(parts.embedding), count, hidden, self._at(self.ids), self._at(x))
             more: Place | None = None
@@ -54,13 +54,6 @@ class TokenChain:
     def run(self, position: int) -> None:
         """Take `ids` through the model: their keys and values to the cache, `logits` for the token behind them."""
         cpu_core.run(self._chain, position)
-
-    def _turns(self, cache: TokenCache) -> tuple[Tensor, Tensor]:
-        """Cosines and sines [positions, turned / 2]; most families give them once for either half."""
-        cos, sin = cache.turns(self._parts.rotary, self._parts.embedding[:1])
-        if type(self._parts.rotary).__name__ != "GptOssRotaryEmbedding":
-            cos, sin = (t[:, : t.shape[1] // 2].contiguous() for t in (cos, sin))
-        return cos, sin
 
     def _layer(self, layer: Layer, kept: Any, x: Tensor, more: Place | None) -> Place:
         """Returns what is to be added to the stream behind it."""

@@ -20,10 +20,11 @@ class CpuStep:
     A chain is made at a generation's first step, so it never reads weights that are gone.
 
     Attributes:
-        why, captured, fused, greedy: as `Step` has them.
+        why, why_modules, captured, fused, greedy: as `Step` has them.
     """
 
     why: None = None
+    why_modules: None = None
     captured = fused = True
     greedy = False
 

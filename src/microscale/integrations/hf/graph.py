@@ -62,8 +62,8 @@ class Decoder:
 
     Attributes:
         why: why the steps of the last generation were not replayed, in a sentence; None: they were.
-        fused: they were a chain of kernels made for the model's architecture, and not its modules', each by itself. A
-            hook anywhere in a model keeps it from being stepped so.
+        fused: they were a chain of kernels, and not its modules', each by itself (see `chain_parts`).
+        why_modules: why they were its modules', in a sentence: a hook anywhere in a model, say. None: they were not.
     """
 
     def __init__(self, model: Any, graph: bool = True) -> None:
@@ -72,6 +72,7 @@ class Decoder:
         self._never = refuse(model) if graph else "replaying steps is switched off"
         self.why = self._never
         self.fused = False
+        self.why_modules: str | None = None
         self._cache: StepCache | None = None
         self._step: Step | CpuStep | None = None
         self._weights: tuple[list[int], list[Any]] = [], []
@@ -91,7 +92,7 @@ class Decoder:
             or self._refuse_room(input_ids.shape[0], capacity)
             or (cpu_step.refuse(self.model, input_ids.shape[0]) if chained(self.model) else None)
         )
-        self.fused = False
+        self.fused, self.why_modules = False, None
         if self.why is not None:
             return self._generate(call)
         cache, step = self._ready(input_ids.shape[0], capacity)
@@ -107,6 +108,7 @@ class Decoder:
             if step.why is not None or step.captured:
                 self.why = step.why
                 self.fused = step.captured and step.fused
+                self.why_modules = step.why_modules if step.captured else None
 
     def _generate(self, call: dict[str, Any]) -> Tensor:
         found: Tensor = self.model.generate(**call)

@@ -12,6 +12,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from microscale.errors import one_line
 from microscale.integrations.hf.ahead import Ahead
 from microscale.integrations.hf.attention import NAME
+from microscale.integrations.hf.chain_parts import chain_of
 from microscale.integrations.hf.quantizer import activation_dtype
 from microscale.integrations.hf.step_cache import StepCache
 
@@ -32,7 +33,8 @@ class Step:
     Attributes:
         why: why it is not replayed, in a sentence; None: it is, or will be.
         captured: it is.
-        fused: it is a chain of kernels made for this architecture, and not the model's modules.
+        fused: it is a chain of kernels, and not the model's modules.
+        why_modules: why it is its modules, in a sentence; None: it is not.
         greedy: the token that comes next is the likeliest, so its step may be launched ahead.
     """
 
@@ -43,7 +45,7 @@ class Step:
         self.captured = self.greedy = False
         self._ahead: Ahead | None = None
         self._added = activation_dtype(model) if MASKS[model.config._attn_implementation] else None
-        self._own = own_step(model)
+        self._own, self.why_modules = chain_of(model)
         self.fused = self._own is not None
         self._one_mask = not hasattr(model.config.get_text_config(decoder=True), "layer_types")
         with torch.inference_mode(False):
@@ -120,15 +122,6 @@ class Step:
             self.why = "its captured step gave other logits than the step itself"
             self._replay = self._output = None
         return output
-
-
-def own_step(model: Any) -> Callable[[Tensor, StepCache], Any] | None:
-    """What computes a token of this model in fewer kernels than its forward, if anything does."""
-    if model.config.model_type != "gpt_oss":
-        return None
-    from microscale.integrations.hf.gpt_oss_step import step_of
-
-    return step_of(model)
 
 
 def capture(run: Callable[[], Any]) -> tuple[Callable[[], None], Any]:

@@ -10,6 +10,7 @@ their positions, and a softmax does not ask for an order.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -116,6 +117,7 @@ class StepCache(Cache):
             self._places = torch.arange(capacity, device=device)
         self._slots: dict[int, Tensor] = {}
         self._turns: tuple[Tensor, Tensor] | None = None
+        self._arrived: Tensor | None = None
 
     def start(self, length: int) -> None:
         """The prompt is in; steps follow."""
@@ -132,11 +134,26 @@ class StepCache(Cache):
         return self._slots[slots]
 
     def turns(self, rotary: Any, x: Tensor) -> tuple[Tensor, Tensor]:
-        """A rotary embedding's cosines and sines of every position, [capacity, D / 2] each; x as it is called with."""
+        """A rotary embedding's cosines and sines of every position, [capacity, turned / 2] each; x as it is given.
+
+        Most embeddings give each of them twice, for both halves of what they turn; gpt-oss' gives them once.
+        """
         if self._turns is None:
             cos, sin = rotary(x, self._places[None])
-            self._turns = cos[0].contiguous(), sin[0].contiguous()
+            once = type(rotary).__name__ == "GptOssRotaryEmbedding"
+            half = cos.shape[2] if once else cos.shape[2] // 2
+            cos, sin = (t[0, :, :half].contiguous() for t in (cos, sin))
+            self._turns = cos, sin
         return self._turns
+
+    @property
+    def arrived(self) -> Tensor:
+        """Int32 zeros, one for each key head of each sequence: attention counts programs in them, and clears them."""
+        if self._arrived is None:
+            with torch.inference_mode(False):
+                rows = max(math.prod(layer.keys.shape[:2]) for layer in self.steps)
+                self._arrived = torch.zeros(rows, dtype=torch.int32, device=self.position.device)
+        return self._arrived
 
     def begin_step(self, dtype: torch.dtype | None) -> dict[str, Tensor]:
         """Find the step's slots, and its mask over each kind of layer: [1, 1, 1, slots].
