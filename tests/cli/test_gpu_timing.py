@@ -25,9 +25,16 @@ def test_no_moment_counts_twice() -> None:
 
 def test_ours_are_told_from_others() -> None:
     ours, others = split(
-        {"_first_kernel": 1.0, "_total_kernel": 2.0, "_rows_kernel": 3.0, "nvjet": 4.0, "add": 5.0}
+        {
+            "_first_kernel": 1.0,
+            "_total_kernel": 2.0,
+            "_rows_kernel": 3.0,
+            "_gate_kernel": 0.5,
+            "nvjet": 4.0,
+            "add": 5.0,
+        }
     )
-    assert ours == {"experts": 3.0, "linears": 3.0, "attention": 0.0, "norms": 0.0}
+    assert ours == {"experts": 3.0, "linears": 3.5, "attention": 0.0, "norms": 0.0}
     assert others == 9.0
 
 
