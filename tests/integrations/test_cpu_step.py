@@ -311,6 +311,10 @@ def test_a_hook_is_called_and_said(tmp_path: Path) -> None:
     assert (decoder.why, decoder.fused) == ("a hook listens to model.layers.1", False)
     assert len(heard) == 6
     handle.remove()
+    handle = torch.nn.modules.module.register_module_forward_hook(lambda *_: None)
+    decoder.generate(ids, 6)
+    assert (decoder.why, decoder.fused) == ("a hook listens to all modules", False)
+    handle.remove()
     decoder.generate(ids, 6)
     assert decoder.fused
 

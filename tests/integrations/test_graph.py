@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from original import write
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from transformers import (
     BloomConfig,
     BloomForCausalLM,
@@ -164,6 +165,11 @@ def test_a_step_is_kept_for_the_next_prompt(tmp_path: Path) -> None:
     step = decoder._step
     decoder.generate(prompt(2, 250), 10)
     assert decoder._step is not step, "its cache is too small"
+    step = decoder._step
+    flipped = decoder.model.lm_head.register_forward_hook(lambda module, given, found: found.flip(-1))
+    decoder.generate(prompt(2, 250), 10)
+    assert decoder._step is not step, "its modules compute something else"
+    flipped.remove()
     step = decoder._step
     microscale.requantize(decoder.model, "mxfp4")
     ids = prompt(2, 250)
@@ -364,7 +370,13 @@ def test_a_model_is_stepped_by_a_chain_of_kernels_unless_somebody_listens(
     assert (listening.why, listening.fused, listening.why_modules) == (None, False, "lm_head has a hook")
     assert heard
     assert not taken
+    # Who came to listen since a step was captured hears the next generation, too, and who left is not waited for.
+    assert torch.equal(decoder.generate(ids, 12), wanted)
+    assert (decoder.fused, decoder.why_modules) == (False, "lm_head has a hook")
+    assert not taken
     handle.remove()
+    decoder.generate(ids, 12)
+    assert decoder.fused
     assert not Decoder(model, graph=False).fused
 
 
@@ -401,6 +413,14 @@ def test_what_is_not_known_is_stepped_by_its_modules_with_a_word(tmp_path: Path)
     assert "looks at a sequence's length" in changed(attribute("model.rotary_emb.rope_type", "dynamic"))
     assert "queries and keys differ" in changed(attribute(f"{first}.self_attn.k_norm.variance_epsilon", 0.1))
     assert changed(lambda model: model.train()) == "it is in training mode"
+    with torch.autocast(DEVICE, torch.bfloat16):
+        assert refuse_parts(qwen(tmp_path)) == "autocast chooses dtypes, and the chain has one"
+    for register in (register_module_forward_hook, register_module_forward_pre_hook):
+        handle = register(lambda *_: None)
+        try:
+            assert refuse_parts(qwen(tmp_path)) == "a hook listens to all modules"
+        finally:
+            handle.remove()
     assert changed(lambda model: model.set_attn_implementation("flex_attention"), mistral) == (
         "its attention is flex_attention, and not sdpa or eager"
     )

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 
 from microscale.canary import DTYPES
 from microscale.integrations.hf.attention import NAME, triton_steps
@@ -88,18 +89,26 @@ def refuse_parts(model: Any) -> str | None:
         return f"its attention is {model.config._attn_implementation}, and not {' or '.join(kind.attention)}"
     if model.training:
         return "it is in training mode"
+    if torch.is_autocast_enabled(model.device.type):
+        return "autocast chooses dtypes, and the chain has one"
+    if _global_forward_hooks or _global_forward_pre_hooks:
+        return "a hook listens to all modules"
     if type(model).__name__ != f"{kind.prefix}ForCausalLM":
         return f"it is {type(model).__name__}, and not {kind.prefix}ForCausalLM"
     for name, module in model.named_modules():
         if not _known(module, kind, word):
             return f"{name} is {type(module).__name__}, which is not known"
-        hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-        # transformers' own record what it is asked for, which a step is not.
-        if any(getattr(hook, "__name__", "") != "output_capturing_hook" for hook in hooks):
+        if listeners(module):
             return f"{name or 'the model'} has a hook"
         if "forward" in module.__dict__:
             return f"{name or 'the model'} has a forward of its own"
     return _refuse_numbers(model, kind)
+
+
+def listeners(module: nn.Module) -> list[Any]:
+    """A module's hooks, but for transformers' own: they record what it is asked for, which a step is not."""
+    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+    return [hook for hook in hooks if getattr(hook, "__name__", "") != "output_capturing_hook"]
 
 
 def _known(module: nn.Module, kind: Kind, word: str) -> bool:

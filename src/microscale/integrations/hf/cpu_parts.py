@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 
 from microscale.canary import DTYPE_WORDS
 from microscale.dense import DenseLinear, DenseModule
@@ -248,6 +249,8 @@ def _known(module: Any, name: str) -> Any:
 
 def _listeners(model: nn.Module) -> Iterator[str]:
     """Modules whose calls somebody else sees, and which a chain would not make."""
+    if _global_forward_hooks or _global_forward_pre_hooks:
+        yield "all modules"
     for name, module in model.named_modules():
         hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
         # transformers' own record what it is asked for, which a step is not.

@@ -14,9 +14,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 from transformers import GenerationMixin
 
 from microscale.integrations.hf import cpu_step
+from microscale.integrations.hf.chain_parts import listeners
 from microscale.integrations.hf.cpu_cache import TokenCache
 from microscale.integrations.hf.cpu_step import CpuStep
 from microscale.integrations.hf.step import MASKS, Step
@@ -222,11 +224,17 @@ def refuse_model(model: Any) -> str | None:
 
 
 def _weights(model: Any) -> tuple[list[int], list[Any]]:
-    """What a captured step reads: addresses and identities, and the packed weights, to be kept while these count."""
-    placed = [runner_of(module) for module in model.modules()]
-    held = [runner.placement for runner in placed if runner is not None]
-    addresses = [t.data_ptr() for t in (*model.parameters(), *model.buffers())]
-    return addresses + [id(placement) for placement in held], held
+    """What a captured step reads, and who listened in as it was made: addresses and identities, and the packed weights
+    and hooks, to be kept while these count."""
+    held: list[Any] = []
+    for module in model.modules():
+        runner = runner_of(module)
+        held += [] if runner is None else [runner.placement]
+        held += [*listeners(module), module.__dict__.get("forward")]
+    numbers = [t.data_ptr() for t in (*model.parameters(), *model.buffers())]
+    hooks = len(_global_forward_hooks) + len(_global_forward_pre_hooks)
+    modes = [int(model.training), int(torch.is_autocast_enabled(model.device.type)), hooks]
+    return numbers + modes + [id(one) for one in held], held
 
 
 @contextmanager
