@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -251,6 +252,49 @@ def test_a_step_that_is_not_the_same_each_time_is_not_replayed(
     decoder.generate(ids, 12)
     assert decoder.why == "its captured step gave other logits than the step itself"
     assert torch.equal(decoder.generate(ids, 12), wanted)
+
+
+def test_a_graph_that_holds_nothing_is_not_replayed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As one would be whose kernels went elsewhere: they ran while it was captured, and a replay moves nothing."""
+
+    def nothing(run: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
+        output = run()
+        return lambda: None, output
+
+    monkeypatch.setattr(step_module, "capture", nothing)
+    model, ids = mistral(tmp_path), prompt(1, 5)
+    decoder = Decoder(model)
+    assert torch.equal(decoder.generate(ids, 12), eager(model, ids, 12))
+    assert decoder.why == "its captured step gave other logits than the step itself"
+
+
+def test_steps_are_made_on_the_gpu_of_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    second = graph.on_device(torch.device("cuda:1"))
+    assert isinstance(second, torch.cuda.device)
+    assert second.idx == 1
+    model, seen, inside = qwen(tmp_path), [], [False]
+
+    @contextmanager
+    def on_device(device: torch.device) -> Iterator[None]:
+        seen.append(device)
+        inside[0] = True
+        yield
+        inside[0] = False
+
+    captured, ended = step_module.capture, []
+
+    def capture(run: Callable[[], Any]) -> Any:
+        assert inside[0]
+        return captured(run)
+
+    monkeypatch.setattr(graph, "on_device", on_device)
+    monkeypatch.setattr(step_module, "capture", capture)
+    monkeypatch.setattr(step_module.Step, "finish", lambda step: ended.append(inside[0]))
+    decoder = Decoder(model)
+    decoder.generate(prompt(1, 5), 6)
+    assert decoder.why is None
+    assert seen == [model.device]
+    assert ended == [True]
 
 
 def test_refusals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

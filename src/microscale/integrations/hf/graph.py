@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -101,10 +101,12 @@ class Decoder:
         self.why = "two steps run before one is replayed"
         step.greedy = not arguments.get("do_sample", self.model.generation_config.do_sample)
         try:
-            with _in_place_of(self.model, step):
-                return self._generate(call | {"past_key_values": cache})
+            with on_device(self.model.device), _in_place_of(self.model, step):
+                try:
+                    return self._generate(call | {"past_key_values": cache})
+                finally:
+                    step.finish()
         finally:
-            step.finish()
             if step.why is not None:
                 self._never, self._cache, self._step = step.why, None, None
             if step.why is not None or step.captured:
@@ -187,6 +189,11 @@ def capacity_for(tokens: int) -> int:
     """Of a cache for so many tokens, in steps of up to a quarter, so that a conversation rarely needs another."""
     grain = max(_GRAIN, 1 << max(tokens.bit_length() - 3, 0))
     return -(-tokens // grain) * grain
+
+
+def on_device(device: torch.device) -> AbstractContextManager[Any]:
+    """A graph is captured, and waited for, on streams of the current GPU: while it lasts, that is the model's."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def chained(model: Any) -> bool:

@@ -113,7 +113,7 @@ class Step:
         """The output of running, once replaying has given the same."""
         replay()
         replayed = self._output.logits.clone()
-        self.cache.position.sub_(1)
+        self.cache.position.fill_(self.cache.length)  # wherever the replay left it
         output = self.run()
         if torch.equal(output.logits, replayed):
             self.captured = True
