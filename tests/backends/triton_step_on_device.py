@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from test_attend import expected
 from torch import Tensor
 
 from microscale.backends.triton import rows as few
+from microscale.backends.triton import tiles
 from microscale.backends.triton.attend import Turn, attend, attend_token
 from microscale.backends.triton.small import add_rms_norm, rms_norm, route, silu_gate
 from microscale.tolerance import unit_roundoff
@@ -221,6 +223,31 @@ def test_a_token_is_turned_stored_and_looked_at(
         for found, right in zip((keys, values), there, strict=True):
             least = near * right.nan_to_num(0.0).abs().max()
             assert ((found.nan_to_num(77.0) - right.nan_to_num(77.0)).abs() <= least).all()
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="a GPU does not say which lines it was asked for")
+@pytest.mark.parametrize("width", [16, 80, 192])
+def test_nothing_is_asked_for_past_a_cache(monkeypatch: pytest.MonkeyPatch, width: int) -> None:
+    """Lines of keys and values of later steps, where kernels start early."""
+    from microscale.backends.triton import attend as module
+
+    asked: list[int] = []
+    early = replace(tiles.target(torch.device(DEVICE)), early=True)
+    monkeypatch.setattr(tiles, "target", lambda device: early)
+    monkeypatch.setattr(tiles, "launch", lambda early: {})
+    monkeypatch.setattr(module, "ask", lambda at: asked.extend(at.handle.data.ravel().tolist()))
+    for name in ("gdc_wait", "gdc_launch_dependents"):
+        monkeypatch.setattr(module, name, lambda: None)
+    at_once = module.cut(max(16, 1 << (width - 1).bit_length()), 2, early.shared)[0]
+    slots = 16 * at_once + 40
+    q, k, v = (torch.randn(1, n * width, dtype=torch.float16) for n in (2, 1, 1))
+    keys, values = (torch.randn(1, 1, slots, width, dtype=torch.float16) for _ in "kv")
+    turn = Turn(*(torch.randn(slots, width // 2, dtype=torch.float16) for _ in "cs"))
+    position, arrived = torch.tensor([slots - 1]), torch.zeros(1, dtype=torch.int32)
+    attend_token(q, k, v, turn, keys, values, None, 0.3, position, arrived)
+    assert asked
+    ranges = [(t.data_ptr(), t.data_ptr() + t.nbytes) for t in (keys, values)]
+    assert all(any(first <= at < end for first, end in ranges) for at in asked)
 
 
 @pytest.mark.parametrize("name, batch", [*((name, 1) for name in MODELS), ("gpt_oss", 5), ("qwen3_moe", 3)])

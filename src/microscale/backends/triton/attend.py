@@ -167,8 +167,10 @@ def _span_kernel(
     end = tl.minimum(at + length, filled)
     if PDL:
         if LONG and RING:
-            LINES: tl.constexpr = triton.cdiv(D * k.dtype.element_ty.primitive_bitwidth, 1024)
-            line = tl.arange(0, triton.next_power_of_2(LINES)) * (D // LINES)
+            LINES: tl.constexpr = triton.next_power_of_2(
+                triton.cdiv(D * k.dtype.element_ty.primitive_bitwidth, 1024)
+            )
+            line = tl.arange(0, LINES) * (D // LINES)  # none past the row, which may be a cache's last
             later = at + KEYS
             while later < end:
                 row = ((tl.minimum(later + tl.arange(0, KEYS), filled - 1) + oldest) % keys).to(tl.int64)[
