@@ -16,7 +16,8 @@ from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_h
 from microscale.canary import DTYPES
 from microscale.integrations.hf.attention import NAME, triton_steps
 from microscale.integrations.hf.step_cache import StepCache
-from microscale.nn import QuantLinear
+from microscale.machine import detect
+from microscale.nn import QuantLinear, device_kind
 
 _MOVING = ("dynamic", "longrope")  # kinds of rotary embedding that look at how long a sequence has become
 _PLAIN = (nn.Linear, nn.Embedding, nn.ModuleList, nn.SiLU, QuantLinear)
@@ -73,10 +74,18 @@ def chain_of(model: Any) -> tuple[Callable[[Tensor, StepCache], Any] | None, str
 def refuse(model: Any) -> str | None:
     """None, or why a token of a model is not a chain of kernels, in a sentence."""
     if not triton_steps(model.device):
-        return (
-            f"a token's kernels are Triton's, for CUDA from sm_80 on, and the model is on {model.device.type}"
-        )
+        return f"a token's kernels are Triton's, for CUDA from sm_80 on, and {_where(model.device)}"
     return refuse_parts(model)
+
+
+def _where(device: torch.device) -> str:
+    """What stands against Triton's kernels for a token there."""
+    kind = device_kind(device)
+    if kind != "cuda":
+        return f"the model is on {kind}"
+    if "triton" not in dict(detect().packages):
+        return "the package triton is not installed"
+    return "this GPU is sm_{}{}".format(*torch.cuda.get_device_capability(device))
 
 
 def refuse_parts(model: Any) -> str | None:

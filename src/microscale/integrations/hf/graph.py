@@ -60,6 +60,9 @@ class Decoder:
     On the CPU a step is one call of the C++ core for architectures that it has a chain for, and the model's own forward
     for others; `why` and `fused` say which.
 
+    Hooks in a model are called while a step runs and is captured; of a replayed one, what they launched is replayed and
+    nobody is called. With `graph=False` each token calls them.
+
     One sequence, or a batch of sequences of one length: of padded ones the steps are not replayed, and `why` says so.
 
     Attributes:
