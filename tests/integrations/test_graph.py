@@ -26,6 +26,7 @@ import microscale
 from microscale.integrations.hf import graph
 from microscale.integrations.hf import step as step_module
 from microscale.integrations.hf.graph import Decoder, capacity_for, refuse_model
+from microscale.integrations.hf.step import capture as real_capture
 from microscale.integrations.hf.step_cache import StepCache
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -295,6 +296,21 @@ def test_steps_are_made_on_the_gpu_of_the_model(tmp_path: Path, monkeypatch: pyt
     assert decoder.why is None
     assert seen == [model.device]
     assert ended == [True]
+
+
+def test_a_capture_has_a_stream_of_the_current_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    streams = []
+
+    @contextmanager
+    def recorded(graph: Any, stream: Any = None) -> Iterator[None]:
+        streams.append(stream)
+        yield
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=lambda: None))
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: "one of now")
+    monkeypatch.setattr(torch.cuda, "graph", recorded)
+    assert real_capture(lambda: 7)[1] == 7
+    assert streams == ["one of now"]
 
 
 def test_refusals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
