@@ -125,7 +125,7 @@ class Step:
 
 
 def capture(run: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
-    """Record what `run` launches on the current GPU: (replays it, its output, which replaying fills). Nothing is computed yet."""
+    """What `run` launches on the current GPU: (replays it, its output, which that fills). Nothing is computed yet."""
     graph = torch.cuda.CUDAGraph()
     # torch's own stream for this stays on the GPU that was captured on first.
     with torch.cuda.graph(graph, stream=torch.cuda.Stream()):
