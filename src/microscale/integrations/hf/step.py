@@ -13,6 +13,7 @@ from microscale.errors import one_line
 from microscale.integrations.hf.ahead import Ahead
 from microscale.integrations.hf.attention import NAME
 from microscale.integrations.hf.chain_parts import chain_of
+from microscale.integrations.hf.in_place import forward_of
 from microscale.integrations.hf.quantizer import activation_dtype
 from microscale.integrations.hf.step_cache import StepCache
 
@@ -40,7 +41,7 @@ class Step:
 
     def __init__(self, model: Any, cache: StepCache, batch: int) -> None:
         self.model, self.cache, self.batch = model, cache, batch
-        self.forward = model.forward
+        self.forward = forward_of(model)
         self.why: str | None = None
         self.captured = self.greedy = False
         self._ahead: Ahead | None = None
