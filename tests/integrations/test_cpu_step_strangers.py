@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_cpu_step import eager, gpt_oss, llama, packed_qwen3, prompt, qwen3
+from test_cpu_step import eager, gpt_oss, llama, mistral, packed_qwen3, prompt, qwen3
 from torch import nn
 from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -80,7 +80,19 @@ def compiled(model: Any) -> None:
     model.compile(backend="eager")
 
 
+def fewer_layers(model: Any) -> None:
+    """transformers runs the first of them."""
+    model.config.num_hidden_layers = 2
+
+
+def layers_in_another_order(model: Any) -> None:
+    layers = model.model.layers
+    model.model.layers = nn.ModuleList([layers[1], layers[0], layers[2]])
+
+
 STRANGERS = [
+    (fewer_layers, "its layers are not those of its config, in their order"),
+    (layers_in_another_order, "its layers are not those of its config, in their order"),
     (other_tensor, "a weight is a Wrapped, which computes in a way of its own"),
     (other_linear, "a Tripled in it has a forward of its own"),
     (other_activation, "a Tanh stands where its activation would"),
@@ -163,6 +175,30 @@ def test_a_rotary_embedding_is_that_of_the_moment(tmp_path: Path) -> None:
     assert torch.equal(decoder.generate(ids, 20), eager(model, ids, 20))
     assert decoder.fused
     assert decoder._cache is cache
+
+
+def test_a_window_is_that_of_the_moment(tmp_path: Path) -> None:
+    model, ids = mistral(tmp_path), prompt(1, 20)
+    decoder = Decoder(model)
+    for window in (8, 4, None, 30):
+        model.config.sliding_window = window
+        assert torch.equal(decoder.generate(ids, 20), eager(model, ids, 20)), window
+        assert decoder.fused
+
+
+def test_heads_are_those_of_the_moment(tmp_path: Path) -> None:
+    """Two key heads, then one of each layer: the cache of before is for two."""
+    model, ids = llama(tmp_path), prompt(2, 5)
+    decoder = Decoder(model)
+    decoder.generate(ids, 10)
+    for layer in model.model.layers:
+        attention = layer.self_attn
+        attention.num_key_value_groups = 4
+        for linear in (attention.k_proj, attention.v_proj):
+            linear.weight = nn.Parameter(linear.weight.detach()[:16].clone())
+            linear.out_features = 16
+    assert torch.equal(decoder.generate(ids, 10), eager(model, ids, 10))
+    assert decoder.fused
 
 
 def test_weights_that_were_replaced_are_let_go(tmp_path: Path) -> None:

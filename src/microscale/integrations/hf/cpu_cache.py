@@ -22,6 +22,14 @@ class TokenLayer(StepLayer):
         self.dtype, self.device = key_states.dtype, key_states.device
         self.is_initialized = True
 
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """Store a prompt and return it; of heads that are not those of before, in new memory."""
+        if self.is_initialized:
+            for kept, new in ((self.keys, key_states), (self.values, value_states)):
+                if (*kept.shape[:2], kept.shape[3]) != (*new.shape[:2], new.shape[3]):
+                    self.is_initialized = False
+        return super().update(key_states, value_states)
+
     def reset(self) -> None:
         """What is there will be written before it is read."""
 

@@ -18,6 +18,7 @@ from microscale.canary import DTYPE_WORDS
 from microscale.dense import DenseLinear, DenseModule
 from microscale.integrations.hf.attention import NAME
 from microscale.integrations.hf.in_place import replaced
+from microscale.integrations.hf.step_cache import layer_kinds
 from microscale.machine import detect
 from microscale.nn import QuantExperts, QuantLinear, runner_of
 
@@ -152,6 +153,12 @@ def _parts(model: Any) -> Parts:
         raise _UnknownError(f"it computes in {table.dtype}")
     read = _Reader(family, table.dtype)
     layers = [read.layer(layer) for layer in body.layers]
+    config = model.config.get_text_config(decoder=True)
+    places = list(range(config.num_hidden_layers))  # in the cache
+    if [layer.self_attn.layer_idx for layer in body.layers] != places or len(layer_kinds(config)) != len(
+        places
+    ):
+        raise _UnknownError("its layers are not those of its config, in their order")
     return Parts(
         table.dtype, read.tensor(table), rotary, layers, read.norm(body.norm), read.product(model.lm_head)
     )

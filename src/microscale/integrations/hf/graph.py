@@ -169,9 +169,11 @@ class Decoder:
         return f"its cache would take {wanted / 1e9:.1f} GB at once, and {free / 1e9:.1f} GB are free"
 
     def _fits(self, batch: int, capacity: int) -> bool:
-        """Whether the cache of before is for this batch, and neither too small nor far too large."""
+        """Whether the cache of before is for this batch and config, and neither too small nor far too large."""
         cache, step = self._cache, self._step
         if cache is None or step is None or step.batch != batch:
+            return False
+        if not cache.suits(self.model.config.get_text_config(decoder=True)):
             return False
         return capacity <= cache.capacity <= 2 * capacity
 
