@@ -25,6 +25,7 @@ CALLS = ("linear", "moe", "dense", "attend", "rms_norm", "route")
 STEPS = ("embed", "rms_norm", "dense", "linear", "attend", "gate", "route", "moe")  # enum ms_step_kind
 ROUTERS = ("topk_softmax", "softmax_topk")  # enum ms_router, functions of `microscale.routing`
 KIND_IDS = {kind: i for i, kind in enumerate(KINDS)}  # enum ms_kind
+_CPU = torch.device("cpu")  # wherever tensors are made by default
 _run: Any = _core  # through which these are called; see `timed`
 
 
@@ -90,9 +91,9 @@ def timed(seconds: dict[str, float]) -> Iterator[None]:
 def pack(format: str, shape: tuple[int, int, int], codes: Tensor, scales: Tensor) -> Tensor:
     """Contiguous canonical codes and scales of [E, N, K] to uint8 [bytes], aligned; empty where the shape is."""
     if 0 in shape:
-        return torch.zeros(0, dtype=torch.uint8)
+        return torch.zeros(0, dtype=torch.uint8, device=_CPU)
     size = _core.packed_bytes(FORMAT_IDS[format], *shape)
-    room = torch.empty(size + ALIGNMENT - 1, dtype=torch.uint8)
+    room = torch.empty(size + ALIGNMENT - 1, dtype=torch.uint8, device=_CPU)
     start = -room.data_ptr() % ALIGNMENT
     packed = room[start : start + size]
     args = (codes.data_ptr(), scales.data_ptr(), packed.data_ptr(), torch.get_num_threads())
@@ -110,7 +111,7 @@ def unpack(packed: Tensor, codes: Tensor, scales: Tensor) -> None:
 def linear(x: Tensor, packed: Tensor, outer: Tensor | None, n: int, bias: Tensor | None) -> Tensor:
     """[..., K] -> [..., N]; see `ms_linear`."""
     k = x.shape[-1]
-    y = torch.empty((*x.shape[:-1], n), dtype=x.dtype)
+    y = torch.empty((*x.shape[:-1], n), dtype=x.dtype, device=_CPU)
     m = y.numel() // n if n else 0
     if m == 0:
         return y
@@ -136,7 +137,7 @@ def linear(x: Tensor, packed: Tensor, outer: Tensor | None, n: int, bias: Tensor
 def dense(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
     """[..., K] -> [..., N] with w [N, K] and bias [N] of one dtype, rows of w contiguous; see `ms_dense`."""
     n, k = w.shape
-    y = torch.empty((*x.shape[:-1], n), dtype=x.dtype)
+    y = torch.empty((*x.shape[:-1], n), dtype=x.dtype, device=_CPU)
     m = y.numel() // n if n else 0
     if m == 0:
         return y
@@ -178,8 +179,8 @@ def route(
     The slow twins are `routing.topk_softmax` and `routing.softmax_topk`.
     """
     m, experts = logits.shape
-    ids = torch.empty((m, top_k), dtype=torch.int64)
-    weights = torch.empty((m, top_k), dtype=torch.float32)
+    ids = torch.empty((m, top_k), dtype=torch.int64, device=_CPU)
+    weights = torch.empty((m, top_k), dtype=torch.float32, device=_CPU)
     kind, dtype = ROUTERS.index(router), DTYPE_IDS[logits.dtype]
     out = (ids.data_ptr(), weights.data_ptr())
     _run.route(level(), dtype, logits.data_ptr(), m, experts, kind, renormalize, top_k, *out)
@@ -207,7 +208,7 @@ def attend(
     """
     b, heads, queries, width = q.shape
     _, key_heads, tokens, value_width = v.shape
-    y = torch.empty((b, queries, heads, value_width), dtype=q.dtype)
+    y = torch.empty((b, queries, heads, value_width), dtype=q.dtype, device=_CPU)
     skip = (0, 0)
     if mask is not None:
         skip = (mask.stride(0) if mask.shape[0] > 1 else 0, mask.stride(2))
@@ -247,7 +248,7 @@ def moe(
     """[M, H] -> [M, N]; see `ms_moe`. No dimension of the weights is 0."""
     ids = local_ids(topk_ids, expert_map, experts).contiguous()
     m, t = ids.shape
-    y = torch.empty((m, n), dtype=x.dtype)
+    y = torch.empty((m, n), dtype=x.dtype, device=_CPU)
     if m == 0:
         return y
     if t == 0:

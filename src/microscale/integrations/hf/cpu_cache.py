@@ -22,6 +22,14 @@ class TokenLayer(StepLayer):
         self.dtype, self.device = key_states.dtype, key_states.device
         self.is_initialized = True
 
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """Store a prompt and return it; of heads that are not those of before, in new memory."""
+        if self.is_initialized:
+            for kept, new in ((self.keys, key_states), (self.values, value_states)):
+                if (*kept.shape[:2], kept.shape[3]) != (*new.shape[:2], new.shape[3]):
+                    self.is_initialized = False
+        return super().update(key_states, value_states)
+
     def reset(self) -> None:
         """What is there will be written before it is read."""
 
@@ -30,11 +38,11 @@ class TokenLayer(StepLayer):
         if not self.is_initialized:
             self.slots = slots
             return
-        filled, before = self.slots, (self.keys, self.values)
-        self.slots = slots
-        self.lazy_initialization(*before)
-        for kept, old in zip((self.keys, self.values), before, strict=True):
-            kept[:, :, :filled] = old
+        with torch.inference_mode(False):
+            wide = [t.new_empty(*t.shape[:2], slots, t.shape[3]) for t in (self.keys, self.values)]
+        for new, old in zip(wide, (self.keys, self.values), strict=True):
+            new[:, :, : self.slots] = old
+        (self.keys, self.values), self.slots = wide, slots
 
 
 class TokenCache(StepCache):
@@ -44,13 +52,19 @@ class TokenCache(StepCache):
 
     def grow(self, window: int | None) -> None:
         """Double the capacity; `window` is what sliding layers look at."""
-        self.capacity *= 2
+        capacity = 2 * self.capacity
         for layer in self.steps:
-            slots = min(window, self.capacity) if window and layer.is_sliding else self.capacity
+            slots = min(window, capacity) if window and layer.is_sliding else capacity
             if slots > layer.slots:
                 layer.widen(slots)  # type: ignore[attr-defined]
         with torch.inference_mode(False):
-            self._places = torch.arange(self.capacity)
+            self._places = torch.arange(capacity, device=self.position.device)
+        self._turns = None
+        self.capacity = capacity  # last: what fails for want of memory leaves it as it was
+
+    def reset(self) -> None:
+        """Forget everything, and a rotary embedding that may have been replaced."""
+        super().reset()
         self._turns = None
 
     def holds(self, dtype: torch.dtype) -> bool:

@@ -38,7 +38,7 @@ class TokenChain:
         self._kept: list[Any] = []  # an address does not keep what it is of
         count, hidden = parts.embedding.shape
         with torch.inference_mode(False):
-            self.ids = torch.zeros(batch, 1, dtype=torch.int64)
+            self.ids = torch.zeros(batch, 1, dtype=torch.int64, device="cpu")
             self._cos, self._sin = cache.turns(parts.rotary, parts.embedding[:1])
             x, self._y = self._matrix("x", hidden), self._matrix("y", hidden)
             self._chain.embed(self._at(parts.embedding), count, hidden, self._at(self.ids), self._at(x))
@@ -162,7 +162,8 @@ class TokenChain:
         """[B, width] for all layers."""
         key = (name, width)
         if key not in self._matrices:
-            self._matrices[key] = torch.empty(self._batch, width, dtype=dtype or self._parts.dtype)
+            like = self._parts.embedding  # wherever tensors are made by default
+            self._matrices[key] = like.new_empty(self._batch, width, dtype=dtype or like.dtype)
         return self._matrices[key]
 
     def _at(self, t: Tensor | None) -> int:

@@ -12,11 +12,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
+from transformers.activations import ACT2FN
 
 from microscale.canary import DTYPE_WORDS
 from microscale.dense import DenseLinear, DenseModule
 from microscale.integrations.hf.attention import NAME
+from microscale.integrations.hf.in_place import replaced
+from microscale.integrations.hf.step_cache import layer_kinds
 from microscale.machine import detect
 from microscale.nn import QuantExperts, QuantLinear, runner_of
 
@@ -30,6 +32,7 @@ FAMILIES = {
     "Qwen3Moe": "sdpa",
 }
 GATES = {"silu": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh"}  # transformers' words, and ours
+_ROOTS = ("transformers.models.", "microscale.", "torch.")  # modules whose classes and methods are known
 _MOVING = ("dynamic", "longrope")  # kinds of rotary embedding that look at how long a sequence has become
 
 
@@ -126,12 +129,17 @@ def _parts(model: Any) -> Parts:
     family = type(model).__name__.removesuffix("ForCausalLM")
     if family not in FAMILIES or not _made_by(model, f"{family}ForCausalLM"):
         raise _UnknownError(f"{type(model).__name__} is not an architecture that the core has a chain for")
+    _known(model, f"{family}ForCausalLM")
+    if model._compiled_call_impl is not None:
+        raise _UnknownError("torch.compile has it")
     attention = model.config._attn_implementation
     if attention != FAMILIES[family]:
         raise _UnknownError(f"its attention is {attention}, which the chain would not be")
     listener = next(_listeners(model), None)
     if listener is not None:
         raise _UnknownError(f"a hook listens to {listener}")
+    if torch._C._len_torch_dispatch_stack() > 0:
+        raise _UnknownError("a mode sees torch's operators")
     if torch.is_autocast_enabled("cpu"):
         raise _UnknownError("autocast chooses dtypes, and the chain has one")
     if model.training:
@@ -145,6 +153,12 @@ def _parts(model: Any) -> Parts:
         raise _UnknownError(f"it computes in {table.dtype}")
     read = _Reader(family, table.dtype)
     layers = [read.layer(layer) for layer in body.layers]
+    config = model.config.get_text_config(decoder=True)
+    places = list(range(config.num_hidden_layers))  # in the cache
+    if [layer.self_attn.layer_idx for layer in body.layers] != places or len(layer_kinds(config)) != len(
+        places
+    ):
+        raise _UnknownError("its layers are not those of its config, in their order")
     return Parts(
         table.dtype, read.tensor(table), rotary, layers, read.norm(body.norm), read.product(model.lm_head)
     )
@@ -159,15 +173,21 @@ class _Reader:
     def layer(self, module: Any) -> Layer:
         _known(module, f"{self.family}DecoderLayer")
         at = _known(module.self_attn, f"{self.family}Attention")
-        q_norm, k_norm, sinks = (getattr(at, name, None) for name in ("q_norm", "k_norm", "sinks"))
+        sinks = getattr(at, "sinks", None)
+        q_norm, k_norm = (
+            None if norm is None else self.norm(norm)
+            for norm in (getattr(at, name, None) for name in ("q_norm", "k_norm"))
+        )
+        if q_norm and k_norm and _kind(q_norm) != _kind(k_norm):
+            raise _UnknownError("queries and keys have norms of two kinds")
         return Layer(
             first=self.norm(module.input_layernorm),
             q=self.product(at.q_proj),
             k=self.product(at.k_proj),
             v=self.product(at.v_proj),
             o=self.product(at.o_proj),
-            q_norm=None if q_norm is None else self.norm(q_norm),
-            k_norm=None if k_norm is None else self.norm(k_norm),
+            q_norm=q_norm,
+            k_norm=k_norm,
             sinks=None if sinks is None else self.tensor(sinks),
             width=at.head_dim,
             scale=at.scaling,
@@ -177,15 +197,19 @@ class _Reader:
 
     def mlp(self, module: Any) -> Mlp | Experts:
         if _made_by(module, "GptOssMLP"):
+            _known(module, "GptOssMLP")
             router = _known(module.router, "DenseGptOssRouter")
             return self.experts(router, module.experts, "topk_softmax", True)
         if _made_by(module, "Qwen3MoeSparseMoeBlock"):
+            _known(module, "Qwen3MoeSparseMoeBlock")
             router = _known(module.gate, "Qwen3MoeTopKRouter")
             return self.experts(router, module.experts, "softmax_topk", router.norm_topk_prob)
         _known(module, f"{self.family}MLP")
         activation = GATES.get(module.config.hidden_act)
         if activation is None:
             raise _UnknownError(f"its activation is {module.config.hidden_act}")
+        if type(module.act_fn) is not type(ACT2FN[module.config.hidden_act]):
+            raise _UnknownError(f"a {type(module.act_fn).__name__} stands where its activation would")
         gate, up, down = (self.product(m) for m in (module.gate_proj, module.up_proj, module.down_proj))
         return Mlp(gate, up, down, activation)
 
@@ -203,14 +227,16 @@ class _Reader:
 
     def norm(self, module: Any) -> Norm:
         once = _made_by(module, "DenseGptOssRMSNorm")
-        if not once:
-            _known(module, f"{self.family}RMSNorm")
-        w = module.weight
-        if w.dtype not in DTYPE_WORDS or not w.is_contiguous():
+        _known(module, "DenseGptOssRMSNorm" if once else f"{self.family}RMSNorm")
+        w = _readable(module.weight)
+        if w.dtype not in DTYPE_WORDS:
             raise _UnknownError(f"a norm's weight is {w.dtype}")
         return Norm(w, module.variance_epsilon, not once)
 
     def product(self, module: Any) -> Product:
+        for kind in (QuantLinear, DenseLinear):
+            if isinstance(module, kind) and type(module).forward is not kind.forward:
+                raise _UnknownError(f"a {type(module).__name__} in it has a forward of its own")
         if isinstance(module, QuantLinear):
             placement = module.placement or module.place(self.dtype)
             _by_core(placement.choice.backend.name, module.act, "a linear")
@@ -222,9 +248,22 @@ class _Reader:
         return Product(self.tensor(w), None if bias is None else self.tensor(bias), *w.shape)
 
     def tensor(self, t: Tensor) -> Tensor:
-        if t.dtype is not self.dtype or not t.is_cpu or not t.is_contiguous():
-            raise _UnknownError(f"a weight is {t.dtype} on {t.device}, and the chain is {self.dtype}")
-        return t
+        if t.dtype is not self.dtype:
+            raise _UnknownError(f"a weight is {t.dtype}, and the chain is {self.dtype}")
+        return _readable(t)
+
+
+def _readable(t: Tensor) -> Tensor:
+    """t, whose numbers are at its address, one behind the other."""
+    if type(t) not in (Tensor, nn.Parameter):
+        raise _UnknownError(f"a weight is a {type(t).__name__}, which computes in a way of its own")
+    if not t.is_cpu or not t.is_contiguous():
+        raise _UnknownError(f"a weight is on {t.device}" if not t.is_cpu else "a weight is not contiguous")
+    return t
+
+
+def _kind(norm: Norm) -> tuple[torch.dtype, float, bool]:
+    return norm.weight.dtype, norm.epsilon, norm.twice
 
 
 def _by_core(backend: str, act: Any, what: str) -> None:
@@ -236,25 +275,26 @@ def _by_core(backend: str, act: Any, what: str) -> None:
 
 def _made_by(module: Any, name: str) -> bool:
     kind = type(module)
-    return kind.__name__ == name and kind.__module__.startswith(
-        ("transformers.models.", "microscale.", "torch.")
-    )
+    return kind.__name__ == name and kind.__module__.startswith(_ROOTS)
 
 
 def _known(module: Any, name: str) -> Any:
     if not _made_by(module, name):
         raise _UnknownError(f"a {type(module).__name__} stands where a {name} would")
+    source = type(module).forward.__module__
+    if not source.startswith(_ROOTS):
+        raise _UnknownError(f"{name} has the forward of {source}")
     return module
 
 
 def _listeners(model: nn.Module) -> Iterator[str]:
     """Modules whose calls somebody else sees, and which a chain would not make."""
-    if _global_forward_hooks or _global_forward_pre_hooks:
+    if nn.modules.module._global_forward_hooks or nn.modules.module._global_forward_pre_hooks:
         yield "all modules"
     for name, module in model.named_modules():
         hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
         # transformers' own record what it is asked for, which a step is not.
-        if any(getattr(hook, "__name__", "") != "output_capturing_hook" for hook in hooks):
+        if any(getattr(hook, "__name__", "") != "output_capturing_hook" for hook in hooks) or replaced(
+            module
+        ):
             yield name or "the model"
-        elif "forward" in module.__dict__ and module is not model:
-            yield name

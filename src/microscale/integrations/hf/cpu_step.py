@@ -36,7 +36,8 @@ class CpuStep:
         parts = parts_of(model)
         if not isinstance(parts, Parts):
             raise ValueError(parts)
-        self.cache, self.batch, self._parts = cache, batch, parts
+        self.cache, self.batch = cache, batch
+        self._parts: Parts | None = parts
         self._window = getattr(model.config.get_text_config(decoder=True), "sliding_window", None)
         self._chain: Any = None
 
@@ -49,6 +50,7 @@ class CpuStep:
         if self._chain is None:
             from microscale.integrations.hf.cpu_chain import TokenChain
 
+            assert self._parts is not None, "it is finished"
             self._chain = TokenChain(self._parts, cache, self.batch)
         self._chain.ids.copy_(ids)
         self._chain.run(cache.length)
@@ -56,7 +58,8 @@ class CpuStep:
         return CausalLMOutputWithPast(logits=self._chain.logits, past_key_values=cache)
 
     def finish(self) -> None:
-        """Nothing was launched ahead."""
+        """No step follows: weights that somebody may replace are not held."""
+        self._chain = self._parts = None
 
 
 def refuse(model: Any, batch: int) -> str | None:

@@ -7,9 +7,8 @@ do, and everything around the model's forward (sampling, stopping, streaming) st
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
+from threading import Lock
 from typing import Any
 
 import torch
@@ -21,6 +20,7 @@ from microscale.integrations.hf import cpu_step
 from microscale.integrations.hf.chain_parts import listeners
 from microscale.integrations.hf.cpu_cache import TokenCache
 from microscale.integrations.hf.cpu_step import CpuStep
+from microscale.integrations.hf.in_place import in_place_of
 from microscale.integrations.hf.step import MASKS, Step
 from microscale.integrations.hf.step_cache import KINDS, StepCache, layer_kinds
 from microscale.kv_cache import kv_cache
@@ -81,19 +81,32 @@ class Decoder:
         self._cache: StepCache | None = None
         self._step: Step | CpuStep | None = None
         self._weights: tuple[list[int], list[Any]] = [], []
+        self._busy = Lock()
 
     def generate(self, input_ids: Tensor, max_new_tokens: int, **arguments: Any) -> Tensor:
         """transformers' `generate` of [B, T] ids; returns [B, T + new] ids.
 
         Args:
             arguments: of `generate`. Some, such as beams, are for steps that are not captured.
+
+        There is one cache: what is asked for while a generation runs, from another thread say, takes no part in it.
         """
         call: dict[str, Any] = {"input_ids": input_ids, "max_new_tokens": max_new_tokens, **arguments}
+        if not self._busy.acquire(blocking=False):
+            return self._generate(call)
+        try:
+            return self._generate_alone(input_ids, max_new_tokens, arguments, call)
+        finally:
+            self._busy.release()
+
+    def _generate_alone(
+        self, input_ids: Tensor, max_new_tokens: int, arguments: dict[str, Any], call: dict[str, Any]
+    ) -> Tensor:
         room = min(max_new_tokens, cpu_step.ROOM) if chained(self.model) else max_new_tokens
         capacity = capacity_for(input_ids.shape[1] + room)
         self.why = (
             self._never
-            or self._refuse_call(arguments)
+            or self._refuse_call(input_ids, arguments)
             or self._refuse_room(input_ids.shape[0], capacity)
             or (cpu_step.refuse(self.model, input_ids.shape[0]) if chained(self.model) else None)
         )
@@ -104,7 +117,7 @@ class Decoder:
         self.why = "two steps run before one is replayed"
         step.greedy = not arguments.get("do_sample", self.model.generation_config.do_sample)
         try:
-            with on_device(self.model.device), _in_place_of(self.model, step):
+            with on_device(self.model.device), in_place_of(self.model, step):
                 try:
                     return self._generate(call | {"past_key_values": cache})
                 finally:
@@ -121,7 +134,7 @@ class Decoder:
         found: Tensor = self.model.generate(**call)
         return found
 
-    def _refuse_call(self, arguments: dict[str, Any]) -> str | None:
+    def _refuse_call(self, input_ids: Tensor, arguments: dict[str, Any]) -> str | None:
         asked = sorted(set(arguments) - _ALLOWED)
         if asked:
             return f"{asked[0]} was given to generate, and a captured step does not know it"
@@ -133,9 +146,22 @@ class Decoder:
         if getattr(config, "use_cache", None) is False:
             return "the generation config has use_cache = False, and a step needs a cache"
         mask = arguments.get("attention_mask")
-        if mask is not None and not bool(mask.all()):
+        padded = self._looks_padded(input_ids, arguments) if mask is None else not bool(mask.all())
+        if padded:
             return "prompts are padded, and a captured step takes sequences of one length"
         return None
+
+    def _looks_padded(self, input_ids: Tensor, arguments: dict[str, Any]) -> bool:
+        """Whether `generate`, which was given no mask, makes one from padding tokens that it finds."""
+        config = self.model.generation_config
+        pad = arguments.get("pad_token_id")
+        pad = config.pad_token_id if pad is None else pad
+        if pad is None:
+            return False
+        pad = torch.as_tensor(pad, device=input_ids.device)
+        eos = arguments.get("eos_token_id", config.eos_token_id)
+        ends = eos is not None and torch.isin(torch.as_tensor(eos, device=input_ids.device), pad).any()
+        return not ends and bool(torch.isin(input_ids, pad).any())
 
     def _refuse_room(self, batch: int, capacity: int) -> str | None:
         if self.model.device.type != "cuda" or self._fits(batch, capacity):
@@ -151,9 +177,11 @@ class Decoder:
         return f"its cache would take {wanted / 1e9:.1f} GB at once, and {free / 1e9:.1f} GB are free"
 
     def _fits(self, batch: int, capacity: int) -> bool:
-        """Whether the cache of before is for this batch, and neither too small nor far too large."""
+        """Whether the cache of before is for this batch and config, and neither too small nor far too large."""
         cache, step = self._cache, self._step
         if cache is None or step is None or step.batch != batch:
+            return False
+        if not cache.suits(self.model.config.get_text_config(decoder=True)):
             return False
         return capacity <= cache.capacity <= 2 * capacity
 
@@ -221,7 +249,8 @@ def refuse_model(model: Any) -> str | None:
         return f"it has layers of {strange[0]}, whose cache a captured step does not know"
     if getattr(config, "num_kv_shared_layers", None):
         return "its layers share keys, which a captured step does not know"
-    own = type(model).prepare_inputs_for_generation is not GenerationMixin.prepare_inputs_for_generation
+    inputs = getattr(type(model), "prepare_inputs_for_generation", None)  # torch.compile's wrapper has none
+    own = inputs is not GenerationMixin.prepare_inputs_for_generation
     if own or hasattr(model, "create_masks_for_generate"):
         return "it makes its inputs or masks in a way of its own, which a captured step does not know"
     attention = model.config._attn_implementation
@@ -245,38 +274,3 @@ def _weights(model: Any) -> tuple[list[int], list[Any]]:
     hooks = len(_global_forward_hooks) + len(_global_forward_pre_hooks)
     modes = [int(model.training), int(torch.is_autocast_enabled(model.device.type)), hooks]
     return numbers + modes + [id(one) for one in held], held
-
-
-@contextmanager
-def _in_place_of(model: Any, step: Step | CpuStep) -> Iterator[None]:
-    """While it lasts, a model that is called with the step's cache takes the step, once its prompt is in."""
-    forward, inputs, cache = model.forward, model.prepare_inputs_for_generation, step.cache
-
-    @functools.wraps(forward)  # transformers reads the signature
-    def forward_or_step(*args: Any, **kwargs: Any) -> Any:
-        if kwargs.get("past_key_values") is not cache:
-            return forward(*args, **kwargs)
-        if cache.length:
-            return step(kwargs["input_ids"])
-        output = forward(*args, **kwargs)
-        cache.start(kwargs["input_ids"].shape[1])
-        return output
-
-    @functools.wraps(inputs)
-    def inputs_or_token(input_ids: Tensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        if kwargs.get("past_key_values") is cache and cache.length:
-            return {"input_ids": input_ids[:, -1:], "past_key_values": cache}
-        found: dict[str, Any] = inputs(input_ids, *args, **kwargs)
-        return found
-
-    names = {"forward": forward_or_step, "prepare_inputs_for_generation": inputs_or_token}
-    before = {name: model.__dict__.get(name) for name in names}
-    model.__dict__.update(names)
-    try:
-        yield
-    finally:
-        for name, old in before.items():
-            if old is None:
-                del model.__dict__[name]
-            else:
-                model.__dict__[name] = old

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from microscale.errors import one_line
 from microscale.integrations.hf.ahead import Ahead
 from microscale.integrations.hf.attention import NAME
 from microscale.integrations.hf.chain_parts import chain_of
+from microscale.integrations.hf.in_place import forward_of
 from microscale.integrations.hf.quantizer import activation_dtype
 from microscale.integrations.hf.step_cache import StepCache
 
@@ -40,7 +42,7 @@ class Step:
 
     def __init__(self, model: Any, cache: StepCache, batch: int) -> None:
         self.model, self.cache, self.batch = model, cache, batch
-        self.forward = model.forward
+        self.forward = forward_of(model)
         self.why: str | None = None
         self.captured = self.greedy = False
         self._ahead: Ahead | None = None
@@ -128,6 +130,12 @@ def capture(run: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
     """What `run` launches on the current GPU: (replays it, its output, which that fills). Nothing is computed yet."""
     graph = torch.cuda.CUDAGraph()
     # torch's own stream for this stays on the GPU that was captured on first.
-    with torch.cuda.graph(graph, stream=torch.cuda.Stream()):
+    with torch.cuda.graph(graph, stream=_stream(torch.cuda.current_device())):
         output = run()
     return graph.replay, output
+
+
+@cache
+def _stream(device: int) -> torch.cuda.Stream:
+    """What is captured on there; one a GPU, as each that multiplies keeps memory of cuBLAS'."""
+    return torch.cuda.Stream(device)

@@ -35,6 +35,11 @@ def layer_kinds(config: Any) -> list[str]:
     return ["full_attention"] * config.num_hidden_layers
 
 
+def sights(config: Any) -> tuple[int | None, list[str]]:
+    """What the layers of a text config look at: the window of those that slide, and the kind of each."""
+    return getattr(config, "sliding_window", None), layer_kinds(config)
+
+
 class StepLayer(CacheLayerMixin):
     """Keys and values of one layer: [B, key heads, slots, D], at one address for as long as it lives."""
 
@@ -109,6 +114,7 @@ class StepCache(Cache):
         self.capacity, self.length = capacity, 0
         window = min(getattr(config, "sliding_window", None) or capacity, capacity)
         kinds = layer_kinds(config)
+        self._made_for = sights(config)
         self.widths = {k: window if k == "sliding_attention" else capacity for k in dict.fromkeys(kinds)}
         self.steps = [self.layer(self, self.widths[k], k == "sliding_attention") for k in kinds]
         super().__init__(layers=list(self.steps))
@@ -118,6 +124,10 @@ class StepCache(Cache):
         self._slots: dict[int, Tensor] = {}
         self._turns: tuple[Tensor, Tensor] | None = None
         self._arrived: Tensor | None = None
+
+    def suits(self, config: Any) -> bool:
+        """Whether its layers look at what those of a text config do: a config may have changed."""
+        return self._made_for == sights(config)
 
     def start(self, length: int) -> None:
         """The prompt is in; steps follow."""
