@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -299,6 +300,7 @@ def test_steps_are_made_on_the_gpu_of_the_model(tmp_path: Path, monkeypatch: pyt
 
 
 def test_a_capture_has_a_stream_of_the_current_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the next one there has the same."""
     streams = []
 
     @contextmanager
@@ -306,11 +308,15 @@ def test_a_capture_has_a_stream_of_the_current_gpu(monkeypatch: pytest.MonkeyPat
         streams.append(stream)
         yield
 
+    now = [0]
+    monkeypatch.setattr(step_module, "_stream", cache(lambda device: [device]))
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=lambda: None))
-    monkeypatch.setattr(torch.cuda, "Stream", lambda: "one of now")
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: now[0])
     monkeypatch.setattr(torch.cuda, "graph", recorded)
-    assert real_capture(lambda: 7)[1] == 7
-    assert streams == ["one of now"]
+    for now[0] in (0, 1, 0):
+        assert real_capture(lambda: 7)[1] == 7
+    assert streams == [[0], [1], [0]]
+    assert streams[0] is streams[2]
 
 
 def test_refusals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
