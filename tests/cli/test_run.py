@@ -61,7 +61,7 @@ def test_a_model_generates_with_nobody_listening_in(tiny: Path) -> None:
 
     class Seen(Decoder):
         def generate(self, input_ids: torch.Tensor, max_new_tokens: int, **arguments: Any) -> torch.Tensor:
-            assert self._refuse_call(arguments) is None
+            assert self._refuse_call(input_ids, arguments) is None
             for module in self.model.modules():
                 assert not module._forward_hooks
                 assert not module._forward_pre_hooks
