@@ -11,15 +11,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 
 from microscale.canary import DTYPES
 from microscale.integrations.hf.attention import NAME, triton_steps
-from microscale.integrations.hf.step_cache import StepCache
+from microscale.integrations.hf.in_place import replacement
+from microscale.integrations.hf.listeners import hooks_of, hooks_of_all
+from microscale.integrations.hf.step_cache import StepCache, moves
 from microscale.machine import detect
 from microscale.nn import QuantLinear, device_kind
 
-_MOVING = ("dynamic", "longrope")  # kinds of rotary embedding that look at how long a sequence has become
 _PLAIN = (nn.Linear, nn.Embedding, nn.ModuleList, nn.SiLU, QuantLinear)
 _OURS = ("DenseGptOssRMSNorm", "StepGptOssRouter")  # what `gpt_oss.take_steps` makes of gpt-oss' own
 _DENSE = ("ForCausalLM", "Model", "DecoderLayer", "Attention", "MLP", "RMSNorm", "RotaryEmbedding")
@@ -100,24 +100,18 @@ def refuse_parts(model: Any) -> str | None:
         return "it is in training mode"
     if torch.is_autocast_enabled(model.device.type):
         return "autocast chooses dtypes, and the chain has one"
-    if _global_forward_hooks or _global_forward_pre_hooks:
+    if hooks_of_all():
         return "a hook listens to all modules"
     if type(model).__name__ != f"{kind.prefix}ForCausalLM":
         return f"it is {type(model).__name__}, and not {kind.prefix}ForCausalLM"
     for name, module in model.named_modules():
         if not _known(module, kind, word):
             return f"{name} is {type(module).__name__}, which is not known"
-        if listeners(module):
+        if hooks_of(module):
             return f"{name or 'the model'} has a hook"
-        if "forward" in module.__dict__:
+        if replacement(module) is not None:
             return f"{name or 'the model'} has a forward of its own"
     return _refuse_numbers(model, kind)
-
-
-def listeners(module: nn.Module) -> list[Any]:
-    """A module's hooks, but for transformers' own: they record what it is asked for, which a step is not."""
-    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-    return [hook for hook in hooks if getattr(hook, "__name__", "") != "output_capturing_hook"]
 
 
 def _known(module: nn.Module, kind: Kind, word: str) -> bool:
@@ -134,7 +128,7 @@ def _known(module: nn.Module, kind: Kind, word: str) -> bool:
 def _refuse_numbers(model: Any, kind: Kind) -> str | None:
     """What the kinds of its modules do not say."""
     body, rotary = model.model, model.model.rotary_emb
-    if any(word in rotary.rope_type for word in _MOVING):
+    if moves(rotary):
         return f"its rotary embedding is {rotary.rope_type}, which looks at a sequence's length"
     dtype = body.embed_tokens.weight.dtype
     if dtype not in DTYPES.values():

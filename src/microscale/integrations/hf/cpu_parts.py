@@ -17,8 +17,9 @@ from transformers.activations import ACT2FN
 from microscale.canary import DTYPE_WORDS
 from microscale.dense import DenseLinear, DenseModule
 from microscale.integrations.hf.attention import NAME
-from microscale.integrations.hf.in_place import replaced
-from microscale.integrations.hf.step_cache import layer_kinds
+from microscale.integrations.hf.in_place import replacement
+from microscale.integrations.hf.listeners import hooks_of, hooks_of_all
+from microscale.integrations.hf.step_cache import layer_kinds, moves
 from microscale.machine import detect
 from microscale.nn import QuantExperts, QuantLinear, runner_of
 
@@ -33,7 +34,6 @@ FAMILIES = {
 }
 GATES = {"silu": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh"}  # transformers' words, and ours
 _ROOTS = ("transformers.models.", "microscale.", "torch.")  # modules whose classes and methods are known
-_MOVING = ("dynamic", "longrope")  # kinds of rotary embedding that look at how long a sequence has become
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,7 @@ def _parts(model: Any) -> Parts:
         raise _UnknownError("it is in training mode")
     body = _known(model.model, f"{family}Model")
     rotary = _known(body.rotary_emb, f"{family}RotaryEmbedding")
-    if any(word in rotary.rope_type for word in _MOVING):
+    if moves(rotary):
         raise _UnknownError(f"its rotary embedding is {rotary.rope_type}, which changes on the way")
     table = _known(body.embed_tokens, "Embedding").weight
     if table.dtype not in DTYPE_WORDS:
@@ -154,10 +154,8 @@ def _parts(model: Any) -> Parts:
     read = _Reader(family, table.dtype)
     layers = [read.layer(layer) for layer in body.layers]
     config = model.config.get_text_config(decoder=True)
-    places = list(range(config.num_hidden_layers))  # in the cache
-    if [layer.self_attn.layer_idx for layer in body.layers] != places or len(layer_kinds(config)) != len(
-        places
-    ):
+    count, places = config.num_hidden_layers, [layer.self_attn.layer_idx for layer in body.layers]
+    if places != list(range(count)) or len(layer_kinds(config)) != count:
         raise _UnknownError("its layers are not those of its config, in their order")
     return Parts(
         table.dtype, read.tensor(table), rotary, layers, read.norm(body.norm), read.product(model.lm_head)
@@ -289,12 +287,8 @@ def _known(module: Any, name: str) -> Any:
 
 def _listeners(model: nn.Module) -> Iterator[str]:
     """Modules whose calls somebody else sees, and which a chain would not make."""
-    if nn.modules.module._global_forward_hooks or nn.modules.module._global_forward_pre_hooks:
+    if hooks_of_all():
         yield "all modules"
     for name, module in model.named_modules():
-        hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-        # transformers' own record what it is asked for, which a step is not.
-        if any(getattr(hook, "__name__", "") != "output_capturing_hook" for hook in hooks) or replaced(
-            module
-        ):
+        if hooks_of(module) or replacement(module) is not None:
             yield name or "the model"

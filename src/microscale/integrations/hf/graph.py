@@ -13,14 +13,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 from transformers import GenerationMixin
 
 from microscale.integrations.hf import cpu_step
-from microscale.integrations.hf.chain_parts import listeners
 from microscale.integrations.hf.cpu_cache import TokenCache
 from microscale.integrations.hf.cpu_step import CpuStep
-from microscale.integrations.hf.in_place import in_place_of
+from microscale.integrations.hf.in_place import in_place_of, replacement
+from microscale.integrations.hf.listeners import hooks_of, hooks_of_all
 from microscale.integrations.hf.step import MASKS, Step
 from microscale.integrations.hf.step_cache import KINDS, StepCache, layer_kinds
 from microscale.kv_cache import kv_cache
@@ -269,8 +268,7 @@ def _weights(model: Any) -> tuple[list[int], list[Any]]:
     for module in model.modules():
         runner = runner_of(module)
         held += [] if runner is None else [runner.placement]
-        held += [*listeners(module), module.__dict__.get("forward")]
+        held += [*hooks_of(module), replacement(module)]
     numbers = [t.data_ptr() for t in (*model.parameters(), *model.buffers())]
-    hooks = len(_global_forward_hooks) + len(_global_forward_pre_hooks)
-    modes = [int(model.training), int(torch.is_autocast_enabled(model.device.type)), hooks]
+    modes = [int(model.training), int(torch.is_autocast_enabled(model.device.type)), len(hooks_of_all())]
     return numbers + modes + [id(one) for one in held], held

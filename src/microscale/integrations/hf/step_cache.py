@@ -40,6 +40,11 @@ def sights(config: Any) -> tuple[int | None, list[str]]:
     return getattr(config, "sliding_window", None), layer_kinds(config)
 
 
+def moves(rotary: Any) -> bool:
+    """Whether a rotary embedding looks at how long a sequence has become, so that `StepCache.turns` is not its."""
+    return any(word in rotary.rope_type for word in ("dynamic", "longrope"))
+
+
 class StepLayer(CacheLayerMixin):
     """Keys and values of one layer: [B, key heads, slots, D], at one address for as long as it lives."""
 
