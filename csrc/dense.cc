@@ -7,6 +7,7 @@
 #include "kernels/dense_table.h"
 #include "operands.h"
 #include "parallel.h"
+#include "small.h"
 
 namespace microscale {
 namespace {
@@ -92,6 +93,7 @@ int dense_parts(int level, int weight_dtype, const DensePart *parts, int64_t cou
   c.sums_each = most * c.each;
   Buffer<float> sums(c.sums_each * threads);
   Buffer<const void *> rows(most);
+  const Small *small = small_for(level);
   const bool convert = dense->operand != dtype;
   Buffer<float> converted(convert ? most * k : 0);
   if (!sums || !rows || !converted) return MS_NO_MEMORY;
@@ -107,7 +109,7 @@ int dense_parts(int level, int weight_dtype, const DensePart *parts, int64_t cou
       const uint8_t *from = static_cast<const uint8_t *>(x) + (row + i) * x_stride * c.bytes;
       rows[i] = from;
       if (!convert) continue;
-      dense->load(dtype, from, k, converted.get() + i * k);
+      small->load(dtype, from, k, converted.get() + i * k);
       rows[i] = converted.get() + i * k;
     }
     parallel(threads, units, Columns::run, &c);
@@ -128,11 +130,13 @@ extern "C" int ms_rms_norm(int level, int dtype, const void *x, int64_t m, int64
   using namespace microscale;
   if (dtype < 0 || dtype >= MS_DTYPES || weight_dtype < 0 || weight_dtype >= MS_DTYPES || m < 0 || n < 1)
     return MS_BAD_ARGUMENT;
-  const Dense *dense = dense_for(level, weight_dtype, dtype);
-  if (!dense) return MS_BAD_LEVEL;
+  const Small *small = small_for(level);
+  if (!small) return MS_BAD_LEVEL;
   const int64_t step = n * element_bytes(dtype);
-  for (int64_t i = 0; i < m; ++i)
-    dense->rms_norm(dtype, static_cast<const uint8_t *>(x) + i * step, weight_dtype, w, n, epsilon,
-                    static_cast<uint8_t *>(y) + i * step);
+  for (int64_t i = 0; i < m; ++i) {
+    const SmallNorm p{dtype, static_cast<const uint8_t *>(x) + i * step, nullptr, nullptr, weight_dtype, w, n, epsilon,
+                      0,     static_cast<uint8_t *>(y) + i * step};
+    small->norm(&p);
+  }
   return MS_OK;
 }

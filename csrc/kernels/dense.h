@@ -110,12 +110,5 @@ void dense_product(const DenseProduct *product) {
     }
 }
 
-inline void dense_load(int dtype, const void *x, int64_t n, float *out) {
-  for (int64_t i = 0; i < n; i += kLanes) {
-    const int64_t count = lanes_left(n, i);
-    store_as(MS_FP32, out, i, load_as(dtype, x, i, count), count);
-  }
-}
-
 }  // namespace
 }  // namespace microscale

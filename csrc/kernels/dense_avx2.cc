@@ -2,7 +2,6 @@
 #include <immintrin.h>
 
 #include "dense.h"
-#include "norm.h"
 
 namespace microscale {
 namespace {
@@ -47,8 +46,6 @@ struct Avx2 {
 extern const Dense avx2_dense = {
     MS_FP32,
     {dense_product<Avx2, MS_BF16>, dense_product<Avx2, MS_FP16>, dense_product<Avx2, MS_FP32>},
-    dense_load,
-    rms_norm,
 };
 
 }  // namespace microscale

@@ -2,7 +2,6 @@
 #include <immintrin.h>
 
 #include "dense.h"
-#include "norm.h"
 
 namespace microscale {
 namespace {
@@ -44,8 +43,6 @@ struct Avx512 {
 extern const Dense avx512_dense = {
     MS_FP32,
     {dense_product<Avx512, MS_BF16>, dense_product<Avx512, MS_FP16>, dense_product<Avx512, MS_FP32>},
-    dense_load,
-    rms_norm,
 };
 
 }  // namespace microscale

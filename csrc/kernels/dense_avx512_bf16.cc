@@ -3,7 +3,6 @@
 #include <immintrin.h>
 
 #include "dense.h"
-#include "norm.h"
 
 namespace microscale {
 namespace {
@@ -36,7 +35,6 @@ struct Avx512Bf16 {
 
 }  // namespace
 
-extern const Dense avx512_bf16_dense = {
-    MS_BF16, {dense_product<Avx512Bf16, MS_BF16>, nullptr, nullptr}, dense_load, rms_norm};
+extern const Dense avx512_bf16_dense = {MS_BF16, {dense_product<Avx512Bf16, MS_BF16>, nullptr, nullptr}};
 
 }  // namespace microscale

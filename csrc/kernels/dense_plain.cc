@@ -1,6 +1,5 @@
 // Any processor: the compiler's vectors of four.
 #include "dense.h"
-#include "norm.h"
 
 namespace microscale {
 namespace {
@@ -52,8 +51,6 @@ struct Plain {
 extern const Dense plain_dense = {
     MS_FP32,
     {dense_product<Plain, MS_BF16>, dense_product<Plain, MS_FP16>, dense_product<Plain, MS_FP32>},
-    dense_load,
-    rms_norm,
 };
 
 }  // namespace microscale

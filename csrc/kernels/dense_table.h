@@ -22,11 +22,8 @@ struct DenseProduct {
 };
 
 struct Dense {
-  int operand;                                                    // MS_BF16 or MS_FP32: what rows hold
-  void (*product[MS_DTYPES])(const DenseProduct *);               // by the weights' dtype; null: not with this operand
-  void (*load)(int dtype, const void *x, int64_t n, float *out);  // n numbers of `dtype` to float32
-  // y = w * x / sqrt(mean of x^2 + epsilon), n of each; w of another dtype perhaps.
-  void (*rms_norm)(int dtype, const void *x, int weight_dtype, const void *w, int64_t n, float epsilon, void *y);
+  int operand;                                       // MS_BF16 or MS_FP32: what rows hold
+  void (*product[MS_DTYPES])(const DenseProduct *);  // by the weights' dtype; null: not with this operand
 };
 
 extern const Dense plain_dense, avx2_dense, avx512_dense, avx512_bf16_dense;
