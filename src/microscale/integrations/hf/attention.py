@@ -28,10 +28,8 @@ _ARCHITECTURES = ("gpt_oss",)  # those whose modules hand their sinks over as `s
 _SLOTS = 8
 _VOID = -1e4
 _QUERIES = 8  # that the core takes at once; each reads all keys again
-_BLOCK = (
-    64,
-    256,
-)  # queries of a sliding layer's prompt that are taken together: a window's, but within these
+# Queries of a sliding layer's prompt that are taken together: a window's, but within these.
+_BLOCK = (64, 256)
 
 
 def fuse_sinks(model: Any) -> bool:
@@ -132,22 +130,22 @@ def _in_blocks(
     length = query.shape[2]
     if mask is None:  # causal; a static cache hands over its empty end, too
         key, value = key[:, :, :length], value[:, :, :length]
-        return _beside_sinks(query, key, value, None, sinks, scaling).transpose(1, 2).contiguous()
+        return _beside_sinks(query, key, value, None, sinks, scaling).contiguous()
     block = min(max(window or 0, _BLOCK[0]), _BLOCK[1])
     if not window or key.shape[2] != length or length <= window + block:
-        return _beside_sinks(query, key, value, mask, sinks, scaling).transpose(1, 2).contiguous()
+        return _beside_sinks(query, key, value, mask, sinks, scaling).contiguous()
     out = query.new_empty(query.shape[0], length, query.shape[1], value.shape[3])
     for first in range(0, length, block):
         queries, keys = slice(first, first + block), slice(max(first - window + 1, 0), first + block)
         part = (query[:, :, queries], key[:, :, keys], value[:, :, keys], mask[:, :, queries, keys])
-        out[:, queries] = _beside_sinks(*part, sinks, scaling).transpose(1, 2)
+        out[:, queries] = _beside_sinks(*part, sinks, scaling)
     return out
 
 
 def _beside_sinks(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, sinks: Tensor, scaling: float
 ) -> Tensor:
-    """Causal attention, or by a bool mask, -> [B, heads, Q, D].
+    """Causal attention, or by a bool mask, -> [B, Q, heads, D], not contiguous.
 
     A query's result without a sink, times what its keys have of the softmax's denominator: that, as a logarithm, is
     what PyTorch's kernel leaves for the backward pass.
@@ -159,7 +157,8 @@ def _beside_sinks(
         query, key, value, 0.0, mask is None, attn_mask=added, scale=scaling
     )
     share = torch.sigmoid(logarithm - sinks.float()[:, None])[..., None]
-    return torch.where(share > 0, out * share, 0).to(query.dtype)  # 0 where nothing is looked at, not NaN
+    found = torch.where(share > 0, out * share, 0).to(query.dtype)  # 0 where nothing is looked at, not NaN
+    return found.transpose(1, 2)
 
 
 def _prompt(query: Tensor, key: Tensor, value: Tensor, sinks: Tensor) -> bool:
