@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from original import write
+from step_models import SIZES
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -39,18 +40,6 @@ if not detect().core:
 
 # float32 all through: two orders of summation, three layers deep. Each sum has at most a few hundred terms.
 FP32_BOUND = 256 * 2.0**-24 * 8
-SIZES: dict[str, Any] = {
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "vocab_size": 160,
-    "pad_token_id": 0,
-    "bos_token_id": None,
-    "eos_token_id": None,
-}
 EXPERTS = {"moe_intermediate_size": 32, "num_experts": 8, "num_experts_per_tok": 3}
 
 
@@ -130,7 +119,7 @@ def step_behind(model: Any, ids: torch.Tensor, capacity: int = 64) -> CpuStep:
     with torch.no_grad():
         model(ids, past_key_values=cache)
     cache.start(ids.shape[1])
-    return CpuStep(model, cache, ids.shape[0])
+    return CpuStep(cpu_step.parts_for(model, ids.shape[0]), cache, ids.shape[0])
 
 
 def steps(model: Any, ids: torch.Tensor, first: int, capacity: int = 64) -> torch.Tensor:
@@ -339,16 +328,16 @@ def test_what_is_no_chain_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     model.set_attn_implementation("eager")
     assert why(ids) == "its attention is eager, which the chain would not be"
     plain = MistralForCausalLM(MistralConfig(**SIZES)).eval()
-    assert cpu_step.refuse(plain, 1) == "a Linear in it is PyTorch's"
+    assert cpu_step.parts_for(plain, 1) == "a Linear in it is PyTorch's"
     moe = placed(Qwen3MoeForCausalLM(Qwen3MoeConfig(**SIZES, **EXPERTS)), torch.float32)
-    assert cpu_step.refuse(moe, 1) == "its experts are not in a block format"
+    assert cpu_step.parts_for(moe, 1) == "its experts are not in a block format"
     with pytest.raises(ValueError, match="not in a block format"):
-        CpuStep(moe, TokenCache(moe.config, 8, moe.device), 1)
+        CpuStep(cpu_step.parts_for(moe, 1), TokenCache(moe.config, 8, moe.device), 1)
     model = llama(tmp_path)
     model.model.norm.__class__ = type("OddNorm", (type(model.model.norm),), {})
-    assert cpu_step.refuse(model, 1) == "a OddNorm stands where a LlamaRMSNorm would"
+    assert cpu_step.parts_for(model, 1) == "a OddNorm stands where a LlamaRMSNorm would"
     monkeypatch.setenv("MICROSCALE_DENSE", "off")
-    assert cpu_step.refuse(gpt_oss(tmp_path / "off"), 1) == "a Linear in it is PyTorch's"
+    assert cpu_step.parts_for(gpt_oss(tmp_path / "off"), 1) == "a Linear in it is PyTorch's"
 
 
 def test_a_token_beyond_the_vocabulary_is_refused(tmp_path: Path) -> None:

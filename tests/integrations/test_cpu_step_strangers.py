@@ -19,6 +19,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRotary
 import microscale
 from microscale.dense import DenseLinear
 from microscale.integrations.hf import cpu_step
+from microscale.integrations.hf.cpu_parts import Parts
 from microscale.integrations.hf.graph import Decoder
 
 
@@ -127,7 +128,7 @@ def test_a_class_with_another_forward(tmp_path: Path, monkeypatch: pytest.Monkey
         return 2 * found, *rest
 
     monkeypatch.setattr(LlamaAttention, "forward", forward)
-    assert cpu_step.refuse(model, 1) == f"LlamaAttention has the forward of {__name__}"
+    assert cpu_step.parts_for(model, 1) == f"LlamaAttention has the forward of {__name__}"
 
 
 def test_a_hook_of_all_modules_is_called(tmp_path: Path) -> None:
@@ -149,8 +150,8 @@ def test_operators_are_watched(tmp_path: Path) -> None:
 
     model = llama(tmp_path)
     with Watching():
-        assert cpu_step.refuse(model, 1) == "a mode sees torch's operators"
-    assert cpu_step.refuse(model, 1) is None
+        assert cpu_step.parts_for(model, 1) == "a mode sees torch's operators"
+    assert isinstance(cpu_step.parts_for(model, 1), Parts)
 
 
 def test_a_weight_of_parametrize_is_that_of_the_moment(tmp_path: Path) -> None:

@@ -85,10 +85,10 @@ def test_a_cache_that_could_not_grow_is_as_it_was(tmp_path: Path, monkeypatch: p
     with monkeypatch.context() as patch:
         patch.setattr(torch.Tensor, "new_empty", no_memory)
         with pytest.raises(RuntimeError, match="no memory"):
-            cache.grow(8)
+            cache.grow()
     assert cache.capacity == 6
     assert [(layer.keys, layer.slots) for layer in cache.steps] == before
-    cache.grow(8)
+    cache.grow()
     assert [layer.slots for layer in cache.steps] == [8, 8, 8]
     assert cache.capacity == 12
 

@@ -50,9 +50,9 @@ class TokenCache(StepCache):
 
     layer = TokenLayer
 
-    def grow(self, window: int | None) -> None:
-        """Double the capacity; `window` is what sliding layers look at."""
-        capacity = 2 * self.capacity
+    def grow(self) -> None:
+        """Double the capacity."""
+        capacity, (window, _) = 2 * self.capacity, self._made_for
         for layer in self.steps:
             slots = min(window, capacity) if window and layer.is_sliding else capacity
             if slots > layer.slots:

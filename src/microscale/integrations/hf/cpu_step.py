@@ -28,24 +28,25 @@ class CpuStep:
     captured = fused = True
     greedy = False
 
-    def __init__(self, model: Any, cache: TokenCache, batch: int) -> None:
+    def __init__(self, parts: Parts | str, cache: TokenCache, batch: int) -> None:
         """
+        Args:
+            parts: what `parts_for` returned.
+
         Raises:
-            ValueError: `refuse` has a reason.
+            ValueError: that was a reason against it.
         """
-        parts = parts_of(model)
         if not isinstance(parts, Parts):
             raise ValueError(parts)
         self.cache, self.batch = cache, batch
         self._parts: Parts | None = parts
-        self._window = getattr(model.config.get_text_config(decoder=True), "sliding_window", None)
         self._chain: Any = None
 
     def __call__(self, ids: Tensor) -> Any:
         """The logits for the next token of each sequence; the next call overwrites them."""
         cache = self.cache
         if cache.length >= cache.capacity:
-            cache.grow(self._window)
+            cache.grow()
             self._chain = None
         if self._chain is None:
             from microscale.integrations.hf.cpu_chain import TokenChain
@@ -62,9 +63,8 @@ class CpuStep:
         self._chain = self._parts = None
 
 
-def refuse(model: Any, batch: int) -> str | None:
-    """None, or why tokens of so many sequences are not one chain of kernels on the CPU, in a sentence."""
+def parts_for(model: Any, batch: int) -> Parts | str:
+    """A model's parts, or why tokens of so many sequences are not one chain of kernels on the CPU, in a sentence."""
     if batch > ROWS:
         return f"{batch} sequences are more than the {ROWS} that the core reads weights once for"
-    parts = parts_of(model)
-    return None if isinstance(parts, Parts) else parts
+    return parts_of(model)

@@ -17,6 +17,7 @@ from transformers import GenerationMixin
 
 from microscale.integrations.hf import cpu_step
 from microscale.integrations.hf.cpu_cache import TokenCache
+from microscale.integrations.hf.cpu_parts import Parts
 from microscale.integrations.hf.cpu_step import CpuStep
 from microscale.integrations.hf.in_place import in_place_of, replacement
 from microscale.integrations.hf.listeners import hooks_of, hooks_of_all
@@ -102,17 +103,19 @@ class Decoder:
         self, input_ids: Tensor, max_new_tokens: int, arguments: dict[str, Any], call: dict[str, Any]
     ) -> Tensor:
         room = min(max_new_tokens, cpu_step.ROOM) if chained(self.model) else max_new_tokens
-        capacity = capacity_for(input_ids.shape[1] + room)
+        batch, capacity = input_ids.shape[0], capacity_for(input_ids.shape[1] + room)
         self.why = (
-            self._never
-            or self._refuse_call(input_ids, arguments)
-            or self._refuse_room(input_ids.shape[0], capacity)
-            or (cpu_step.refuse(self.model, input_ids.shape[0]) if chained(self.model) else None)
+            self._never or self._refuse_call(input_ids, arguments) or self._refuse_room(batch, capacity)
         )
+        parts = None
+        if self.why is None and chained(self.model):
+            parts = cpu_step.parts_for(self.model, batch)
+            self.why = parts if isinstance(parts, str) else None
         self.fused, self.why_modules = False, None
         if self.why is not None:
             return self._generate(call)
-        cache, step = self._ready(input_ids.shape[0], capacity)
+        ready = self._ready(batch, capacity) if parts is None else self._ready_on_cpu(batch, capacity, parts)
+        cache, step = ready
         self.why = "two steps run before one is replayed"
         step.greedy = not arguments.get("do_sample", self.model.generation_config.do_sample)
         try:
@@ -184,10 +187,8 @@ class Decoder:
             return False
         return capacity <= cache.capacity <= 2 * capacity
 
-    def _ready(self, batch: int, capacity: int) -> tuple[StepCache, Step | CpuStep]:
+    def _ready(self, batch: int, capacity: int) -> tuple[StepCache, Step]:
         """A cache that is empty, and its step: those of before where they fit."""
-        if chained(self.model):
-            return self._ready_on_cpu(batch, capacity)
         weights = _weights(self.model)
         cache, step = self._cache, self._step
         if (
@@ -203,13 +204,13 @@ class Decoder:
         cache.reset()
         return cache, step
 
-    def _ready_on_cpu(self, batch: int, capacity: int) -> tuple[StepCache, CpuStep]:
+    def _ready_on_cpu(self, batch: int, capacity: int, parts: Parts | str) -> tuple[StepCache, CpuStep]:
         """A new step: it reads the weights of this moment. Its cache may be the one of before."""
         cache = self._cache if self._fits(batch, capacity) else None
         if not (isinstance(cache, TokenCache) and cache.holds(self.model.dtype)):
             self._cache = self._step = None
             cache = TokenCache(self.model.config.get_text_config(decoder=True), capacity, self.model.device)
-        step = CpuStep(self.model, cache, batch)
+        step = CpuStep(parts, cache, batch)
         self._cache, self._step = cache, step
         cache.reset()
         return cache, step
