@@ -58,6 +58,10 @@ def test_experts_that_a_loop_for_few_tokens_cannot_take_have_another(layout: Any
     assert cuts.Cut.parse("m8t1c2w4s6f").room(2880) == 12
     assert cuts.Cut.parse("m128t2c1w8s3ohb1p2").spread(10000, 132).programs == 2
     assert str(cut.of_experts(weights("mxfp4", 2880), apart=True)) == "m8t2c2w8s6f"
+    # Mixtral's w2: a token's 14336 numbers, of eight that there could be, leave 3 KiB.
+    widest = cuts.Cut.parse("m8t1c2w4s8f")
+    assert widest.of_experts(weights("mxfp4", 14336)) == widest
+    assert widest.shared(FORMATS["mxfp4"], 1, 14336) == 224 << 10
     # All of K must find room, and block FP8's sums are rescaled between steps.
     for name, k in (("mxfp4", 16384), ("fp8_block128", 256)):
         other = cut.of_experts(weights(name, k))

@@ -147,6 +147,7 @@ KERNELS = {
     "rows": ("rows", "_rows_kernel"),
     "row": ("rows", "_rows_kernel"),
     "choose": ("small", "_route_kernel"),
+    "router": ("router", "_router_kernel"),
     "gate": ("small", "_gate_kernel"),
 }
 PRODUCTS = ("linear", "w13", "w2")
@@ -168,6 +169,7 @@ STEP: dict[str, tuple[dict[str, Any], int]] = {
         {"K": 288, "M": 4, "COUNT": 1, "HELD": 2, "BIAS1": False, "BIAS2": False} | dict.fromkeys(_REST),
         4,
     ),
+    "router": ({"K": 2880, "ROWS": 4, "COLUMNS": 1024, "BIAS": True, "TWICE": False}, 4),
     "choose": ({"TOP_K": 4, "SLOTS": 4, "BLOCK": 128, "ALL": True}, 1),
     "gate": ({"BLOCK": 512}, 4),
 }
@@ -267,7 +269,24 @@ def step(job: Job) -> tuple[dict[str, Any], dict[str, Any]]:
     flags, warps = STEP[job.kernel]
     own = POINTERS[job.dtype]
     given: dict[str, Any] = dict.fromkeys(
-        ("y", "x", "w", "q", "k", "v", "mask", "sinks", "cos", "sin", "logits", "weights", "total", "more"),
+        (
+            "y",
+            "x",
+            "w",
+            "q",
+            "k",
+            "v",
+            "mask",
+            "sinks",
+            "cos",
+            "sin",
+            "logits",
+            "weights",
+            "total",
+            "more",
+            "norm",
+            "bias",
+        ),
         own,
     )
     given |= dict.fromkeys(("new_k", "new_v", "q_weight", "k_weight", "gate", "up"), own)
@@ -281,8 +300,8 @@ def step(job: Job) -> tuple[dict[str, Any], dict[str, Any]]:
     given |= {
         "D": 64,
         "WIDTH": 64,
-        "SPANS": 16,
-        "AT_ONCE": 16,
+        "SPANS": 32,
+        "AHEAD": 4,
         "LONG": True,
         "HEADS": 8,
         "GROUP": 8,
@@ -296,7 +315,8 @@ def step(job: Job) -> tuple[dict[str, Any], dict[str, Any]]:
     given |= flags
     if "span" in job.kernel:
         attend = import_module("microscale.backends.triton.attend")
-        given["KEYS"], warps = attend.cut(given["WIDTH"], job.dtype.itemsize, TARGETS[job.target].shared)
+        sizes = attend.cut(given["WIDTH"], job.dtype.itemsize, TARGETS[job.target].shared)
+        given["KEYS"], warps, given["STAGES"] = sizes
     return given, {"num_warps": warps}
 
 

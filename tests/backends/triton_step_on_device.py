@@ -13,9 +13,11 @@ from chain_models import MODELS, made
 from test_attend import expected
 from torch import Tensor
 
+from microscale.backends.triton import attend as module
 from microscale.backends.triton import rows as few
 from microscale.backends.triton import tiles
 from microscale.backends.triton.attend import Turn, attend, attend_token
+from microscale.backends.triton.router import norm_and_product
 from microscale.backends.triton.small import add_rms_norm, rms_norm, route, silu_gate
 from microscale.tolerance import unit_roundoff
 
@@ -80,7 +82,7 @@ def test_a_ring_gives_the_bits_of_a_list(dtype: torch.dtype, seen: int) -> None:
         seen = 600 if dtype == torch.float32 else 300
     q, sinks = torch.randn(2, 6, 1, 64, device=DEVICE).to(dtype), torch.randn(6, device=DEVICE).to(dtype)
     k, v = (torch.randn(2, 3, seen, 64, device=DEVICE).to(dtype) for _ in "kv")
-    for slots in (seen, seen + 1, seen + 400):
+    for slots in (seen, seen + 1, seen + 400, seen + 4400):  # up to where spans may have several steps
         for gone in (0, 5, 2 * slots + 3) if slots == seen else (0,):
             tokens = torch.arange(gone, gone + seen, device=DEVICE) % slots
             keys, values = (torch.full((2, 3, slots, 64), torch.nan, device=DEVICE).to(dtype) for _ in "kv")
@@ -90,6 +92,42 @@ def test_a_ring_gives_the_bits_of_a_list(dtype: torch.dtype, seen: int) -> None:
             assert torch.equal(found, attend(q, k, v, None, sinks, 0.3)), (slots, gone)
             seen_all = torch.ones(1, 1, 1, seen, dtype=torch.bool, device=DEVICE)
             assert torch.equal(found, attend(q, k, v, seen_all, sinks, 0.3)), (slots, gone, "with a mask")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("tokens, spans", [(900, 2), (1030, 1), (513, 4)])
+def test_spans_of_several_steps(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, masked: bool, tokens: int, spans: int
+) -> None:
+    """What a long context is, with fewer spans and so fewer keys."""
+    monkeypatch.setattr(module, "_SPANS", spans)
+    q, k, v = (
+        torch.randn(2, n, t, 64, device=DEVICE).to(dtype) for n, t in ((6, 1), (2, tokens), (2, tokens))
+    )
+    sinks = torch.randn(6, device=DEVICE).to(dtype)
+    mask = None
+    if masked:
+        mask = torch.rand(2, 1, 1, tokens, device=DEVICE) < 0.3
+        mask[..., : tokens // 2] = False  # whole steps, of a first span too
+        k, v = (t.masked_fill(~mask.mT, torch.nan) for t in (k, v))
+    y = attend(q, k, v, mask, sinks, 0.3)
+    if mask is not None:
+        k, v = (t.masked_fill(~mask.mT, 3.0) for t in (k, v))
+    bounded(y, expected(q, k, v, mask, sinks, 0.3), q, v)
+    for i in (0, 1):
+        given = (t[i : i + 1] for t in (q, k, v))
+        alone = attend(*given, None if mask is None else mask[i : i + 1], sinks, 0.3)
+        assert torch.equal(alone, y[i : i + 1]), "another sequence mattered"
+
+
+def test_as_many_spans_as_keep_a_gpu_busy() -> None:
+    assert [module.spans_of(n) for n in (1, 4, 8, 12, 16, 32, 64, 300)] == [32, 32, 32, 16, 16, 8, 4, 1]
+    for wide, itemsize, shared, sizes in (
+        (64, 2, 227, (128, 8, 3)), (128, 2, 227, (128, 8, 2)), (128, 2, 64, (64, 4, 1)), (128, 4, 227, (128, 8, 1)),
+        (16, 2, 227, (128, 4, 3)), (256, 4, 64, (16, 4, 1)),
+    ):  # fmt: skip
+        assert module.cut(wide, itemsize, shared << 10) == sizes
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -119,6 +157,40 @@ def test_a_sum_and_its_norm_are_the_sum_and_the_norm(dtype: torch.dtype) -> None
     total, y = add_rms_norm(x, more, w, 1e-5)
     assert torch.equal(total, x + more)
     assert torch.equal(y, rms_norm(x + more, w, 1e-5))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "m, experts, k, twice, biased",
+    [
+        (1, 32, 2880, False, True),
+        (4, 128, 2048, True, False),
+        (3, 7, 96, True, True),
+        (2, 5, 1100, False, False),
+    ],
+)
+def test_a_norm_and_the_product_behind_it(
+    dtype: torch.dtype, m: int, experts: int, k: int, twice: bool, biased: bool
+) -> None:
+    x, more = poisoned(m, k, dtype) * k**0.5, poisoned(m, k, dtype) * k**0.5
+    norm, w = poisoned(1, k, dtype)[0] * k**0.5, poisoned(experts, k, dtype)
+    bias = poisoned(1, experts, dtype)[0] if biased else None
+    total, y, logits = norm_and_product(x, more, norm, 1e-5, twice, w, bias)
+    assert torch.equal(total, x + more)
+    plain = add_rms_norm(x, more, norm, 1e-5, twice)[1]
+    # A mean that is added up in another order moves some numbers by a unit of the last place; rounded twice, by two.
+    assert ((y.double() - plain.double()).abs() <= 6 * unit_roundoff(dtype) * plain.double().abs()).all()
+    assert dtype == torch.float32 or (y == plain).double().mean() >= 0.9
+    exact, size = y.double() @ w.double().T, y.double().abs() @ w.double().abs().T
+    if bias is not None:
+        exact, size = exact + bias.double(), size + bias.double().abs()
+    bound = (k + 2) * 2.0**-24 * size + 1.01 * unit_roundoff(dtype) * exact.abs()
+    assert ((logits.double() - exact).abs() <= bound + torch.finfo(dtype).smallest_normal).all()
+    for i in range(m):
+        alone = norm_and_product(x[i : i + 1], more[i : i + 1], norm, 1e-5, twice, w, bias)
+        assert all(
+            torch.equal(one[0], all_of[i]) for one, all_of in zip(alone, (total, y, logits), strict=True)
+        )
 
 
 def poisoned(n: int, k: int, dtype: torch.dtype) -> Tensor:
@@ -229,12 +301,11 @@ def test_a_token_is_turned_stored_and_looked_at(
 @pytest.mark.parametrize("width", [16, 80, 192])
 def test_nothing_is_asked_for_past_a_cache(monkeypatch: pytest.MonkeyPatch, width: int) -> None:
     """Lines of keys and values of later steps, where kernels start early."""
-    from microscale.backends.triton import attend as module
-
     asked: list[int] = []
     early = replace(tiles.target(torch.device(DEVICE)), early=True)
     monkeypatch.setattr(tiles, "target", lambda device: early)
     monkeypatch.setattr(tiles, "launch", lambda early: {})
+    monkeypatch.setattr(module, "_SPANS", 16)
     monkeypatch.setattr(module, "ask", lambda at: asked.extend(at.handle.data.ravel().tolist()))
     for name in ("gdc_wait", "gdc_launch_dependents"):
         monkeypatch.setattr(module, name, lambda: None)

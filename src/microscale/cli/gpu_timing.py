@@ -27,6 +27,7 @@ PARTS = {
     "_in_order_kernel": "experts",
     "_linear_kernel": "linears",
     "_rows_kernel": "linears",
+    "_router_kernel": "linears",
     "_gate_kernel": "linears",
     "_span_kernel": "attention",
     "_rms_norm_kernel": "norms",

@@ -3,7 +3,7 @@
 The slow twin is transformers' own: scores over all keys, a head's sink among them where it has one, and the sink's
 share left out. A span of keys that are not looked at is not read, so a cache with room for many tokens costs what those
 in it do; few of them are one span, which nothing is put together with. Of several spans the program that comes last
-puts all of them together, in their order.
+puts all of them together, in their order. Within a span of several steps the last one comes first.
 
 Where spans begin depends on how many tokens are looked at, and not on how long a cache is; and a ring is read from its
 oldest token on. So a token gets the same bits from a cache that grows and from one that does not.
@@ -20,10 +20,12 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from microscale.backends.triton import tiles
+from microscale.backends.triton.spans import looked, row_of, together, whole_step
 
-_KEYS = 256  # that a program looks at in a step, at most
-_SPANS = 16  # at most
-_HELD = 1 << 14  # numbers of spans' sums that a program holds as it puts them together
+_KEYS = 128  # that a program looks at in a step, at most
+_SPANS = 32  # at most, for putting them together takes as long as looking at so many keys
+_PROGRAMS = 256  # that a sequence is cut into at most: two for each multiprocessor
+_AHEAD = 4  # spans whose sums are on their way as they are put together
 
 
 @triton.jit
@@ -53,84 +55,20 @@ def ask(p):
 
 
 @triton.jit
-def _places(
-    at, filled, oldest, keys, mask, mask_k, KEYS: tl.constexpr, MASKED: tl.constexpr, RING: tl.constexpr
-):
-    """Of KEYS tokens from `at` on: which are looked at, which is the newest, and their rows."""
-    n = at + tl.arange(0, KEYS)
-    seen = n < filled
-    if MASKED:
-        seen = seen & (tl.load(mask + n * mask_k, mask=seen, other=0) != 0)
-    newest = n == filled - 1
-    if RING:
-        n = (n + oldest) % keys
-    return seen, newest, n.to(tl.int64)
-
-
-@triton.jit
-def _looked(query, key, value, seen, scaling, peak, total, acc):
-    """The greatest logit so far, the sum of shares, and that of values by their shares, with these keys."""
-    logits = tl.dot(query, tl.trans(key), input_precision="ieee") * scaling
-    logits = tl.where(seen[None, :], logits, float("-inf"))
-    higher = tl.maximum(peak, tl.max(logits, 1))
-    share = tl.exp(logits - higher[:, None])
-    shrink = tl.exp(peak - higher)
-    total = total * shrink + tl.sum(share, 1)
-    acc = tl.dot(share.to(value.dtype), value, acc * shrink[:, None], input_precision="ieee")
-    return higher, total, acc
-
-
-@triton.jit
-def _together(
-    y, sums, peaks, totals, sinks, first, active, room, GROUP: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr,
-    WIDTH: tl.constexpr, SPANS: tl.constexpr, AT_ONCE: tl.constexpr, SINKS: tl.constexpr,
-):  # fmt: skip
-    """What GROUP heads find, of which y and sinks begin at the first, from all `active` spans, in their order.
-
-    Read from where the stores of other programs met: this one's own cache may hold what lay there before.
-    """
-    r, d = tl.arange(0, HEADS), tl.arange(0, WIDTH)
-    real = (r < GROUP)[None, :]
-    peak = tl.full((HEADS,), float("-inf"), tl.float32)
-    total = tl.zeros((HEADS,), tl.float32)
-    acc = tl.zeros((HEADS, WIDTH), tl.float32)
-    if SINKS:
-        sink = tl.load(sinks + r, mask=r < GROUP, other=0.0).to(tl.float32)
-    for i in tl.static_range(0, SPANS, AT_ONCE):
-        n = i + tl.arange(0, AT_ONCE)[:, None]
-        there, place = (n < active) & real, (first + r[None, :]) * room + n
-        at = sums + place[:, :, None] * WIDTH + d[None, None, :]
-        parts = tl.load(at, mask=there[:, :, None], other=0.0, cache_modifier=".cg")
-        tops = tl.load(peaks + place, mask=there, other=float("-inf"), cache_modifier=".cg")
-        wholes = tl.load(totals + place, mask=there, other=0.0, cache_modifier=".cg")
-        higher = tl.maximum(peak, tl.max(tops, 0))
-        least = tl.where(higher == float("-inf"), 0.0, higher)  # nothing was looked at yet
-        shrink, shares = tl.exp(peak - least), tl.exp(tops - least[None, :])
-        total = total * shrink + tl.sum(wholes * shares, 0)
-        acc = acc * shrink[:, None] + tl.sum(parts * shares[:, :, None], 0)
-        peak = higher
-    if SINKS:
-        higher = tl.maximum(peak, sink)
-        shrink = tl.exp(peak - higher)
-        acc, total = acc * shrink[:, None], total * shrink + tl.exp(sink - higher)
-    here = (r < GROUP)[:, None] & (d < D)[None, :]
-    tl.store(y + r[:, None] * D + d[None, :], (acc / total[:, None]).to(y.dtype.element_ty), mask=here)
-
-
-@triton.jit
 def _span_kernel(
     y, sums, peaks, totals, arrived, q, new_k, new_v, k, v, mask, position, sinks, cos, sin, q_weight, k_weight,
     eps, scaling, keys, room, key_heads, q_b, new_k_b, new_v_b, q_h, k_b, k_h, k_k, v_b, v_h, v_k, mask_b, mask_k,
     GROUP: tl.constexpr, ROWS: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr,
-    KEYS: tl.constexpr, SPANS: tl.constexpr, AT_ONCE: tl.constexpr, LONG: tl.constexpr, MASKED: tl.constexpr,
-    RING: tl.constexpr, TURN: tl.constexpr, NORM: tl.constexpr, SINKS: tl.constexpr, PDL: tl.constexpr,
+    KEYS: tl.constexpr, SPANS: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr, LONG: tl.constexpr,
+    MASKED: tl.constexpr, RING: tl.constexpr, TURN: tl.constexpr, NORM: tl.constexpr, SINKS: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     filled, oldest, token = keys, 0, 0
     if RING:
         token = tl.load(position)
         filled = tl.minimum(token + 1, keys).to(tl.int32)
         oldest = ((token + 1 - filled) % keys).to(tl.int32)
-    length = tl.maximum(tl.cdiv(filled, SPANS * KEYS), 1) * KEYS if LONG else KEYS
+    length = tl.maximum(tl.cdiv(tl.cdiv(filled, SPANS), KEYS), 1) * KEYS if LONG else KEYS
     active = tl.maximum(tl.cdiv(filled, length), 1)
     span = tl.program_id(1)
     if span >= active:
@@ -142,12 +80,21 @@ def _span_kernel(
     inner = d < D
     here = (r < GROUP)[:, None] & inner[None, :]
     kept_k, kept_v, mask = k + b * k_b + h * k_h, v + b * v_b + h * v_h, mask + b * mask_b if MASKED else mask
-    # Keys and values of earlier tokens are older than the kernel ahead, which may still run.
+    # A span's last step comes first: it is on its way before the kernel ahead, which may still run, has ended, and is
+    # the one that the token itself may be in. Keys and values of earlier tokens are older than that kernel.
     at = span * length
-    seen, newest, n = _places(at, filled, oldest, keys, mask, mask_k, KEYS, MASKED, RING)
-    read = (seen & (n != token % keys) if TURN else seen)[:, None] & inner[None, :]
-    key = tl.load(kept_k + n[:, None] * k_k + d[None, :], mask=read, other=0.0)
-    value = tl.load(kept_v + n[:, None] * v_k + d[None, :], mask=read, other=0.0)
+    end = tl.minimum(at + length, filled)
+    last = at
+    if LONG:
+        last += (tl.maximum(tl.cdiv(end - at, KEYS), 1) - 1) * KEYS
+    n = last + tl.arange(0, KEYS)
+    seen, newest = n < filled, n == filled - 1
+    if MASKED:
+        seen = seen & (tl.load(mask + n * mask_k, mask=seen, other=0) != 0)
+    row = row_of(n, oldest, keys, RING)[:, None]
+    read = (seen & (n < filled - 1) if TURN else seen)[:, None] & inner[None, :]
+    key = tl.load(kept_k + row * k_k + d[None, :], mask=read, other=0.0)
+    value = tl.load(kept_v + row * v_k + d[None, :], mask=read, other=0.0)
     if SINKS:
         sink = tl.load(sinks + head, mask=r < GROUP, other=0.0).to(tl.float32)
     if TURN:
@@ -164,20 +111,17 @@ def _span_kernel(
             tl.load(k_weight + d, mask=inner, other=0.0),
             tl.load(k_weight + partner, mask=inner, other=0.0),
         )
-    end = tl.minimum(at + length, filled)
     if PDL:
         if LONG and RING:
             LINES: tl.constexpr = triton.next_power_of_2(
                 triton.cdiv(D * k.dtype.element_ty.primitive_bitwidth, 1024)
             )
             line = tl.arange(0, LINES) * (D // LINES)  # none past the row, which may be a cache's last
-            later = at + KEYS
-            while later < end:
-                row = ((tl.minimum(later + tl.arange(0, KEYS), filled - 1) + oldest) % keys).to(tl.int64)[
-                    :, None
-                ]
-                ask(kept_k + row * k_k + line[None, :])
-                ask(kept_v + row * v_k + line[None, :])
+            later = at
+            while later < last:
+                place = row_of(later + tl.arange(0, KEYS), oldest, keys, RING)[:, None]
+                ask(kept_k + place * k_k + line[None, :])
+                ask(kept_v + place * v_k + line[None, :])
                 later += KEYS
         gdc_launch_dependents()
         gdc_wait()
@@ -210,23 +154,21 @@ def _span_kernel(
     if MASKED:
         some = tl.sum(seen.to(tl.int32), 0) > 0
     if some:
-        peak, total, acc = _looked(query, key, value, seen, scaling, peak, total, acc)
+        peak, total, acc = looked(query, key, value, seen, scaling, peak, total, acc, False)
     if LONG:
-        after = at + KEYS
-        while after < end:
-            seen, newest, n = _places(after, filled, oldest, keys, mask, mask_k, KEYS, MASKED, RING)
-            some = after < filled
-            if MASKED:
-                some = tl.sum(seen.to(tl.int32), 0) > 0
-            if some:
-                read = (seen & (n != token % keys) if TURN else seen)[:, None] & inner[None, :]
-                key = tl.load(kept_k + n[:, None] * k_k + d[None, :], mask=read, other=0.0)
-                value = tl.load(kept_v + n[:, None] * v_k + d[None, :], mask=read, other=0.0)
-                if TURN:
-                    key = tl.where(newest[:, None], fresh[None, :], key)
-                    value = tl.where(newest[:, None], fresh_value[None, :], value)
-                peak, total, acc = _looked(query, key, value, seen, scaling, peak, total, acc)
-            after += KEYS
+        if STAGES > 0:
+            for before in tl.range(at, last, KEYS, num_stages=STAGES):
+                peak, total, acc = whole_step(
+                    query, kept_k, kept_v, k_k, v_k, mask, mask_k, before, oldest, keys, scaling, peak, total, acc,
+                    inner, KEYS, MASKED, RING,
+                )  # fmt: skip
+        else:  # Triton's interpreter knows no such range
+            while at < last:
+                peak, total, acc = whole_step(
+                    query, kept_k, kept_v, k_k, v_k, mask, mask_k, at, oldest, keys, scaling, peak, total, acc,
+                    inner, KEYS, MASKED, RING,
+                )  # fmt: skip
+                at += KEYS
     first = (b * key_heads + h) * GROUP
     out = first + r
     if active == 1:
@@ -238,14 +180,16 @@ def _span_kernel(
     else:
         place = out * room + span
         tl.store(sums + place[:, None] * WIDTH + d[None, :], acc, mask=(r < GROUP)[:, None])
-        tl.store(peaks + place, peak, mask=r < GROUP)
-        tl.store(totals + place, total, mask=r < GROUP)
+        for i in tl.static_range(4):  # so that who puts them together reads 16 bytes
+            tl.store(peaks + place * 4 + i, peak, mask=r < GROUP)
+            tl.store(totals + place * 4 + i, total, mask=r < GROUP)
         tl.debug_barrier()  # one thread's release speaks for all threads' stores
         if tl.atomic_add(arrived + tl.program_id(0), 1, sem="acq_rel", scope="gpu") == active - 1:
             tl.store(arrived + tl.program_id(0), 0)  # for the next launch
-            _together(
-                y + first * D, sums, peaks, totals, sinks + h * GROUP if SINKS else sinks, first, active, room,
-                GROUP, HEADS, D, WIDTH, SPANS, AT_ONCE, SINKS,
+            begin = first * room
+            together(
+                y + first * D, sums + begin * WIDTH, peaks + begin * 4, totals + begin * 4,
+                sinks + h * GROUP if SINKS else sinks, active, room, GROUP, HEADS, D, WIDTH, AHEAD, SINKS,
             )  # fmt: skip
 
 
@@ -324,14 +268,20 @@ def attend_token(
     return _attend(*given)
 
 
-def cut(wide: int, itemsize: int, shared: int) -> tuple[int, int]:
-    """Keys that a program looks at in a step, and its warps, for heads of `wide` numbers of so many bytes."""
-    keys = _KEYS
-    while (
-        keys > 16 and 2 * keys * wide * itemsize > shared * 3 // 4
-    ):  # keys and values pass through scratchpad
+def cut(wide: int, itemsize: int, shared: int) -> tuple[int, int, int]:
+    """Keys that a program looks at in a step, its warps, and steps of a long span on their way, for heads of `wide`
+    numbers of so many bytes."""
+    keys, room = _KEYS, shared * 3 // 4  # keys and values pass through scratchpad
+    while keys > 16 and 2 * keys * wide * itemsize > room:
         keys //= 2
-    return keys, 8 if keys * wide * itemsize > 1 << 14 else 4
+    step = 2 * keys * wide * itemsize
+    # Where there is little scratchpad steps are small; and for RDNA Triton 3.6 cannot compile them for 8 warps.
+    return keys, 8 if step >= 1 << 15 and shared > 1 << 16 else 4, min(max(room // step, 1), 3)
+
+
+def spans_of(key_heads: int) -> int:
+    """Spans of a sequence at most, a power of two. Not by how many sequences there are, of which no bit depends."""
+    return min(_SPANS, 1 << max(_PROGRAMS // key_heads, 1).bit_length() - 1)
 
 
 def _attend(
@@ -354,10 +304,11 @@ def _attend(
     if 0 in y.shape:
         return y
     target, wide = tiles.target(query.device), max(16, triton.next_power_of_2(width))
-    at_once, warps = cut(wide, query.itemsize, target.shared)
-    spans = min(max(1, -(-keys // at_once)), _SPANS)
+    at_once, warps, stages = cut(wide, query.itemsize, target.shared)
+    most = spans_of(key_heads)
+    spans = min(max(1, -(-keys // at_once)), most)
     sums, peaks, totals = (
-        torch.empty(batch * heads * spans * n if spans > 1 else 0, device=query.device) for n in (wide, 1, 1)
+        torch.empty(batch * heads * spans * n if spans > 1 else 0, device=query.device) for n in (wide, 4, 4)
     )
     mask_strides: tuple[int, ...] = (0, 0)
     if mask is not None:
@@ -368,13 +319,13 @@ def _attend(
     if turn is not None:
         turns = (turn.cos, turn.sin, turn.q_weight, turn.k_weight, turn.eps)
     pdl, group = target.early, heads // key_heads
-    together = triton.next_power_of_2(group)
+    padded = triton.next_power_of_2(group)
     with tiles.on(query.device):
         _span_kernel[(batch * key_heads, spans)](
             y, sums, peaks, totals, arrived, query, new_key, new_value, key, value, mask, position, sinks, *turns,
             scaling, keys, spans, key_heads, *strides, *key.stride()[:3], *value.stride()[:3], *mask_strides,
-            GROUP=group, ROWS=max(16, together), HEADS=together, D=width, WIDTH=wide, KEYS=at_once, SPANS=_SPANS,
-            AT_ONCE=min(_SPANS, max(1, _HELD // (together * wide))), LONG=keys > _SPANS * at_once,
+            GROUP=group, ROWS=max(16, padded), HEADS=padded, D=width, WIDTH=wide, KEYS=at_once, SPANS=most,
+            STAGES=0 if tiles.INTERPRETED else stages, AHEAD=min(most, _AHEAD), LONG=keys > most * at_once,
             MASKED=mask is not None, RING=position is not None, TURN=turn is not None,
             NORM=turn is not None and turn.q_weight is not None, SINKS=sinks is not None, PDL=pdl,
             num_warps=warps, enable_fp_fusion=False, **tiles.launch(pdl),

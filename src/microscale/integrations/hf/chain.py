@@ -1,6 +1,6 @@
 """A token through all layers of a model in few kernels: what `step.Step` captures instead of the forward.
 
-A layer of experts is ten kernels of ours, and a dense one eight. Each adds what the one before it gave to the stream
+A layer of experts is nine kernels of ours, and a dense one eight. Each adds what the one before it gave to the stream
 as it takes the norm of it, and on Hopper each is launched before the one ahead has ended (see `backends.triton.small`).
 The slow twin is transformers' forward of the same token over the same cache. `chain_parts` says for which models.
 """
@@ -46,29 +46,36 @@ def token(kind: Kind, model: Any, ids: Tensor, cache: StepCache) -> Any:
             q, k, v, turn, kept.keys, kept.values, sinks, at.scaling, position, cache.arrived
         )
         (more,) = products(found.view(batch, -1), (at.o_proj,))
-        norm = layer.post_attention_layernorm
-        x, y = add_rms_norm(x, more, norm.weight, norm.variance_epsilon, kind.twice)
-        more = _fed_forward(kind, layer.mlp, y)
+        x, more = _fed_forward(kind, layer, x, more)
     assert more is not None
     _, y = add_rms_norm(x, more, body.norm.weight, body.norm.variance_epsilon, kind.twice)
     (logits,) = products(y, (model.lm_head,))
     return CausalLMOutputWithPast(logits=logits[:, None], past_key_values=cache)
 
 
-def _fed_forward(kind: Kind, mlp: Any, y: Tensor) -> Tensor:
-    """What stands behind attention in a layer, [B, H] -> [B, H]."""
-    from microscale.backends.triton.small import route, silu_gate
+def _fed_forward(kind: Kind, layer: Any, x: Tensor, more: Tensor) -> tuple[Tensor, Tensor]:
+    """What stands behind attention, which gave `more`: x + more, and what is added to that next, all [B, H]."""
+    from microscale.backends.triton import rows
+    from microscale.backends.triton.router import norm_and_product, takes
+    from microscale.backends.triton.small import add_rms_norm, route, silu_gate
 
+    norm, mlp = layer.post_attention_layernorm, layer.mlp
+    given = (x, more, norm.weight, norm.variance_epsilon, kind.twice)
     experts = getattr(mlp, "experts", None)
     if experts is None:
+        x, y = add_rms_norm(*given)
         gate, up = products(y, (mlp.gate_proj, mlp.up_proj))
-        return products(silu_gate(gate, up), (mlp.down_proj,))[0]
+        return x, products(silu_gate(gate, up), (mlp.down_proj,))[0]
     router = getattr(mlp, kind.router)
     of_all = not getattr(router, "norm_topk_prob", True)
-    (logits,) = products(y, (router,))
+    if x.shape[0] <= rows.MOST and _held(router, x) and takes(router.weight):
+        x, y, logits = norm_and_product(*given, router.weight, _bias(router))
+    else:
+        x, y = add_rms_norm(*given)
+        (logits,) = products(y, (router,))
     weights, chosen = route(logits, router.top_k, of_all, kind.shares)
     found: Tensor = experts(y, chosen, weights)
-    return found.contiguous()
+    return x, found.contiguous()
 
 
 def products(x: Tensor, modules: Sequence[Any]) -> list[Tensor]:
