@@ -6,8 +6,8 @@ Bfloat16 activations; experts with their routing, and linears. Prints a table in
 kind is compared with float64. Calls are captured in a CUDA graph, with other routes and, where weights are small, other
 weights each time, so that no cache holds them. Microseconds are the median of replays.
 
-With `--cuts` Hopper's kernels are timed with these cuts, too, each beside what the tables take and with the same bits, or
-not at all; `cuts.Cut` says what a word of them means.
+With `--cuts` Hopper's kernels are timed with these cuts, too, beside what the tables take, and not at all if they give
+other bits; `cuts.Cut` says what a word of them means.
 
 With `--peers humming` the package humming-kernels multiplies the same weights in the same run: its graph and ours are
 replayed in turn, and its results are compared with ours. `peers/humming_kernels.py` says how it is called.

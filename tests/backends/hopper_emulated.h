@@ -1,5 +1,6 @@
 // `hopper_ptx.h` for a CPU: every thread of a program is a fiber, which gives way where it would wait for others.
-// Copies and products happen at once, so a wait that is missing is not found; a wait that never ends is.
+// Products happen when they are waited for and no sooner, from what registers and shared memory hold then; copies at once.
+// A wait that never ends is found.
 #include <ucontext.h>
 
 #include <algorithm>
@@ -7,6 +8,8 @@
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
+#include <deque>
+#include <functional>
 #include <map>
 #include <vector>
 
@@ -100,10 +103,22 @@ T __ldg(const T *p) {
 }
 
 // ---- products -----------------------------------------------------------------------------------------------------
+static std::deque<std::vector<std::function<void()>>> under_way_[1024];  // of each thread, groups of products
+static std::vector<std::function<void()>> group_[1024];
 static void products_begin() {}
-static void products_end() {}
+static void products_end() {
+  under_way_[threadIdx.x].push_back(std::move(group_[threadIdx.x]));
+  group_[threadIdx.x].clear();
+}
 template <int LEFT>
-void products_wait() {}
+void products_wait() {
+  const u32 me = threadIdx.x;
+  while (under_way_[me].size() > LEFT) {
+    const auto group = std::move(under_way_[me].front());
+    under_way_[me].pop_front();
+    for (const auto &product : group) product();
+  }
+}
 static void not_before(float &) {}
 template <int COUNT>
 void fewer_registers() {}
@@ -120,8 +135,8 @@ static float wide_float(u32 bf16) {
 static u32 given_[1024][4];
 
 // 64 rows, of which a warp has 16 in its lanes, times N tokens that lie in rows of 128 swizzled bytes, and 16 columns.
-template <int N, int SUMS>
-void multiply_add(float (&d)[SUMS], const u32 *w, u64 x) {
+template <int N>
+void multiply_now(float *d, const u32 *w, u64 x) {
   const u32 me = threadIdx.x, group = me / 128;
   for (int i = 0; i < 4; i++) given_[me][i] = w[i];
   meet_all(100 + group, 128);
@@ -143,6 +158,11 @@ void multiply_add(float (&d)[SUMS], const u32 *w, u64 x) {
       d[4 * j + 2 + c] = static_cast<float>(d[4 * j + 2 + c] + sum[1]);
     }
   meet_all(200 + group, 128);
+}
+
+template <int N, int SUMS>
+void multiply_add(float (&d)[SUMS], const u32 *w, u64 x) {
+  group_[threadIdx.x].push_back([sums = &d[0], w, x] { multiply_now<N>(sums, w, x); });
 }
 
 static u32 transposed(u32 v) {

@@ -57,6 +57,12 @@ DEVICE Tile unit(const Given &a, int u) {
   return t;
 }
 
+DEVICE Tile unit_or_none(const Given &a, int u) {
+  Tile none;
+  none.expert = -1;
+  return u < a.units ? unit(a, u) : none;
+}
+
 // The tile of 64 rows that a group takes: gates and ups that lie apart are the two groups'.
 DEVICE int row_tile(const Given &a, int block, int side) {
   return APART ? block + side * (a.width / 64) : USERS * block + side;

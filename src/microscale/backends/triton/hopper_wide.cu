@@ -44,6 +44,8 @@ DEVICE void copy_unit(const Given &a, Ring &r, const Tile &t) {
     const long long tile = static_cast<long long>(t.expert) * a.tiles + min(row_tile(a, t.block, threadIdx.x / kLines), a.tiles - 1);
     ask = reinterpret_cast<const u32 *>(a.codes) + tile * a.chunks * kTile + (threadIdx.x % kLines) * 32;
   }
+  for (int step = 0; step < min(kAsked, a.chunks); step++)
+    if (ask) ask_for(ask + step * kTile);
 #pragma unroll 2
   for (int step = 0; step < a.chunks; step++, x += 128) {
     if (ask && step + kAsked < a.chunks) ask_for(ask + (step + kAsked) * kTile);
@@ -68,8 +70,8 @@ DEVICE void copy_unit(const Given &a, Ring &r, const Tile &t) {
 // The first group of warps.
 DEVICE void copy(const Given &a, Ring r) {
   r.parity = 1;
-  for (int u = blockIdx.x; u < a.units; u += gridDim.x) {
-    const Tile t = unit(a, u);
+  for (int u = blockIdx.x;; u += gridDim.x) {
+    const Tile t = unit_or_none(a, u);
     if (t.expert < 0) break;
     switch (rounded(t.count)) {
 #define COPY(n)             \
@@ -92,6 +94,19 @@ struct Weights {
   const u32 *codes, *scales;
   int chunks;
 };
+
+DEVICE Weights weights_of(const Given &a, const Tile &t, int side) {
+  const int tile = min(row_tile(a, t.block, side), a.tiles - 1), thread = threadIdx.x % 128;
+  const long long at = (static_cast<long long>(t.expert) * a.tiles + tile) * a.chunks;
+  return {reinterpret_cast<const u32 *>(a.codes) + at * kTile + thread * 4,
+          reinterpret_cast<const u32 *>(a.scales) + at * kTileScales + thread / 4 * (kTileScales / 32), a.chunks};
+}
+
+DEVICE void load_first(const Weights &w, Codes (&held)[kAhead]) {
+#pragma unroll
+  for (int i = 0; i < kAhead; i++)
+    if (i < w.chunks) held[i] = load_codes(w.codes + i * kTile, w.scales + i * kTileScales, threadIdx.x % 128);
+}
 
 // d = w @ x of all columns. `held` has the first steps' codes.
 template <int N>
@@ -144,18 +159,15 @@ DEVICE void use(const Given &a, Ring r, int (*routes)[MOST], float (*shares)[MOS
   const int side = __shfl_sync(~0u, threadIdx.x / 128, 0) - 1, thread = threadIdx.x % 128;
   const int warp = thread / 32, g = thread % 32 / 4, t4 = thread % 4;
   float d[MOST / 2];
+  Codes held[kAhead];
   int turn = 0;
-  for (int u = blockIdx.x; u < a.units; u += gridDim.x, turn ^= 1) {
-    const Tile t = unit(a, u);
-    if (t.expert < 0) break;
+  Tile t = unit_or_none(a, blockIdx.x);
+  if (t.expert >= 0) load_first(weights_of(a, t, side), held);
+  for (int u = blockIdx.x; t.expert >= 0; u += gridDim.x, turn ^= 1) {
+    // Found out while products are under way; its first codes are asked for ahead of what follows them.
+    const Tile next = unit_or_none(a, u + gridDim.x);
     const int tile = row_tile(a, t.block, side);
-    const long long at = (static_cast<long long>(t.expert) * a.tiles + min(tile, a.tiles - 1)) * a.chunks;
-    const Weights w = {reinterpret_cast<const u32 *>(a.codes) + at * kTile + thread * 4,
-                       reinterpret_cast<const u32 *>(a.scales) + at * kTileScales + thread / 4 * (kTileScales / 32), a.chunks};
-    Codes held[kAhead];
-#pragma unroll
-    for (int i = 0; i < kAhead; i++)
-      if (i < a.chunks) held[i] = load_codes(w.codes + i * kTile, w.scales + i * kTileScales, thread);
+    const Weights w = weights_of(a, t, side);
 #if BIAS || ROW_SCALE
     // Of the two rows whose sums a thread has, which are neighbours.
     const long long row0 = static_cast<long long>(t.expert) * a.rows + min(64 * tile + 16 * warp + 2 * g, a.rows - 1);
@@ -188,6 +200,7 @@ DEVICE void use(const Given &a, Ring r, int (*routes)[MOST], float (*shares)[MOS
     }
 #pragma unroll
     for (int i = 0; i < MOST / 2; i++) not_before(d[i]);
+    if (next.expert >= 0) load_first(weights_of(a, next, side), held);
     if (MODE == kSecond) {
       if (mine < MOST) routes[turn][mine] = route, shares[turn][mine] = share;
       meet<kUsers>();
@@ -243,6 +256,7 @@ DEVICE void use(const Given &a, Ring r, int (*routes)[MOST], float (*shares)[MOS
       const int n = (APART ? t.block : tile) * 64 + 16 * warp + 4 * t4;
       if (token < t.count && n < a.width) *reinterpret_cast<uint2 *>(y + 2 * (to * a.width + n)) = v;
     }
+    t = next;
   }
 }
 
