@@ -11,6 +11,10 @@ from typing import Any
 import torch
 
 
+class CompileError(RuntimeError):
+    """A kernel in CUDA C++ that does not compile or load here."""
+
+
 @cache
 def refuse() -> str | None:
     """None, or why nothing can be compiled here."""
@@ -28,7 +32,7 @@ def compiled(name: str, source: str, options: Sequence[str] = ()) -> tuple[bytes
     """Machine code for sm_90a, and what the compiler says besides.
 
     Raises:
-        RuntimeError: the compiler's words.
+        CompileError: the compiler's words.
     """
     from cuda.bindings import nvrtc
 
@@ -40,7 +44,7 @@ def compiled(name: str, source: str, options: Sequence[str] = ()) -> tuple[bytes
     nvrtc.nvrtcGetProgramLog(program, log)
     said = log.rstrip(b"\0").decode()
     if error != nvrtc.nvrtcResult.NVRTC_SUCCESS:
-        raise RuntimeError(f"{name}: {said}")
+        raise CompileError(f"{name}: {said}")
     _, size = nvrtc.nvrtcGetCUBINSize(program)
     code = b" " * size
     nvrtc.nvrtcGetCUBIN(program, code)
@@ -85,7 +89,7 @@ def kernel(name: str, source: str, function: str, shared: int, device: int) -> K
         shared: bytes of dynamic shared memory.
 
     Raises:
-        RuntimeError: what the compiler or the driver says.
+        CompileError: what the compiler or the driver says.
     """
     from cuda.bindings import driver
 
@@ -94,10 +98,10 @@ def kernel(name: str, source: str, function: str, shared: int, device: int) -> K
         torch.cuda.current_stream()  # the device's context is current
         error, module = driver.cuModuleLoadData(code)
         if error != driver.CUresult.CUDA_SUCCESS:
-            raise RuntimeError(f"loading a kernel: {error.name}")
+            raise CompileError(f"{name} cannot be loaded: {error.name}")
         error, found = driver.cuModuleGetFunction(module, function.encode())
         what = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
         (error,) = driver.cuFuncSetAttribute(found, what, shared)
         if error != driver.CUresult.CUDA_SUCCESS:
-            raise RuntimeError(f"{shared} bytes of shared memory: {error.name}")
+            raise CompileError(f"{name} cannot have {shared} bytes of shared memory: {error.name}")
     return Kernel(found, shared)
