@@ -21,7 +21,7 @@ from microscale.quant import QuantTensor, quantize
 from microscale.tolerance import linear_budget, moe_budget
 
 HERE = Path(__file__).parent
-FEW = ("mxfp4", "nvfp4", "mxfp8_e4m3", "mxfp6_e3m2", "mxint8")
+FEW = ("mxfp4", "nvfp4", "fp8_block128", "mxfp8_e4m3", "mxfp6_e3m2", "mxint8")
 
 
 @pytest.fixture(scope="module")
@@ -136,8 +136,8 @@ def packed(w: QuantTensor) -> Any:
 def test_a_linear_is_within_the_permitted_error(emulated: Any, name: str, tokens: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     # Rows and columns that do not fill a tile; more units than programs, and steps than stages.
-    w = quantize(random(generator, 328, 224), name)
-    x, bias = random(generator, tokens, 224).bfloat16(), random(generator, 328)
+    w = quantize(random(generator, 328, 352), name)
+    x, bias = random(generator, tokens, 352).bfloat16(), random(generator, 328)
     for users, given in ((2, None), (3, bias)):
         y = emulated.linear(x, packed(w), given, cut(f"m48t{users}c1w{4 * users + 4}s3x"))
         worst = linear_budget(x, w, given).worst(y)
@@ -207,6 +207,7 @@ MODES = [
     ("first", {"bias": 1, "kind": "swiglu_oai", "gated": True, "limit": True}),
     ("first", {"kind": "silu", "gated": True, "apart": True}),
     ("second", {"bias": 1, "weights": 2}),
+    ("second", {"scale": "f32"}),
 ]
 
 
@@ -221,7 +222,8 @@ def test_it_compiles_and_no_product_waits_for_another(
     shape = cut(word)
     if rest.get("apart"):
         shape = shape.of_experts(packed(quantize(torch.randn(2, 256, 64), "mxfp4")), apart=True)
-    for element in ("e2m1",) if "scale" in rest else ("e2m1", "e4m3"):
+    elements = {"e4m3": ("e2m1",), "f32": ("e4m3",)}.get(rest.get("scale"), ("e2m1", "e4m3"))
+    for element in elements:
         given = {"scale": "e8m0"} | rest
         spec = source.Spec(
             mode, element, most=shape.block_m, stages=shape.stages, users=shape.tiles, even=True, **given
@@ -256,7 +258,7 @@ def test_where_cuda_cannot_be_compiled_other_kernels_run(wide: Any, monkeypatch:
     assert not wide.refuse(w, GPT_OSS, (torch.bfloat16,))
     assert wide.refuse(w, GPT_OSS, (torch.float16,))
     assert wide.refuse(w, Activation("gelu"), ())
-    assert wide.refuse(packed(quantize(torch.randn(128, 128), "fp8_block128")), None, ())
+    assert wide.refuse(packed(quantize(torch.randn(60, 64), "mxfp4")), None, ())
     monkeypatch.setattr(wide.nvrtc, "refuse", lambda: "no compiler")
     assert wide.refuse(w, None, ())
     for word in ("m80t3c1w16s12x", "m144t2c1w12s8x", "m256t2c1w12s4x"):

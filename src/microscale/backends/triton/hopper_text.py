@@ -72,6 +72,7 @@ def constants(spec: Spec) -> str:
         "MODE": _MODES[spec.mode],
         "BITS": bits,
         "E4M3_SCALES": int(spec.scale == "e4m3"),
+        "BLOCKS": int(spec.scale == "f32"),
         "MOST": spec.most,
         "STAGES": spec.stages,
         "USERS": spec.users,

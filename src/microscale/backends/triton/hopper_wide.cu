@@ -92,20 +92,33 @@ DEVICE u64 descriptor(u32 address) {
 // What a group reads of the weights: a thread's part of the first step, and how many steps there are.
 struct Weights {
   const u32 *codes, *scales;
+  const float *ratios;  // of block FP8
   int chunks;
 };
 
 DEVICE Weights weights_of(const Given &a, const Tile &t, int side) {
   const int tile = min(row_tile(a, t.block, side), a.tiles - 1), thread = threadIdx.x % 128;
   const long long at = (static_cast<long long>(t.expert) * a.tiles + tile) * a.chunks;
+  const long long row = static_cast<long long>(t.expert) * ((a.tiles + 1) / 2) + tile / 2;
   return {reinterpret_cast<const u32 *>(a.codes) + at * kTile + thread * 4,
-          reinterpret_cast<const u32 *>(a.scales) + at * kTileScales + thread / 4 * (kTileScales / 32), a.chunks};
+          reinterpret_cast<const u32 *>(a.scales) + at * kTileScales + thread / 4 * (kTileScales / 32),
+          reinterpret_cast<const float *>(a.ratios) + row * ((a.chunks + 1) / 2 + 1), a.chunks};
 }
 
 DEVICE void load_first(const Weights &w, Codes (&held)[kAhead]) {
 #pragma unroll
   for (int i = 0; i < kAhead; i++)
     if (i < w.chunks) held[i] = load_codes(w.codes + i * kTile, w.scales + i * kTileScales, threadIdx.x % 128);
+}
+
+// Sums that nothing is added to at the moment, times what block FP8 has between two blocks, see `fragments.Fragments`.
+template <int N>
+DEVICE void rescale(float (&d)[MOST / 2], float ratio) {
+#pragma unroll
+  for (int i = 0; i < N / 2; i++) {
+    not_before(d[i]);
+    d[i] *= ratio;
+  }
 }
 
 // d = w @ x of all columns. `held` has the first steps' codes.
@@ -118,6 +131,9 @@ DEVICE void multiply(float (&d)[MOST / 2], Weights w, Codes (&held)[kAhead], Rin
 #pragma unroll
   for (int i = 0; i < N / 2; i++) d[i] = 0.0f;
   decode_half(held[0], 0, pairs[0]);
+#if BLOCKS
+  float ratio = __ldg(w.ratios);
+#endif
 #pragma unroll 1
   for (int first = 0; first < w.chunks; first += kAhead) {
 #pragma unroll
@@ -127,6 +143,13 @@ DEVICE void multiply(float (&d)[MOST / 2], Weights w, Codes (&held)[kAhead], Rin
       barrier_wait(r.full + r.slot * 8, r.parity);
       products_see_copies();
       const u64 x = descriptor(r.stages + r.slot * kStage);
+#if BLOCKS
+      if (i == 0) {  // two steps are a block
+        products_wait<0>();
+        rescale<N>(d, ratio);
+        ratio = __ldg(w.ratios + first / 2 + 1);
+      }
+#endif
 #pragma unroll
       for (int p = 0; p < 2; p++) {
         products_begin();
@@ -152,6 +175,9 @@ DEVICE void multiply(float (&d)[MOST / 2], Weights w, Codes (&held)[kAhead], Rin
   }
   products_wait<0>();
   if (speaks) barrier_arrive(r.empty + before * 8);
+#if BLOCKS
+  rescale<N>(d, ratio);
+#endif
 }
 
 // All groups but the first: 64 rows each, times all tokens of the tile.

@@ -30,7 +30,7 @@ class Given(ctypes.Structure):
         *[
             (n, ctypes.c_uint64)
             for n in (
-                "y", "x", "codes", "scales", "row_scale", "bias",
+                "y", "x", "codes", "scales", "ratios", "row_scale", "bias",
                 "tile_experts", "tile_starts", "ends", "order", "weights",
             )
         ],
@@ -59,8 +59,7 @@ def launch(spec: Spec, device: torch.device, units: int, given: Given) -> None:
 def refuse(w: Fragments, activation: Activation | None, dtypes: tuple[torch.dtype, ...]) -> bool:
     """Whether these weights, with biases and routing weights of these dtypes, are for Gluon's kernels instead."""
     return (
-        w.format.scale == "f32"
-        or w.shape[-2] % 8 != 0
+        w.shape[-2] % 8 != 0
         or any(dtype not in _FLOATS for dtype in dtypes)
         or (activation is not None and activation.kind not in KINDS)
         or nvrtc.refuse() is not None
@@ -109,6 +108,7 @@ def _run(
     """`y`, of so many blocks of rows times tiles of tokens; `rest`: what else `Given` has."""
     given = Given(
         y=y.data_ptr(), x=x.data_ptr(), codes=w.codes.data_ptr(), scales=w.scales.data_ptr(),
+        ratios=_address(w.ratios),
         row_scale=_address(w.row_scale), bias=_address(bias), units=blocks * of_tokens, blocks=blocks,
         rows=w.shape[-2], width=y.shape[-1], columns=w.shape[-1], tiles=w.tiles, chunks=w.chunks, **rest,
     )  # fmt: skip
