@@ -6,6 +6,9 @@ Bfloat16 activations; experts with their routing, and linears. Prints a table in
 kind is compared with float64. Calls are captured in a CUDA graph, with other routes and, where weights are small, other
 weights each time, so that no cache holds them. Microseconds are the median of replays.
 
+With `--cuts` Hopper's kernels are timed with these cuts, too, beside what the tables take, and not at all if they give
+other bits; `cuts.Cut` says what a word of them means.
+
 With `--peers humming` the package humming-kernels multiplies the same weights in the same run: its graph and ours are
 replayed in turn, and its results are compared with ours. `peers/humming_kernels.py` says how it is called.
 """
@@ -22,6 +25,7 @@ import torch
 import triton
 
 from microscale.backends import triton as backend
+from microscale.backends.triton.cuts import Cut
 from microscale.bench.gpu import (
     LINEARS,
     MODELS,
@@ -75,7 +79,12 @@ def check(name: str) -> None:
 
 
 def time_linear(
-    name: str, tokens: int, weights: list[Any], peaks: tuple[float, float], peer: list[Any]
+    name: str,
+    tokens: int,
+    weights: list[Any],
+    peaks: tuple[float, float],
+    peer: list[Any],
+    cuts: list[Cut],
 ) -> dict[str, Any]:
     """One cell, what torch takes for the same product of bfloat16, and what a peer does for the same weights."""
     n, k = LINEARS[name]
@@ -87,6 +96,11 @@ def time_linear(
         "us": [partial(backend.linear, x, w) for w in weights[:used]],
         "bf16": [partial(torch.nn.functional.linear, x, p) for p in plain],
     }
+    for cut in cuts:
+        from microscale.backends.triton import hopper
+
+        kinds[str(cut)] = [partial(hopper.linear, x, w, None, cut) for w in weights[:used]]
+        same(f"{name}, {tokens} tokens, {cut}", kinds["us"][0](), kinds[str(cut)][0]())
     if peer:
         kinds["humming"] = [partial(humming_kernels.linear, x, w) for w in peer[:used]]
         agree(f"{name}, {tokens} tokens", kinds["us"][0](), kinds["humming"][0]())
@@ -94,11 +108,17 @@ def time_linear(
 
 
 def time_experts(
-    made: MoeCell, layers: list[Any], peaks: tuple[float, float], peer: list[Any]
+    made: MoeCell, layers: list[Any], peaks: tuple[float, float], peer: list[Any], cuts: list[Cut]
 ) -> dict[str, Any]:
     """One cell, and what a peer takes for the same weights and routes."""
     b13, b2 = made.biases
     kinds: dict[str, Any] = {"us": [partial(backend.moe, *g, b13=b13, b2=b2) for g in made.given]}
+    for cut in cuts:
+        from microscale.backends.triton import hopper_moe
+
+        rest = (b13, b2, None, False, (cut, cut))
+        kinds[str(cut)] = [partial(hopper_moe.moe, *g, *rest) for g in made.given]
+        same(f"experts, {cut}", kinds["us"][0](), kinds[str(cut)][0]())
     for way in humming_kernels.ways(made.given[0][0].shape[0]) if peer else ():
         kinds[f"humming {way}"] = [
             humming_kernels.experts(way, *g[:3], *peer[i % len(layers)], g[5])
@@ -112,6 +132,11 @@ def agree(what: str, ours: torch.Tensor, theirs: torch.Tensor) -> None:
     """A peer that computes something else is not timed. It rounds more often than we do."""
     error = ((theirs.double() - ours.double()).norm() / ours.double().norm()).item()
     assert error <= 1e-2, f"{what}: humming's result is {error:.3g} away from ours"
+
+
+def same(what: str, ours: torch.Tensor, others: torch.Tensor) -> None:
+    """A cut decides the speed only."""
+    assert torch.equal(ours, others), f"{what}: other bits than with the tables' cuts"
 
 
 def cell(times: dict[str, Times], least: float) -> dict[str, Any]:
@@ -155,7 +180,16 @@ def line(row: dict[str, Any]) -> str:
         peer, times = f"{row[row['peer']]:.1f} {way}".strip(), f"{row[row['peer']] / row['us']:.2f}"
     part = row["floor"] / row["us"]
     head = f"| {row['format']} | {row['what']} | {row['tokens']} | {row['us']:.1f} | {part:.2f} "
-    return f"{head}| {bf16} | {peer} | {times} |"
+    cuts = ", ".join(f"{name} {row[name]:.1f}" for name in row["quartiles"] if _is_cut(name))
+    return f"{head}| {bf16} | {peer} | {times} |" + (f" {cuts} |" if cuts else "")
+
+
+def _is_cut(name: str) -> bool:
+    try:
+        Cut.parse(name)
+    except ValueError:
+        return False
+    return True
 
 
 def main() -> None:
@@ -163,6 +197,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=[*MODELS, *LINEARS], choices=[*MODELS, *LINEARS])
     parser.add_argument("--formats", nargs="*", default=["mxfp4"], choices=[*FORMATS, "all"])
     parser.add_argument("--tokens", nargs="*", type=int, default=TOKENS)
+    parser.add_argument("--cuts", nargs="*", default=[], type=Cut.parse, help="time these, too (Hopper)")
     parser.add_argument(
         "--peers", nargs="*", default=[], choices=["humming"], help="time these packages, too"
     )
@@ -196,9 +231,9 @@ def main() -> None:
                         peer = [pack_experts(layer, made.biases) for layer in layers]
                         if tokens == args.tokens[0]:
                             compile_experts(peer[0], MODELS[what].top_k, args.tokens)
-                    row = time_experts(made, layers, peaks, peer)
+                    row = time_experts(made, layers, peaks, peer, args.cuts)
                 else:
-                    row = time_linear(what, tokens, layers, peaks, peer)
+                    row = time_linear(what, tokens, layers, peaks, peer, args.cuts)
                 rows.append({"format": name, "what": what, "tokens": tokens} | row)
                 print(line(rows[-1]), flush=True)
             del layers, peer

@@ -287,6 +287,12 @@ def test_what_does_not_compile_is_left_to_the_kernels_for_every_target(layout: A
     with pytest.warns(UserWarning, match="linear m8t3 .*during parsing"):
         assert attempt(rejected, lambda: torch.ones(1), "linear", "m8t3") == 1
 
+    def unknown() -> torch.Tensor:
+        raise import_module("microscale.backends.triton.nvrtc").CompileError("wide.cu: no such instruction")
+
+    with pytest.warns(UserWarning, match="linear m8t4 .*no such instruction"):
+        assert attempt(unknown, lambda: torch.ones(1), "linear", "m8t4") == 1
+
     def lost() -> torch.Tensor:
         raise RuntimeError("CUDA error: an illegal memory access")
 

@@ -294,21 +294,27 @@ def test_every_cut_gives_the_same_bits(name: str) -> None:
     if not isinstance(w13, Fragments) or not isinstance(w2, Fragments):
         pytest.skip("this GPU has no cuts")
     from microscale.backends.triton import cuts, hopper, hopper_moe
+    from microscale.bench.tune import wide_candidates
 
     fmt = FORMATS[name]
     linear, moe = cuts.table()[cuts.group(fmt)]
+    more = wide_candidates(128)
     first = cuts.Cut(8, 2, 2, 4, 4)
     matrix = backend.pack(quantize(torch.randn(200, 416, device=DEVICE), name))
     assert isinstance(matrix, Fragments)
     wide = torch.randn(130, 416, device=DEVICE).bfloat16()
     y = hopper.linear(wide, matrix, None, first)
-    for cut in dict.fromkeys(cut.fitted(fmt, 1) for row in linear for cut in (row.cut, *row.others)):
+    for cut in dict.fromkeys(
+        [*(cut.fitted(fmt, 1) for row in linear for cut in (row.cut, *row.others)), *more]
+    ):
         for rows in (slice(0, 130), slice(3, 7), slice(3, 4)):
             assert torch.equal(hopper.linear(wide[rows], matrix, None, cut), y[rows]), (cut, rows)
     for activation in (GPT_OSS, Activation("silu")):
         rest = (w13, w2, activation, None, None, None, False)
         y = hopper_moe.moe(x, ids, weights, *rest, (first, first))
-        for cut13, cut2 in dict.fromkeys((r.first.fitted(fmt, 1), r.second.fitted(fmt, 1)) for r in moe):
+        for cut13, cut2 in dict.fromkeys(
+            [*((r.first.fitted(fmt, 1), r.second.fitted(fmt, 1)) for r in moe), *((c, c) for c in more)]
+        ):
             for rows in (slice(0, 130), slice(3, 7), slice(3, 4)):
                 found = hopper_moe.moe(x[rows], ids[rows], weights[rows], *rest, (cut13, cut2))
                 assert torch.equal(found, y[rows]), (activation, cut13, cut2, rows)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from microscale.activations import GPT_OSS
 from microscale.backends import triton as backend
-from microscale.backends.triton import cuts, hopper, hopper_moe, tiles
+from microscale.backends.triton import cuts, hopper, hopper_moe, nvrtc, tiles
 from microscale.backends.triton.cuts import Cut, LinearRow
 from microscale.backends.triton.fragments import Fragments
 from microscale.bench import gpu
@@ -64,6 +64,24 @@ _SHAPES = {
 
 # Of a single token's experts, for w13 and w2 each: by `hopper_few`.
 _FEW = ("m8t1c2w4s5f", "m8t1c2w4s8f", "m8t2c2w8s6f", "m8t2c1w8s8fp1", "m8t1c2w4s6fp2")
+
+# By `hopper_wide`, from so many tokens a matrix on.
+_WIDE = (
+    "m80t3c1w16s12x",
+    "m128t3c1w16s8x",
+    "m144t3c1w16s8x",
+    "m144t2c1w12s8x",
+    "m192t2c1w12s6x",
+    "m256t2c1w12s4x",
+)
+_WIDE_FROM = 48
+
+
+def wide_candidates(tokens: float) -> list[Cut]:
+    """Cuts in CUDA C++ for about `tokens` tokens a matrix, where they can be compiled."""
+    if tokens < _WIDE_FROM or nvrtc.refuse() is not None:
+        return []
+    return [cut for cut in map(Cut.parse, _WIDE) if cut.block_m >= min(tokens, 256) / 2]
 
 
 def candidates(fmt: Format, tokens: float, tail: bool) -> list[Cut]:
@@ -223,7 +241,7 @@ def tune_linear(name: str, say: Callable[[str], None]) -> Iterator[dict[str, Any
             continue
         m, of_row = timed_with(rows, row)
         times: dict[Cut, dict[str, float]] = {}
-        for cut in dict.fromkeys([row.cut, *candidates(fmt, m, tail=False)]):
+        for cut in dict.fromkeys([row.cut, *candidates(fmt, m, tail=False), *wide_candidates(m)]):
             found = {}
             for what in of_row:
                 x = torch.randn(m, gpu.LINEARS[what][1], device="cuda").bfloat16()
@@ -259,6 +277,7 @@ def tune_moe(name: str, say: Callable[[str], None]) -> Iterator[dict[str, Any]]:
                 ]
                 pairs = [(row.first, row.second)]
                 pairs += [(c, c) for c in tried if c.tiles > 1 or not apart]
+                pairs += [(c, c) for c in wide_candidates(size) if checked.moe(c)]
                 if tokens == 1 and fmt.scale != "f32":
                     few = [cut for cut in map(Cut.parse, _FEW) if checked.moe(cut)]
                     pairs += itertools.product(few, few)

@@ -22,7 +22,7 @@ REGISTERS = 1 << 16  # of a multiprocessor
 MULTIPROCESSORS = 132  # of an H100 or H200
 # What a program's beginning and end take, in tokens of its block: 2 us, whatever K is.
 START = 12
-_WORD = re.compile(r"m(\d+)t(\d+)c(\d+)w(\d+)s(\d+)(o?)(h?)(f?)(?:b(\d+))?(?:p(\d))?")
+_WORD = re.compile(r"m(\d+)t(\d+)c(\d+)w(\d+)s(\d+)(o?)(h?)(f?)(?:b(\d+))?(?:p(\d))?(x?)")
 
 
 def split(block_m: int) -> tuple[int, int]:
@@ -54,6 +54,8 @@ class Cut:
         programs: other than 0: the compiler is held to the registers with which so many fit a multiprocessor; with
             `few` no more fit, so that early programs do not crowd where the kernel ahead has left room.
         few: of experts, by `hopper_few`, whose stages are steps with codes in registers. Activations of one part only.
+        wide: by `hopper_wide`, in which `tiles` groups of warps multiply and one copies; block_m is the most tokens of
+            a program, whose number is fitted to an expert's, and a linear's by `each`. Activations of one part only.
     """
 
     block_m: int
@@ -66,6 +68,7 @@ class Cut:
     bulk: int = 0
     programs: int = 0
     few: bool = False
+    wide: bool = False
 
     def __str__(self) -> str:
         flags = (
@@ -74,6 +77,7 @@ class Cut:
             + ("f" if self.few else "")
             + (f"b{self.bulk}" if self.bulk else "")
             + (f"p{self.programs}" if self.programs else "")
+            + ("x" if self.wide else "")
         )
         return f"m{self.block_m}t{self.tiles}c{self.chunks}w{self.warps}s{self.stages}{flags}"
 
@@ -83,9 +87,10 @@ class Cut:
         found = _WORD.fullmatch(word)
         if found is None:
             raise ValueError(f"{word!r} names no cut, as m128t2c1w8s5ohb1 does")
-        m, t, c, w, s, overlap, tail, few, bulk, programs = found.groups()
+        m, t, c, w, s, overlap, tail, few, bulk, programs, wide = found.groups()
         sizes = (int(m), int(t), int(c), int(w), int(s))
-        return Cut(*sizes, overlap == "o", tail == "h", int(bulk or 0), int(programs or 0), few == "f")
+        asked = (int(bulk or 0), int(programs or 0))
+        return Cut(*sizes, overlap == "o", tail == "h", *asked, few == "f", wide == "x")
 
     def constants(self, w: Fragments) -> dict[str, Any]:
         """Compile-time arguments of the kernels."""
@@ -122,6 +127,24 @@ class Cut:
         least = HOPPER_SHARED // (self.programs + 1) // (512 * self.block_m) + 1 if self.programs else 0
         return -(-max(quads, least) // (quads & -quads)) * (quads & -quads)
 
+    def each(self, tokens: int, tiles: int) -> int:
+        """With `wide`: tokens of a linear's programs, so that the busiest multiprocessor has the least to multiply."""
+        return min(
+            range(16, self.block_m + 1, 16),
+            key=lambda each: (rounds(replace(self, block_m=each), tokens, tiles), -each),
+        )
+
+    def usual(self, tail: bool) -> Cut:
+        """With `wide`: Gluon's kernels for as many tokens, where there is no compiler for CUDA C++.
+
+        Args:
+            tail: of experts.
+        """
+        m = split(self.block_m)[0]
+        if m <= 64:
+            return Cut(m, 2, 1, 4, 6, overlap=True, tail=tail)
+        return Cut(m, 2, 1, 8, 3, overlap=True, tail=tail, bulk=1, programs=2 if m == 128 else 0)
+
     def spread(self, programs: int, units: int) -> Cut:
         """For so many programs on so many multiprocessors: with `few`, where they need more, nothing keeps any away."""
         return replace(self, programs=0) if self.few and programs > self.programs * units else self
@@ -137,6 +160,8 @@ class Cut:
             columns: K, all of which is there with `few`.
         """
         scales = 256 if fmt.scale == "e4m3" else 128
+        if self.wide:  # and what gates and ups meet in that lie apart
+            return self.stages * self.block_m * 128 + (self.block_m * 256 if self.tiles == 2 else 0) + 1024
         if self.few:
             return 512 * self.block_m * self.room(columns)
         if self.bulk:  # codes go straight to registers
@@ -153,6 +178,8 @@ class Cut:
         Args:
             apart: gates and ups lie apart, so a program needs a tile of each.
         """
+        if self.wide:
+            return replace(self, tiles=2, warps=12).fitted(w.format, 1) if apart else self
         if self.few and (w.format.scale == "f32" or self.shared(w.format, 1, w.shape[-1]) > HOPPER_SHARED):
             usual = replace(self, tiles=2, chunks=2, warps=4, stages=4, programs=0, few=False)
             return usual.fitted(w.format, 1)

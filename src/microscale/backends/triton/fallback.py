@@ -1,4 +1,4 @@
-"""Where Triton cannot compile a kernel of Hopper's: the kernels for every target take over, with one warning."""
+"""Where a kernel of Hopper's cannot be compiled: the kernels for every target take over, with one warning."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from collections.abc import Callable, Hashable
 
 from torch import Tensor
 from triton.errors import TritonError
+
+from microscale.backends.triton.nvrtc import CompileError
 
 _MLIR = ("PassManager::run failed", "error encountered during parsing")
 _failed: set[tuple[Hashable, ...]] = set()
@@ -19,11 +21,11 @@ def attempt(fast: Callable[[], Tensor], plain: Callable[[], Tensor], *what: Hash
             return fast()
         except (TritonError, RuntimeError) as error:
             # MLIR raises a bare RuntimeError, as do things that are none of ours.
-            if not isinstance(error, TritonError) and str(error) not in _MLIR:
+            if not isinstance(error, TritonError | CompileError) and str(error) not in _MLIR:
                 raise
             _failed.add(what)
             warnings.warn(
-                f"Triton cannot compile Hopper's kernel for {' '.join(map(str, what))} "
+                f"Hopper's kernel cannot be compiled for {' '.join(map(str, what))} "
                 f"({str(error).partition(chr(10))[0]}); slower kernels run instead",
                 stacklevel=2,
             )

@@ -112,6 +112,11 @@ _ASSEMBLY = {
 _BITS = {element: len(lands) for element, lands in LANDS.items()}
 
 
+def assembly(element: str, scale: str) -> tuple[str, int]:
+    """The instructions that decode a group of 16 codes, and how many words of codes they take."""
+    return _ASSEMBLY[element, scale], words(element)
+
+
 @gluon.constexpr_function
 def _assembly(ELEMENT, SCALE):
     return _ASSEMBLY[ELEMENT, SCALE]

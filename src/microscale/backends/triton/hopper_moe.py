@@ -13,15 +13,15 @@ from triton.experimental.gluon import language as gl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from microscale.activations import Activation
-from microscale.backends.triton import hopper_bulk, hopper_few, routing, tiles
+from microscale.backends.triton import hopper_bulk, hopper_few, hopper_wide, routing, tiles
 from microscale.backends.triton.cuts import Cut, moe_cuts
 from microscale.backends.triton.fragments import ROWS, Fragments
-from microscale.backends.triton.hopper import PARTS, read_as
+from microscale.backends.triton.hopper import PARTS, as_parts, read_as
 from microscale.backends.triton.hopper_bulk import half_of, main_of, rest_of
 from microscale.backends.triton.hopper_decode import accumulator, applied, factors, slots
 from microscale.backends.triton.hopper_few import few_places
 from microscale.backends.triton.hopper_loop import buffers, copy_weights, pointers, product
-from microscale.backends.triton.hopper_results import activated, routes_at, routes_of, weighted
+from microscale.backends.triton.hopper_results import activated, routes_at, routes_of, span, weighted
 from microscale.backends.triton.ordering import tokens_in_order
 from microscale.backends.triton.routing import Table
 from microscale.backends.triton.total import total
@@ -38,15 +38,6 @@ def _expert(tile, tile_experts, expert_map, experts, known, DIRECT: gl.constexpr
     else:
         expert = gl.load(tile_experts + tile)
     return expert.to(gl.int64)
-
-
-@gluon.jit
-def _span(tile, expert, tile_starts, ends, DIRECT: gl.constexpr):
-    """A tile's first place in the order, and where its expert's places end."""
-    if DIRECT:
-        return tile, tile + 1
-    else:
-        return gl.load(tile_starts + tile), gl.load(ends + expert)
 
 
 @gluon.jit
@@ -141,7 +132,7 @@ def _first_kernel(
             at = pointers(codes, scales, expert, first, second, TILES, CHUNKS, T, C, ELEMENT, SCALE)
             for s in gl.static_range(STAGES - 1):
                 copy_weights(held, at, s, s, STEPS, CHUNKS, T, C, ELEMENT, SCALE, EVEN)
-        start, end = _span(tile, expert, tile_starts, ends, DIRECT)
+        start, end = span(tile, expert, tile_starts, ends, DIRECT)
         if TAIL and end - start <= half_of(BLOCK_M):
             _first(
                 h, (x_half, x_half), codes, scales, ratios, row_scale, bias, order, topk_weights, held, at, expert,
@@ -240,7 +231,7 @@ def _second_kernel(
             at = pointers(codes, scales, expert, first, first + T // 2, TILES, CHUNKS, T, C, ELEMENT, SCALE)
             for s in gl.static_range(STAGES - 1):
                 copy_weights(held, at, s, s, STEPS, CHUNKS, T, C, ELEMENT, SCALE, EVEN)
-        start, end = _span(tile, expert, tile_starts, ends, DIRECT)
+        start, end = span(tile, expert, tile_starts, ends, DIRECT)
         if PDL:
             gdc_wait()
             gdc_launch_dependents()
@@ -286,6 +277,8 @@ def first(
         x: for a cut with `bulk` [routes, H] in that order.
         direct: there is one token, and the table's `tile_experts` are its ids.
     """
+    if cut.wide:
+        return hopper_wide.first(as_parts(x), weights, w, bias, activation, table, cut)
     experts, rows, hidden = w.shape
     inner = rows // 2 if activation.gated else rows
     h = torch.empty(weights.numel(), inner, dtype=x.dtype, device=x.device)
@@ -331,6 +324,8 @@ def second(
     direct: bool = False,
 ) -> Tensor:
     """[routes, I] in the table's order -> [routes, N] in the tokens' order, in h's dtype."""
+    if cut.wide:
+        return hopper_wide.second(h, weights, w, bias, table, cut)
     experts, n, inner = w.shape
     shares = torch.empty(weights.numel(), n, dtype=h.dtype, device=h.device)
     programs = table.count * -(-w.tiles // cut.tiles)
@@ -377,10 +372,15 @@ def moe(
     """
     (m, top_k), experts = topk_ids.shape, w13.shape[0]
     cut13, cut2 = cuts or moe_cuts((w13.format, w2.format), m, top_k, experts, PARTS[x.dtype])
+    if cut13.wide or cut2.wide:
+        others = (topk_weights, b13, b2)
+        cut13, cut2 = hopper_wide.taken((cut13, cut2), (w13, w2), activation, others, weight_on_input)
     cut13 = cut13.of_experts(w13, activation.gated and not activation.interleaved)
     cut2 = cut2.of_experts(w2)
-    # Bulk copies are for tokens in the order that routing finds.
-    direct = (m == 1 if direct is None else direct) and not (cut13.bulk or cut2.bulk)
+    # These need tokens in the order that routing finds, or where each expert's begin.
+    direct = (m == 1 if direct is None else direct) and not (
+        cut13.bulk or cut2.bulk or cut13.wide or cut2.wide
+    )
     # Between float16 and wider activations and the kernels that read them stand others, which do not start early.
     pdl = pdl and x.dtype == torch.bfloat16
     ids, weights = topk_ids.contiguous(), topk_weights.contiguous()
@@ -390,11 +390,7 @@ def moe(
         else:
             table = routing.route(ids, expert_map, experts, cut13.block_m, pdl)
         if cut13.bulk:
-            x_first = tokens_in_order(table, x, top_k, experts, pdl)
-        else:
-            x_first = x
-        h = first(
-            x_first, weights, w13, b13, activation, table, cut13, weight_on_input, pdl, expert_map, direct
-        )
+            x = tokens_in_order(table, x, top_k, experts, pdl)
+        h = first(x, weights, w13, b13, activation, table, cut13, weight_on_input, pdl, expert_map, direct)
         shares = second(h, weights, w2, b2, table, cut2, weight_on_input, pdl, expert_map, direct)
         return total(shares, ids, expert_map, experts, x.dtype, pdl)

@@ -20,6 +20,15 @@ def routes_at(order, place, DIRECT: gl.constexpr):
 
 
 @gluon.jit
+def span(tile, expert, tile_starts, ends, DIRECT: gl.constexpr):
+    """A tile's first place in the order, and where its expert's places end."""
+    if DIRECT:
+        return tile, tile + 1
+    else:
+        return gl.load(tile_starts + tile), gl.load(ends + expert)
+
+
+@gluon.jit
 def activated(
     h, acc, row_scale, bias, order, topk_weights, expert, block, first, second, start, end,
     N, WIDTH, alpha, beta, limit,

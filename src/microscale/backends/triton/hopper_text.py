@@ -1,0 +1,144 @@
+"""The text of `hopper_wide.cu` for a problem: constants, and the instructions that depend on them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib import resources
+
+from microscale.backends.triton.hopper_decode import assembly
+
+COPY_REGISTERS = 56
+STEP = 16  # what numbers of tokens are multiples of
+KINDS = ("silu", "swiglu_oai", "swiglu_step")
+_MODES = {"linear": "kLinear", "first": "kFirst", "second": "kSecond"}
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What the text is compiled for.
+
+    Attributes:
+        mode: "linear", "first" or "second" of experts.
+        element, scale: of the format, as in `hopper_decode`.
+        most: tokens of a unit at most, a multiple of 16 up to 256; with three users up to 144.
+        users: groups of warps that multiply, 2 or 3, each 64 rows of weights.
+        stages: of shared memory.
+        bias, weights: 0 none, 1 bfloat16, 2 float32.
+        row_scale: whether rows have a factor.
+        kind, gated, apart, limit: of the activation; apart: gates and ups are not interleaved.
+    """
+
+    mode: str
+    element: str
+    scale: str
+    most: int
+    stages: int
+    users: int = 2
+    even: bool = False
+    bias: int = 0
+    weights: int = 0
+    row_scale: bool = False
+    kind: str = "silu"
+    gated: bool = False
+    apart: bool = False
+    limit: bool = False
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Tokens that there is a loop for, the greatest first. With more loops, ptxas finds no registers for all."""
+        parts = (8, 7, 6, 4, 2)
+        return tuple(dict.fromkeys(max(self.most * p // 8 + STEP - 1, STEP) // STEP * STEP for p in parts))
+
+    @property
+    def threads(self) -> int:
+        return 128 * (self.users + 1)
+
+    @property
+    def registers(self) -> tuple[int, int]:
+        """Of a thread that copies, and of one that multiplies: more than there are would wait for ever."""
+        launched = 65536 // self.threads & -8
+        return COPY_REGISTERS, launched + (launched - COPY_REGISTERS) // self.users & -8
+
+    @property
+    def shared(self) -> int:
+        """Bytes of dynamic shared memory."""
+        return self.stages * self.most * 128 + 1024 + (self.most * 256 if self.apart else 0)
+
+
+def constants(spec: Spec) -> str:
+    """The lines that define what the text has in capitals."""
+    bits = {"e2m1": 4, "e2m3": 6, "e3m2": 6}.get(spec.element, 8)
+    given = {
+        "MODE": _MODES[spec.mode],
+        "BITS": bits,
+        "E4M3_SCALES": int(spec.scale == "e4m3"),
+        "BLOCKS": int(spec.scale == "f32"),
+        "MOST": spec.most,
+        "STAGES": spec.stages,
+        "USERS": spec.users,
+        "COPY_REGISTERS": spec.registers[0],
+        "USE_REGISTERS": spec.registers[1],
+        "EVEN": int(spec.even),
+        "COPIED": " ".join(f"COPY({n})" for n in spec.sizes),
+        "BIAS": spec.bias,
+        "WEIGHTS": spec.weights,
+        "ROW_SCALE": int(spec.row_scale),
+        "KIND": KINDS.index(spec.kind),
+        **{kind.upper(): i for i, kind in enumerate(KINDS)},
+        "GATED": int(spec.gated),
+        "APART": int(spec.apart),
+        "HAS_LIMIT": int(spec.limit),
+        "SIZES": ", ".join(map(str, spec.sizes)),
+        "CASES": " ".join(f"CASE({n})" for n in spec.sizes),
+    }
+    return "".join(f"#define {name} {value}\n" for name, value in given.items())
+
+
+def part(name: str) -> str:
+    """A file beside this one."""
+    return (resources.files("microscale.backends.triton") / name).read_text("utf-8")
+
+
+def text(spec: Spec) -> str:
+    """The whole source."""
+    decode, products = _decode(spec.element, spec.scale), _products(spec.sizes)
+    given = constants(spec) + part("hopper_ptx.h") + decode + products
+    return given + part("hopper_unit.h") + part("hopper_wide.cu")
+
+
+def _decode(element: str, scale: str) -> str:
+    """`decode_group` of 16 codes: the instructions of `hopper_decode`, for one group instead of two."""
+    lines, words = assembly(element, scale)
+    names = [f"w{i}" for i in range(words)] + ["s"]
+    # Operands come twice in Triton's packs of two, of which the scales use the first.
+    numbers = [*range(8, 8 + words), 8 + words + words % 2]
+    for i in reversed(range(len(numbers))):
+        lines = lines.replace(f"${numbers[i]}", f"%{8 + i}")
+    for i in reversed(range(8)):
+        lines = lines.replace(f"${i}", f"%{i}")
+    quoted = "".join(f'      "{line}\\n"\n' for line in lines.splitlines() if line)
+    outs = ", ".join(f'"=r"(o[{i}])' for i in range(8))
+    ins = ", ".join(f'"r"({name})' for name in names)
+    args = ", ".join(f"unsigned {name}" for name in names)
+    return (
+        f"DEVICE void decode_group(unsigned (&o)[8], {args}) {{\n"
+        f"  asm(\n{quoted}      : {outs} : {ins});\n}}\n"
+    )
+
+
+def _products(sizes: tuple[int, ...]) -> str:
+    """`Product<N>::add`: d += w @ x of 64 rows in registers, N tokens in shared memory and 16 columns."""
+    found = ["template <int N> struct Product;\n"]
+    for n in sizes:
+        sums = ", ".join(f"%{i}" for i in range(n // 2))
+        outs = ", ".join(f'"+f"(d[{i}])' for i in range(n // 2))
+        w0, w1, w2, w3, x = (f"%{n // 2 + i}" for i in range(5))
+        found.append(
+            f"template <> struct Product<{n}> {{\n"
+            f"  static DEVICE void add(float (&d)[{sizes[0] // 2}], const unsigned *w, "
+            "unsigned long long x) {\n"
+            f'    asm volatile("wgmma.mma_async.sync.aligned.m64n{n}k16.f32.bf16.bf16 {{{sums}}}, "\n'
+            f'      "{{{w0}, {w1}, {w2}, {w3}}}, {x}, 1, 1, 1, 0;"\n'
+            f'      : {outs} : "r"(w[0]), "r"(w[1]), "r"(w[2]), "r"(w[3]), "l"(x));\n  }}\n}};\n'
+        )
+    return "".join(found)

@@ -1,0 +1,200 @@
+// `hopper_ptx.h` for a CPU: every thread of a program is a fiber, which gives way where it would wait for others.
+// Products happen when they are waited for and no sooner, from what registers and shared memory hold then; copies at once.
+// A wait that never ends is found.
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstring>
+#include <deque>
+#include <functional>
+#include <map>
+#include <vector>
+
+typedef unsigned char u8;
+typedef unsigned int u32;
+typedef unsigned long long u64;
+
+#define DEVICE static inline
+#define __global__
+#define __grid_constant__
+#define __launch_bounds__(threads, programs)
+#define __shared__ static
+#define DYNAMIC_SHARED(name)  // one for all programs, below
+#define __align__(n) __attribute__((aligned(n)))
+
+struct uint2 { u32 x, y; };
+struct uint4 { u32 x, y, z, w; };
+struct float2 { float x, y; };
+struct float4 { float x, y, z, w; };
+static uint2 make_uint2(u32 x, u32 y) { return {x, y}; }
+static uint4 make_uint4(u32 x, u32 y, u32 z, u32 w) { return {x, y, z, w}; }
+static float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+using std::max;
+using std::min;
+
+struct Index { u32 x; };
+static Index threadIdx, blockIdx, gridDim, blockDim;
+
+// ---- fibers -------------------------------------------------------------------------------------------------------
+static ucontext_t scheduler_;
+static std::vector<ucontext_t> fibers_;
+static std::vector<u8> stacks_;
+static std::vector<bool> done_;
+static u64 progress_;  // counts whatever somebody may wait for
+
+static void give_way() { swapcontext(&fibers_[threadIdx.x], &scheduler_); }
+
+// So many threads meet; nobody goes on before all have come.
+struct Meeting {
+  u32 here = 0, round = 0;
+  void meet(u32 threads) {
+    const u32 mine = round;
+    if (++here == threads) {
+      here = 0, round++, progress_++;
+      return;
+    }
+    while (round == mine) give_way();
+  }
+};
+static std::map<u32, Meeting> meetings_;
+static void meet_all(u32 key, u32 threads) { meetings_[key].meet(threads); }
+static void __syncthreads() { meet_all(0, blockDim.x); }
+template <int THREADS>
+void meet() {
+  meet_all(1, THREADS);
+}
+template <typename T>
+T __shfl_sync(u32, T v, int) {
+  return v;  // only of what is the same in a warp
+}
+
+// ---- memory -------------------------------------------------------------------------------------------------------
+alignas(1024) static u8 raw[256 << 10];
+static u32 shared_address(const void *p) { return static_cast<u32>(reinterpret_cast<intptr_t>(p) - reinterpret_cast<intptr_t>(raw)); }
+static u8 *at(u32 address) { return raw + static_cast<int32_t>(address); }
+
+struct Barrier { u32 count, pending, phase; };
+static std::map<u32, Barrier> barriers_;
+static void barrier_init(u32 bar, u32 count) { barriers_[bar] = {count, count, 0}; }
+static void barriers_are_there() {}
+static void barrier_arrive(u32 bar) {
+  Barrier &b = barriers_.at(bar);
+  if (--b.pending == 0) b.pending = b.count, b.phase ^= 1;
+  progress_++;
+}
+static void barrier_wait(u32 bar, u32 parity) {
+  while (barriers_.at(bar).phase == parity) give_way();
+}
+static void copy16(u32 to, u64 from, int bytes) {
+  std::memset(at(to), 0, 16);
+  std::memcpy(at(to), reinterpret_cast<const void *>(from), bytes);
+}
+static void barrier_arrive_copied(u32 bar) { barrier_arrive(bar); }
+static void copies_wait() {}
+static void products_see_copies() {}
+static uint4 load16(const u32 *p) { return {p[0], p[1], p[2], p[3]}; }
+static void ask_for(const void *p) { (void)*static_cast<const volatile u8 *>(p); }  // an address that is none is found
+template <typename T>
+T __ldg(const T *p) {
+  return *p;
+}
+
+// ---- products -----------------------------------------------------------------------------------------------------
+static std::deque<std::vector<std::function<void()>>> under_way_[1024];  // of each thread, groups of products
+static std::vector<std::function<void()>> group_[1024];
+static void products_begin() {}
+static void products_end() {
+  under_way_[threadIdx.x].push_back(std::move(group_[threadIdx.x]));
+  group_[threadIdx.x].clear();
+}
+template <int LEFT>
+void products_wait() {
+  const u32 me = threadIdx.x;
+  while (under_way_[me].size() > LEFT) {
+    const auto group = std::move(under_way_[me].front());
+    under_way_[me].pop_front();
+    for (const auto &product : group) product();
+  }
+}
+static void not_before(float &) {}
+template <int COUNT>
+void fewer_registers() {}
+template <int COUNT>
+void more_registers() {}
+static void wait_ahead() {}
+
+static float wide_float(u32 bf16) {
+  const u32 bits = bf16 << 16;
+  float v;
+  std::memcpy(&v, &bits, 4);
+  return v;
+}
+static u32 given_[1024][4];
+
+// 64 rows, of which a warp has 16 in its lanes, times N tokens that lie in rows of 128 swizzled bytes, and 16 columns.
+template <int N>
+void multiply_now(float *d, const u32 *w, u64 x) {
+  const u32 me = threadIdx.x, group = me / 128;
+  for (int i = 0; i < 4; i++) given_[me][i] = w[i];
+  meet_all(100 + group, 128);
+  const u32 quad = me / 4 * 4, base = static_cast<u32>(x & 0x3FFF) << 4;
+  for (int j = 0; j < N / 8; j++)
+    for (int c = 0; c < 2; c++) {
+      const u32 token = 8 * j + 2 * (me % 4) + c;
+      double sum[2] = {0, 0};
+      for (u32 k = 0; k < 16; k++) {
+        const u32 linear = (base & ~1023u) + token * 128 + (base & 127) + 2 * k;
+        const u32 swizzled = linear ^ (token % 8 << 4);
+        unsigned short v;
+        std::memcpy(&v, at(swizzled), 2);
+        const u32 *pairs = given_[quad + k % 8 / 2];
+        for (int odd = 0; odd < 2; odd++)
+          sum[odd] += static_cast<double>(wide_float(pairs[2 * (k / 8) + odd] >> 16 * (k % 2) & 0xFFFF)) * wide_float(v);
+      }
+      d[4 * j + c] = static_cast<float>(d[4 * j + c] + sum[0]);
+      d[4 * j + 2 + c] = static_cast<float>(d[4 * j + 2 + c] + sum[1]);
+    }
+  meet_all(200 + group, 128);
+}
+
+template <int N, int SUMS>
+void multiply_add(float (&d)[SUMS], const u32 *w, u64 x) {
+  group_[threadIdx.x].push_back([sums = &d[0], w, x] { multiply_now<N>(sums, w, x); });
+}
+
+static u32 transposed(u32 v) {
+  const u32 me = threadIdx.x, warp = me / 32, lane = me % 32;
+  static u32 values[1024];
+  values[me] = v;
+  meet_all(300 + warp, 32);
+  u32 t = 0;
+  for (u32 c = 0; c < 2; c++) t |= (values[warp * 32 + (2 * (lane % 4) + c) * 4 + lane / 8] >> 16 * (lane / 4 % 2) & 0xFFFF) << 16 * c;
+  meet_all(400 + warp, 32);
+  return t;
+}
+
+// ---- arithmetic ---------------------------------------------------------------------------------------------------
+static float quotient(float a, float b) { return a / b; }
+static float exponential(float v) { return std::exp(v); }
+static float __uint_as_float(u32 bits) {
+  float v;
+  std::memcpy(&v, &bits, 4);
+  return v;
+}
+static u32 rounded_half(float v) {
+  u32 bits;
+  std::memcpy(&bits, &v, 4);
+  if (std::isnan(v)) return 0x7FFF;
+  return (bits + 0x7FFF + (bits >> 16 & 1)) >> 16;
+}
+static u32 packed(float low, float high) { return rounded_half(low) | rounded_half(high) << 16; }
+static u32 __funnelshift_l(u32 low, u32 high, u32 by) { return high << by | low >> (32 - by); }
+static u32 __byte_perm(u32 a, u32 b, u32 how) {
+  const u64 both = static_cast<u64>(b) << 32 | a;
+  u32 r = 0;
+  for (int i = 0; i < 4; i++) r |= static_cast<u32>(both >> 8 * (how >> 4 * i & 7) & 0xFF) << 8 * i;
+  return r;
+}

@@ -1,0 +1,43 @@
+// Behind `hopper_wide.cu`: its programs on a CPU, see `hopper_emulated.h`.
+static const Given *argument_;
+static void run_fiber() {
+  wide(*argument_);
+  done_[threadIdx.x] = true;
+  progress_++;
+  give_way();
+}
+
+// All programs, one after the other. 0, or 1 if threads wait for ever.
+extern "C" int emulate(const Given *given, u32 programs, u32 threads) {
+  constexpr size_t kStack = 128 << 10;
+  argument_ = given;
+  gridDim.x = programs;
+  blockDim.x = threads;
+  for (u32 program = 0; program < programs; program++) {
+    blockIdx.x = program;
+    meetings_.clear();
+    barriers_.clear();
+    std::memset(raw, 0xFF, sizeof raw);  // NaN
+    fibers_.assign(threads, {});
+    stacks_.resize(threads * kStack);
+    done_.assign(threads, false);
+    for (u32 i = 0; i < threads; i++) {
+      getcontext(&fibers_[i]);
+      fibers_[i].uc_stack = {stacks_.data() + i * kStack, 0, kStack};
+      fibers_[i].uc_link = nullptr;
+      makecontext(&fibers_[i], run_fiber, 0);
+    }
+    for (bool left = true; left;) {
+      const u64 before = progress_;
+      left = false;
+      for (u32 i = 0; i < threads; i++)
+        if (!done_[i]) {
+          left = true;
+          threadIdx.x = i;
+          swapcontext(&scheduler_, &fibers_[i]);
+        }
+      if (left && progress_ == before) return 1;
+    }
+  }
+  return 0;
+}

@@ -1,0 +1,267 @@
+"""`hopper_wide.cu` without a GPU: compiled for one, and run on the CPU by `hopper_emulated.h`."""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+import subprocess
+from collections.abc import Callable
+from functools import partial
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from microscale.activations import GPT_OSS, Activation
+from microscale.formats import FORMATS, Element
+from microscale.quant import QuantTensor, quantize
+from microscale.tolerance import linear_budget, moe_budget
+
+HERE = Path(__file__).parent
+FEW = ("mxfp4", "nvfp4", "fp8_block128", "mxfp8_e4m3", "mxfp6_e3m2", "mxint8")
+
+
+@pytest.fixture(scope="module")
+def wide() -> Any:
+    pytest.importorskip("triton", reason="the package triton is not installed")
+    return import_module("microscale.backends.triton.hopper_wide")
+
+
+@pytest.fixture(scope="module")
+def source(wide: Any) -> Any:
+    return import_module("microscale.backends.triton.hopper_text")
+
+
+def cut(word: str) -> Any:
+    return import_module("microscale.backends.triton.cuts").Cut.parse(word)
+
+
+def decoder(element: Element, scale: str) -> str:
+    """`decode_group` by the tables of `placement`, instead of by instructions."""
+    placement = import_module("microscale.backends.triton.placement")
+    count, integer = placement.words(element.name), element.exponent_bits == 0
+    values = [v * 64 if integer else v for v in element.values]
+    table = ", ".join(f"{v!r}f" if abs(v) < 1e30 else "0.0f" for v in map(float, values))
+    rows = ", ".join(f"{{{p}, {h}, {w}, {m}, {s}}}" for p, h, w, m, s in placement.places(element.name))
+    words = ", ".join(f"w{i}" for i in range(count))
+    args = ", ".join(f"u32 w{i}" for i in range(count))
+    if scale == "e4m3":
+        byte = "(q ? s >> (7 + 16 * odd) | (odd ? s << 9 : 0) : s >> 16 * odd) >> 4 & 0x7F"
+        factor = f"std::ldexp(kE4m3[{byte}], -16)"
+    else:
+        missing = 0 if integer else element.bias - 127
+        factor = f"std::ldexp(static_cast<double>(wide_float(s >> 16 * odd & 0xFFFF)), {missing})"
+    e4m3 = ", ".join(
+        f"{v!r}" if v == v else "0" for v in map(float, FORMATS["mxfp8_e4m3"].element.values[:128])
+    )
+    return f"""
+static const double kE4m3[] = {{{e4m3}}};
+static const struct {{ int pair, half, word; u32 mask; int shift; }} kPlaces[] = {{{rows}}};
+static const float kValues[] = {{{table}}};
+static void decode_group(u32 (&o)[8], {args}, u32 s) {{
+  const u32 words[] = {{{words}}};
+  u32 codes[8][2] = {{}};
+  for (const auto &p : kPlaces)
+    codes[p.pair][p.half] |= (p.shift >= 0 ? words[p.word] >> p.shift : words[p.word] << -p.shift) & p.mask;
+  for (int pair = 0; pair < 8; pair++) {{
+    const int odd = pair % 2, q = pair / 4;
+    (void)q;
+    const double factor = {factor};
+    const double low = kValues[codes[pair][0]] * factor, high = kValues[codes[pair][1]] * factor;
+    o[pair] = packed(static_cast<float>(low), static_cast<float>(high));
+  }}
+}}
+"""
+
+
+@pytest.fixture(scope="module")
+def launch(source: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., None]:
+    """In the place of `hopper_wide`'s own: three programs, on the CPU."""
+    compiler = shutil.which("g++") or shutil.which("c++")
+    if compiler is None:
+        pytest.skip("no C++ compiler is installed")
+    built: dict[Any, Any] = {}
+    folder = tmp_path_factory.mktemp("wide")
+
+    def build(spec: Any) -> Any:
+        element = next(f.element for f in FORMATS.values() if f.element.name == spec.element)
+        products = "".join(
+            f"template <> struct Product<{n}> {{ static void add(float (&d)[MOST / 2], const u32 *w, u64 x) "
+            f"{{ multiply_add<{n}>(d, w, x); }} }};\n"
+            for n in spec.sizes
+        )
+        text = folder / f"{len(built)}.cc"
+        text.write_text(
+            source.constants(spec)
+            + f'#include "{HERE / "hopper_emulated.h"}"\n'
+            + decoder(element, spec.scale)
+            + "template <int N> struct Product;\n"
+            + products
+            + source.part("hopper_unit.h")
+            + source.part("hopper_wide.cu")
+            + f'\n#include "{HERE / "hopper_emulated_launch.h"}"\n'
+        )
+        library = text.with_suffix(".so")
+        options = ["-std=c++20", "-O1", "-w", "-shared", "-fPIC", "-o", str(library)]
+        subprocess.run([compiler, *options, str(text)], check=True, capture_output=True, timeout=300)
+        return ctypes.CDLL(str(library))
+
+    def run(spec: Any, device: torch.device, units: int, given: ctypes.Structure) -> None:
+        if spec not in built:
+            built[spec] = build(spec)
+        assert built[spec].emulate(ctypes.byref(given), 3, spec.threads) == 0, "threads wait for ever"
+
+    return run
+
+
+@pytest.fixture
+def emulated(wide: Any, launch: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setattr(wide, "launch", launch)
+    return wide
+
+
+def random(generator: torch.Generator, *shape: int) -> Tensor:
+    return torch.randn(shape, generator=generator)
+
+
+def packed(w: QuantTensor) -> Any:
+    return import_module("microscale.backends.triton.fragments").pack(w)
+
+
+@pytest.mark.parametrize("name", FEW)
+@pytest.mark.parametrize("tokens", [1, 70])
+def test_a_linear_is_within_the_permitted_error(emulated: Any, name: str, tokens: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    # Rows and columns that do not fill a tile; more units than programs, and steps than stages.
+    w = quantize(random(generator, 328, 352), name)
+    x, bias = random(generator, tokens, 352).bfloat16(), random(generator, 328)
+    for users, given in ((2, None), (3, bias)):
+        y = emulated.linear(x, packed(w), given, cut(f"m48t{users}c1w{4 * users + 4}s3x"))
+        worst = linear_budget(x, w, given).worst(y)
+        assert worst <= 1, f"{users} groups: error is {worst:.3g} times the permitted one"
+
+
+def table_of(ids: Tensor, experts: int, most: int) -> Any:
+    """As `routing.route` makes it on a GPU; -1 and ids that are not here have no place."""
+    routing = import_module("microscale.backends.triton.routing")
+    flat = ids.flatten()
+    here = ((flat >= 0) & (flat < experts)).nonzero().flatten()
+    order = here[flat[here].argsort(stable=True)]
+    counts = flat[here].bincount(minlength=experts)
+    ends = counts.cumsum(0)
+    tiles = [
+        (e, int(ends[e] - counts[e]) + most * i)
+        for e in range(experts)
+        for i in range(-(-int(counts[e]) // most))
+    ]
+    tiles += [(-1, 0)] * 3
+    number = partial(torch.tensor, dtype=torch.int32)
+    return routing.Table(
+        torch.cat((order, order.new_full((len(flat) - len(order),), 1 << 30))).int(),
+        ends.int(),
+        number([e for e, _ in tiles]),
+        number([s for _, s in tiles]),
+        len(tiles),
+    )
+
+
+@pytest.mark.parametrize("name", FEW[:3])
+@pytest.mark.parametrize(
+    "activation",
+    [GPT_OSS, Activation("silu"), Activation("swiglu_step", limit=1.0), Activation("silu", gated=False)],
+    ids=lambda a: a.kind,
+)
+def test_experts_are_within_the_permitted_error(
+    emulated: Any, name: str, activation: Activation, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    experts, top_k, tokens, hidden, inner = 3, 2, 70, 96, 192
+    w13 = quantize(random(generator, experts, activation.rows(inner), hidden) / 8, name)
+    w2 = quantize(random(generator, experts, hidden, inner) / 8, name)
+    x, share = random(generator, tokens, hidden).bfloat16(), random(generator, tokens, top_k).softmax(-1)
+    b13, b2 = random(generator, *w13.shape[:2]).bfloat16(), random(generator, *w2.shape[:2])
+    # The last expert has no token, the first about two thirds: more than a tile.
+    ids = (random(generator, tokens, top_k) > 0.5).long()
+    ids[0] = -1
+    apart = activation.gated and not activation.interleaved
+    cuts = [cut("m48t2c1w12s3x"), cut("m80t3c1w16s4x")]
+    results = []
+    for c13, c2 in (cuts, cuts[::-1]):
+        if apart:
+            c13 = cuts[0]
+        h = emulated.first(x, share, packed(w13), b13, activation, table_of(ids, experts, c13.block_m), c13)
+        shares = emulated.second(h, share, packed(w2), b2, table_of(ids, experts, c2.block_m), c2)
+        there = (ids >= 0)[..., None]
+        results.append(torch.where(there, shares.view(tokens, top_k, hidden), 0).float().sum(1).bfloat16())
+        worst = moe_budget(x, ids, share, w13, w2, activation, b13=b13, b2=b2).worst(results[-1])
+        assert worst <= 1, f"error is {worst:.3g} times the permitted one"
+    assert torch.equal(*results)
+
+
+MODES = [
+    ("linear", {}),
+    ("linear", {"bias": 1, "row_scale": True, "scale": "e4m3"}),
+    ("first", {"bias": 1, "kind": "swiglu_oai", "gated": True, "limit": True}),
+    ("first", {"kind": "silu", "gated": True, "apart": True}),
+    ("second", {"bias": 1, "weights": 2}),
+    ("second", {"scale": "f32"}),
+]
+
+
+@pytest.mark.parametrize("word", ["m80t3c1w16s12x", "m144t3c1w16s8x", "m192t2c1w12s6x", "m256t2c1w12s4x"])
+@pytest.mark.parametrize(("mode", "rest"), MODES)
+def test_it_compiles_and_no_product_waits_for_another(
+    source: Any, word: str, mode: str, rest: dict[str, Any]
+) -> None:
+    nvrtc = import_module("microscale.backends.triton.nvrtc")
+    if nvrtc.refuse() is not None:
+        pytest.skip(nvrtc.refuse())
+    shape = cut(word)
+    if rest.get("apart"):
+        shape = shape.of_experts(packed(quantize(torch.randn(2, 256, 64), "mxfp4")), apart=True)
+    elements = {"e4m3": ("e2m1",), "f32": ("e4m3",)}.get(rest.get("scale"), ("e2m1", "e4m3"))
+    for element in elements:
+        given = {"scale": "e8m0"} | rest
+        spec = source.Spec(
+            mode, element, most=shape.block_m, stages=shape.stages, users=shape.tiles, even=True, **given
+        )
+        log = nvrtc.compiled("hopper_wide.cu", source.text(spec), ["--ptxas-options=-v"])[1]
+        assert "serialized" not in log, log
+        # Whoever asks for more registers than the others gave up waits for ever.
+        launched = int(log.partition("Used ")[2].partition(" registers")[0])
+        copies, multiplies = spec.registers
+        assert copies <= launched <= multiplies
+        assert 128 * copies + 128 * spec.users * multiplies <= launched * spec.threads <= 65536
+        assert spec.shared + 48 * 144 <= 227 << 10
+
+
+def test_the_tokens_of_a_linear_keep_multiprocessors_busy(wide: Any) -> None:
+    cuts = import_module("microscale.backends.triton.cuts")
+    one = cut("m192t2c1w12s6x")
+    assert cuts.Cut.parse(str(one)) == one
+    for tokens in (1, 100, 256, 512, 1000, 2048):
+        for tiles in (1, 80, 128):
+            each = one.each(tokens, tiles)
+            assert each % 16 == 0
+            assert 16 <= each <= 192
+            assert each <= -(-tokens // 16) * 16
+    # 40 blocks of rows: three tiles of tokens find room at once, and two leave a third of the GPU idle.
+    assert one.each(512, 80) == 176
+
+
+def test_where_cuda_cannot_be_compiled_other_kernels_run(wide: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    w = packed(quantize(torch.randn(64, 64), "mxfp4"))
+    monkeypatch.setattr(wide.nvrtc, "refuse", lambda: None)
+    assert not wide.refuse(w, GPT_OSS, (torch.bfloat16,))
+    assert wide.refuse(w, GPT_OSS, (torch.float16,))
+    assert wide.refuse(w, Activation("gelu"), ())
+    assert wide.refuse(packed(quantize(torch.randn(60, 64), "mxfp4")), None, ())
+    monkeypatch.setattr(wide.nvrtc, "refuse", lambda: "no compiler")
+    assert wide.refuse(w, None, ())
+    for word in ("m80t3c1w16s12x", "m144t2c1w12s8x", "m256t2c1w12s4x"):
+        for tail in (False, True):
+            assert not cut(word).usual(tail).wide
+            assert cut(word).usual(tail).shared(w.format, 1) <= 227 << 10
