@@ -146,7 +146,7 @@ struct Moe {
     const int64_t row = pairs() ? 2 * column : column;
     void **out = reinterpret_cast<void **>(own + kernels->scratch + raw_bytes);
     for (int64_t i = 0; i < p.m; ++i) {
-      out[i] = middle + layout.offset(hit, routes->first(hit), i) + column / kTileK * layout.step(p.m);
+      out[i] = middle + layout.offset(hit, routes->first(hit), p.m, i) + column / kTileK * layout.step(p.m);
       if (column == 0) middle_rows[routes->first(hit) + i] = out[i];
       if (count < kTileK) std::memset(out[i], 0, static_cast<size_t>(kTileK * element_bytes(layout.operand)));
     }

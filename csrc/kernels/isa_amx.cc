@@ -1,7 +1,7 @@
 // AMX with bfloat16 tiles: weights are decoded with their scales into tiles of 16 columns x 32 k, which rows share.
 // A row's sum runs through all of K in one tile (block FP8: through each block of 128), in the same order for one row
-// as for a thousand, so the result is the same to the bit. More than 16 rows are in whole tiles of 16: what lies behind
-// the last row may be anything, and so may what is stored there.
+// as for a thousand, so the result is the same to the bit. More than 16 rows are in several tiles of equally many: what lies
+// behind the last row may be anything, and so may what is stored there.
 #include "amx_decode.h"
 #include "amx_tiles.h"
 #include "rows.h"
@@ -94,7 +94,7 @@ template <int kFormat, int R, int P>
 inline void end_block(const Panels<kFormat, P> &panels, int64_t tile, const Rows<R> &r, float *sums) {
   float scale[P];
   for (int p = 0; p < P; ++p) scale[p] = panels.scale(p, tile);
-  store<R, P>(sums, 64 * P);
+  store<R, P>(sums, r.each, 64 * P);
   add_scaled<P>(sums, r.m, scale, tile < 4, r.out, r.stride / 4);
   zero<R * P>();
 }
@@ -165,7 +165,7 @@ void rows_times(const Panels<kFormat, P> &all_panels, const Rows<R> &all_rows, i
   for (t = tiles - lead; t < tiles; ++t)
     step<kFormat, R, P, kFetch, false, true>(panels, rows, tiles, decoder, change, fetch, 0, t, nullptr,
                                              ring + (t & kMask) * kStep, sums);
-  if (kFormat != MS_FP8_BLOCK128) store<R, P>(rows.out, rows.stride);
+  if (kFormat != MS_FP8_BLOCK128) store<R, P>(rows.out, rows.each, rows.stride);
 }
 
 // At most 16 rows: up to four panels at a time keep the products of one row tile apart.
@@ -179,28 +179,28 @@ void few(const Product &a, int64_t panel, float *out, uint8_t *scratch, float *s
 // three products and six tiles are enough. Weights are decoded again for them, while the matrix unit works: to decode
 // them once for all rows they would have to go through L2, which takes longer.
 template <int kFormat, int P, bool kFetch>
-void two(const Product &a, int64_t panel, int64_t row, float *out, uint8_t *scratch, float *sums) {
+void two(const Product &a, int64_t panel, int64_t tile, float *out, uint8_t *scratch, float *sums) {
   const Panels<kFormat, P> panels(a, panel);
-  rows_times<kFormat, 2, P, kFetch>(panels, Rows<2>(a, row, out), tiles(a.k), scratch, sums);
+  rows_times<kFormat, 2, P, kFetch>(panels, Rows<2>(a, tile, out), tiles(a.k), scratch, sums);
 }
 template <int kFormat, int P, bool kFetch>
-void three(const Product &a, int64_t panel, int64_t row, float *out, uint8_t *scratch, float *sums) {
+void three(const Product &a, int64_t panel, int64_t tile, float *out, uint8_t *scratch, float *sums) {
   for (int p = 0; p < P; ++p) {
     const Panels<kFormat, 1> panels(a, panel + p);
-    rows_times<kFormat, 3, 1, kFetch>(panels, Rows<3>(a, row, out + 16 * p), tiles(a.k), scratch, sums);
+    rows_times<kFormat, 3, 1, kFetch>(panels, Rows<3>(a, tile, out + 16 * p), tiles(a.k), scratch, sums);
   }
 }
 template <int kFormat, int P>
 void many(const Product &a, int64_t panel, float *out, uint8_t *scratch, float *sums) {
   const int64_t count = (a.m + 15) / 16;  // two and more
-  int64_t row = 0, threes = count % 3 == 1 ? count / 3 - 1 : count / 3;
-  const int64_t behind = 48 * threes;
+  const int64_t threes = count % 3 == 1 ? count / 3 - 1 : count / 3;
+  int64_t tile = 0;
   if (threes)
-    three<kFormat, P, true>(a, panel, 0, out, scratch, sums), row = 48;
+    three<kFormat, P, true>(a, panel, 0, out, scratch, sums), tile = 3;
   else
-    two<kFormat, P, true>(a, panel, 0, out, scratch, sums), row = 32;
-  for (; row < behind; row += 48) three<kFormat, P, false>(a, panel, row, out, scratch, sums);
-  for (; row < a.m; row += 32) two<kFormat, P, false>(a, panel, row, out, scratch, sums);
+    two<kFormat, P, true>(a, panel, 0, out, scratch, sums), tile = 2;
+  for (; tile < 3 * threes; tile += 3) three<kFormat, P, false>(a, panel, tile, out, scratch, sums);
+  for (; tile < count; tile += 2) two<kFormat, P, false>(a, panel, tile, out, scratch, sums);
 }
 
 template <int kFormat>
@@ -208,7 +208,7 @@ void product(const Product *a) {
   const auto scratch = reinterpret_cast<uint8_t *>((reinterpret_cast<uintptr_t>(a->scratch) + 63) / 64 * 64);
   float *sums = reinterpret_cast<float *>(scratch + kTiles * kTile);
   // Rows that tiles are configured for: loading a configuration takes as long as some tiles of weights.
-  const int rows = a->m < 16 ? static_cast<int>(a->m) : 16;
+  const int rows = static_cast<int>(tile_rows(a->m));
   if (*a->state != rows) configure(rows);
   *a->state = rows;
   for (int64_t p = 0; p < a->count;) {
