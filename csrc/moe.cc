@@ -87,10 +87,10 @@ struct Moe {
     const int64_t column = number * block;
     return at(w13, expert, pairs() ? 2 * column : column);
   }
-  // What a thread probably reads after a unit: units go round, as long as all threads are equally fast.
+  // What a thread reads after a unit, if no other takes it: see parallel().
   const uint8_t *after_first(int64_t unit) const {
     const int64_t next = unit + threads, units = routes->experts() * units_each();
-    if (next >= units) return after_second(next - units - threads);
+    if (next >= units) return after_second(unit % threads - threads);
     return block_of_w13(routes->expert(routes->by_size(next / units_each())), next % units_each() * blocks);
   }
   const uint8_t *after_second(int64_t unit) const {
