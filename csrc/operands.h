@@ -15,8 +15,8 @@ inline int64_t whole_rows(int64_t m) { return (m + 15) / 16 * 16; }
 // rows, and `first` rows are in the groups before it.
 //
 // Plain: row after row, a cache line between them, so that rows a power of two long do not all fall into one cache set.
-// Tiled: tiles of up to 16 rows, all of a group's equally many (tile_rows()); in a tile, 32 k of each row, then the next
-// 32 k of each row. The last tile is whole: there is room for what the rows do not fill.
+// Tiled: tiles of up to 16 rows, all of a group's equally many (tile_rows()); in a tile, 32 k of each row, then the
+// next 32 k of each row. The last tile is whole: there is room for what the rows do not fill.
 struct OperandLayout {
   int operand;  // MS_BF16 or MS_FP32
   bool tiled;
