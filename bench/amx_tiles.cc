@@ -68,6 +68,16 @@ void products(const uint8_t *from) {
 void only_loads(const uint8_t *from) {
   for (int i = 0; i < 600; ++i) load<5>(from + i % 4 * 1024);
 }
+void only_products_3(const uint8_t *) {
+  for (int i = 0; i < 200; ++i) multiply<0, 5>(), multiply<1, 5>(), multiply<2, 5>();
+}
+void only_products_8(const uint8_t *from) {
+  load<5>(from), load<6>(from), load<7>(from);
+  for (int i = 0; i < 75; ++i) {
+    multiply<0, 5>(), multiply<1, 6>(), multiply<2, 7>(), multiply<3, 5>();
+    multiply<0, 6>(), multiply<1, 7>(), multiply<2, 5>(), multiply<3, 6>();
+  }
+}
 void only_products(const uint8_t *) {
   for (int i = 0; i < 150; ++i) multiply<0, 5>(), multiply<1, 5>(), multiply<2, 5>(), multiply<3, 5>();
 }
@@ -77,7 +87,9 @@ struct Case {
   void (*run)(const uint8_t *);  // 600 of what is named
 };
 constexpr Case kCases[] = {{"loads", only_loads},
+                           {"products, 3 sums", only_products_3},
                            {"products, 4 sums", only_products},
+                           {"products, 8 tiles", only_products_8},
                            {"both, 3 tiles: 1 sum", products<1, 1>},
                            {"both, 4 tiles: 2 sums", products<2, 1>},
                            {"both, 4 tiles: 1 sum, 2 weights", products<1, 2>},

@@ -15,7 +15,7 @@ using Clock = std::chrono::steady_clock;
 
 double since(Clock::time_point start) { return std::chrono::duration<double>(Clock::now() - start).count(); }
 
-constexpr int64_t kUnit = 1 << 20;       // bytes handed out at a time: more than a page table walk notices
+constexpr int64_t kUnit = 1 << 18;       // bytes handed out at a time
 constexpr double kUnitSeconds = 0.5e-3;  // of multiplication handed out at a time
 constexpr double kSeconds = 15e-3;       // of multiplication measured
 
@@ -36,6 +36,15 @@ const Ceilings *ceilings_for(int level) {
 #endif
     default: return &plain_ceilings;
   }
+}
+
+constexpr double kWakeSeconds = 100e-6;
+
+// So that what follows is not the time in which sleepers wake.
+void wake(int threads) {
+  const auto start = Clock::now();
+  do parallel(threads, threads, [](void *, int64_t, int) {}, nullptr);
+  while (since(start) < kWakeSeconds);
 }
 
 struct alignas(64) Result {
@@ -79,6 +88,7 @@ extern "C" int ms_read_rate(const void *from, int64_t bytes, int threads, double
   if (!results) return MS_NO_MEMORY;
   std::fill_n(results.get(), threads, Result{});
   Reading c{ceilings_for(ms_level()), static_cast<const uint8_t *>(from), bytes, results.get()};
+  wake(threads);
   const auto start = Clock::now();
   parallel(threads, (bytes + kUnit - 1) / kUnit, Reading::run, &c);
   *rate = static_cast<double>(bytes) / since(start);

@@ -53,6 +53,10 @@ static constexpr int64_t scale_columns(int format, int64_t k) { return ceil_div(
 // Packed form.
 static constexpr int64_t tiles(int64_t k) { return ceil_div(k, kTileK); }
 static constexpr int64_t panels(int64_t n) { return ceil_div(n, kPanelColumns); }
+
+// Rows of operands that share a tile where `rows` rows are multiplied together: as few tiles of at most 16 as hold them
+// all, equally high, since what a tile costs depends on its height.
+static constexpr int64_t tile_rows(int64_t rows) { return rows > 16 ? ceil_div(rows, ceil_div(rows, 16)) : rows; }
 static constexpr int64_t tile_bytes(int format) { return kPanelColumns * kTileK * traits(format).bits / 8; }
 
 // Byte scales of one panel and tile; none in block FP8.

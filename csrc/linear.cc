@@ -45,7 +45,7 @@ struct Linear {
     p.scratch = c.scratch + thread * c.scratch_each;
     p.special = (c.w->flags & MS_SPECIAL) != 0;
     p.next = p.weights;
-    // Units go round, as long as all threads are equally fast.
+    // What this thread reads next, if no other takes it: see parallel().
     const int64_t after = first + c.threads * c.columns;
     if (after < panels(n)) p.next += panel_place(c.w->format, n, c.w->k, after).codes;
     c.kernels->product[c.w->format](&p);

@@ -87,10 +87,10 @@ struct Moe {
     const int64_t column = number * block;
     return at(w13, expert, pairs() ? 2 * column : column);
   }
-  // What a thread probably reads after a unit: units go round, as long as all threads are equally fast.
+  // What a thread reads after a unit, if no other takes it: see parallel().
   const uint8_t *after_first(int64_t unit) const {
     const int64_t next = unit + threads, units = routes->experts() * units_each();
-    if (next >= units) return after_second(next - units - threads);
+    if (next >= units) return after_second(unit % threads - threads);
     return block_of_w13(routes->expert(routes->by_size(next / units_each())), next % units_each() * blocks);
   }
   const uint8_t *after_second(int64_t unit) const {
@@ -146,7 +146,7 @@ struct Moe {
     const int64_t row = pairs() ? 2 * column : column;
     void **out = reinterpret_cast<void **>(own + kernels->scratch + raw_bytes);
     for (int64_t i = 0; i < p.m; ++i) {
-      out[i] = middle + layout.offset(hit, routes->first(hit), i) + column / kTileK * layout.step(p.m);
+      out[i] = middle + layout.offset(hit, routes->first(hit), p.m, i) + column / kTileK * layout.step(p.m);
       if (column == 0) middle_rows[routes->first(hit) + i] = out[i];
       if (count < kTileK) std::memset(out[i], 0, static_cast<size_t>(kTileK * element_bytes(layout.operand)));
     }

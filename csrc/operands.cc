@@ -23,7 +23,8 @@ struct Conversion {
       to = c.first[group + 1] < end ? c.first[group + 1] : end;
       const int64_t start = c.first[group];
       c.source.convert(*c.kernels, c.layout, group, start, c.first[group + 1] - start, from, to, c.out);
-      for (int64_t i = from; i < to; ++i) c.rows[i] = c.out + c.layout.offset(group, start, i - start);
+      const int64_t size = c.first[group + 1] - start;
+      for (int64_t i = from; i < to; ++i) c.rows[i] = c.out + c.layout.offset(group, start, size, i - start);
     }
   }
 };
@@ -38,7 +39,7 @@ void Source::convert(const Kernels &kernels, const OperandLayout &layout, int64_
     for (int64_t i = from; i < to; ++i)
       kernels.load(dtype, x + (row ? row[i] : i) * stride + column * element_bytes(dtype),
                    layout.k - column < kColumns ? layout.k - column : kColumns, factor ? factor[i] : 1.0f,
-                   out + layout.offset(group, first, i - first) + column / 32 * step, step);
+                   out + layout.offset(group, first, size, i - first) + column / 32 * step, step);
 }
 
 bool Operands::prepare(const Kernels &kernels, int dtype, const void *x, int64_t x_stride, int64_t k, int64_t rows,

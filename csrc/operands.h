@@ -2,6 +2,7 @@
 #pragma once
 #include "buffer.h"
 #include "kernels/table.h"
+#include "layout.h"
 
 namespace microscale {
 
@@ -14,8 +15,8 @@ inline int64_t whole_rows(int64_t m) { return (m + 15) / 16 * 16; }
 // rows, and `first` rows are in the groups before it.
 //
 // Plain: row after row, a cache line between them, so that rows a power of two long do not all fall into one cache set.
-// Tiled: tiles of 16 rows; in a tile, 32 k of each row, then the next 32 k of each row. A group of fewer than 16 rows
-// is one tile of just these; larger ones end with a whole tile, for which there is room.
+// Tiled: tiles of up to 16 rows, all of a group's equally many (tile_rows()); in a tile, 32 k of each row, then the
+// next 32 k of each row. The last tile is whole: there is room for what the rows do not fill.
 struct OperandLayout {
   int operand;  // MS_BF16 or MS_FP32
   bool tiled;
@@ -23,14 +24,16 @@ struct OperandLayout {
 
   int64_t bytes(int64_t rows, int64_t groups) const { return (rows + (tiled ? 15 * groups : 0)) * row_bytes(); }
   int64_t row_bytes() const { return padded_k(k) * element_bytes(operand) + (tiled ? 0 : 64); }
-  // Bytes from the start of all groups to column 0 of row `i` of group `g`.
-  int64_t offset(int64_t g, int64_t first, int64_t i) const {
-    return tiled ? (first + 15 * g + i / 16 * 16) * row_bytes() + i % 16 * 64 : (first + i) * row_bytes();
+  // Bytes from the start of all groups to column 0 of row `i` of group `g`, which has `size` rows.
+  int64_t offset(int64_t g, int64_t first, int64_t size, int64_t i) const {
+    if (!tiled) return (first + i) * row_bytes();
+    const int64_t rows = tile_rows(size);
+    return (first + 15 * g + i / rows * rows) * row_bytes() + i % rows * 64;
   }
   // Bytes from 32 k of a row to its next 32 k.
   int64_t step(int64_t size) const {
     if (!tiled) return 32 * element_bytes(operand);
-    return 64 * (size < 16 ? size : 16);
+    return 64 * tile_rows(size);
   }
 };
 

@@ -1,4 +1,6 @@
-// A pool of threads that hands out units one by one, so that nobody waits for a thread that has not started.
+// A pool of threads that hands out units one by one, so that nobody waits for a thread that has not started. Units go
+// round among threads, and each takes its own first: so it is known what a thread reads next, and can be fetched ahead.
+// Who has none left takes over the later half of what somebody has left.
 //
 // When parallel() returns, the job's context is gone. The gate keeps late threads away from it: a worker
 // looks at the job only after it has counted itself in through an open gate, and the caller closes the gate
@@ -67,6 +69,42 @@ struct alignas(64) Worker {
   int thread = 0;
 };
 
+// Units that are left of those which are every threads-th from number `lane` on: the first of them, and behind the
+// last.
+struct Left {
+  static constexpr int kBits = 27, kLaneBits = 10;
+  static_assert(kMaxThreads <= 1 << kLaneBits);
+  uint64_t lane, first, end;
+
+  explicit Left(uint64_t word)
+      : lane(word >> 2 * kBits), first(word >> kBits & ((1 << kBits) - 1)), end(word & ((1 << kBits) - 1)) {}
+  Left(uint64_t of, uint64_t from, uint64_t to) : lane(of), first(from), end(to) {}
+  uint64_t word() const { return lane << 2 * kBits | first << kBits | end; }
+  uint64_t count() const { return first < end ? end - first : 0; }
+};
+
+// What a thread takes its units from, and who has none left a half of. A range that was used up never comes back, so a
+// word that is still the same has not changed.
+struct alignas(64) Share {
+  std::atomic<uint64_t> word{0};
+
+  // The first unit, or else the later half with at least one, in `taken`. False: there is none.
+  bool take(bool half, Left &taken) {
+    uint64_t before = word.load(std::memory_order_relaxed);
+    for (;;) {
+      Left rest(before);
+      if (rest.count() == 0) return false;
+      taken = rest;
+      if (half)
+        rest.end = taken.first = rest.first + rest.count() / 2;
+      else
+        rest.first = taken.end = rest.first + 1;
+      if (word.compare_exchange_weak(before, rest.word(), std::memory_order_relaxed)) return true;
+    }
+  }
+  uint64_t count() const { return Left(word.load(std::memory_order_relaxed)).count(); }
+};
+
 struct Job {
   int threads;
   int64_t units;
@@ -87,6 +125,7 @@ class Pool {
   bool enter();
   void leave();
   void work(int thread);
+  bool take(int thread, int64_t &unit);
   void wait_until_empty();
 
   std::mutex callers_;
@@ -95,8 +134,8 @@ class Pool {
 
   alignas(64) std::atomic<uint32_t> epoch_{0};  // one more for every job: what idle workers watch
   alignas(64) std::atomic<uint32_t> gate_{0};   // kOpen, kCallerSleeps, and how many workers are inside
-  alignas(64) std::atomic<int64_t> next_unit_{0};
   alignas(64) std::atomic<int> next_wake_{0};
+  Share shares_[kMaxThreads];
   Worker workers_[kMaxThreads];
 };
 
@@ -112,7 +151,10 @@ void Pool::run(const Job &wanted) {
   const std::lock_guard lock(callers_);
   hire(wanted.threads);
   job_ = wanted;
-  next_unit_.store(0, std::memory_order_relaxed);
+  for (int i = 0; i < wanted.threads; ++i) {
+    const auto count = static_cast<uint64_t>((wanted.units - i + wanted.threads - 1) / wanted.threads);
+    shares_[i].word.store(Left(static_cast<uint64_t>(i), 0, count).word(), std::memory_order_relaxed);
+  }
   // A worker may pass the gate before the epoch is new. It must not wake others yet: they would sleep on.
   next_wake_.store(kMaxThreads, std::memory_order_relaxed);
   gate_.store(kOpen, std::memory_order_release);
@@ -191,10 +233,22 @@ void Pool::work(int thread) {
     Worker &worker = workers_[i];
     if (worker.asleep.load() == 1 && worker.asleep.exchange(0) == 1) wake_one(worker.asleep);
   }
-  const int64_t units = job_.units;
-  for (int64_t unit; (unit = next_unit_.fetch_add(1, std::memory_order_relaxed)) < units;) {
-    job_.run(job_.context, unit, thread);
+  for (int64_t unit; take(thread, unit);) job_.run(job_.context, unit, thread);
+}
+
+bool Pool::take(int thread, int64_t &unit) {
+  const int threads = job_.threads;
+  Left taken(0);
+  while (!shares_[thread].take(false, taken)) {
+    int from = thread;
+    uint64_t most = 0;
+    for (int i = 0; i < threads; ++i)
+      if (const uint64_t count = shares_[i].count(); count > most) from = i, most = count;
+    if (most == 0) return false;
+    if (shares_[from].take(true, taken)) shares_[thread].word.store(taken.word(), std::memory_order_relaxed);
   }
+  unit = static_cast<int64_t>(taken.first) * threads + static_cast<int64_t>(taken.lane);
+  return true;
 }
 
 void Pool::wait_until_empty() {

@@ -27,6 +27,7 @@
 #include <vector>
 
 #include "microscale.h"
+#include "pages.h"
 
 namespace {
 
@@ -210,6 +211,7 @@ int main(int argc, char **argv) {
   Bench bench(*shape);
   constexpr int64_t kWindow = 64 << 20, kMemory = 20 * kWindow;
   uint8_t *memory = room(kMemory);
+  microscale::use_large_pages(memory, kMemory);
   std::memset(memory, 1, kMemory);
   int64_t at = 0;
   std::printf("| shape | M | peer ms | ours ms | peer/ours | by minimum | of floor | read GB/s | TFLOP/s | error |\n");

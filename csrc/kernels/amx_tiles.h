@@ -24,8 +24,7 @@ struct alignas(64) Config {
 // are never touched: where both threads of a core work, loads and products wait for each other the more, the more
 // tiles have been written since the configuration. With all eight they take twice as long as with six. See docs/cpu.md.
 //
-// `rows` of a tile, at most 16; only R = 1 goes with fewer than 16. Loading a configuration takes as long as ten
-// products.
+// `rows` of a tile, at most 16. Loading a configuration takes as long as ten products.
 inline void configure(int64_t rows) {
   Config c;
   for (int i = 0; i < 8; ++i) c.column_bytes[i] = 64, c.rows[i] = 16;
@@ -75,34 +74,36 @@ inline void zero() {
   }
 }
 
-// Sums to [16 R][16 P] floats, `stride` bytes between rows.
+// Sums to [rows R][16 P] floats of tiles of `rows` rows, `stride` bytes between rows.
 template <int R, int P, int kFrom = 0>
-inline void store(float *out, int64_t stride) {
+inline void store(float *out, int64_t rows, int64_t stride) {
   if constexpr (kFrom < R * P) {
-    store_tile<kFrom>(out + kFrom / P * 4 * stride + kFrom % P * 16, stride);  // 4 strides are 16 rows of floats
-    store<R, P, kFrom + 1>(out, stride);
+    store_tile<kFrom>(out + kFrom / P * rows * (stride / 4) + kFrom % P * 16, stride);
+    store<R, P, kFrom + 1>(out, rows, stride);
   } else {
     fence();
   }
 }
 
-// R tiles of rows, the first of them row `row` of the product.
+// R tiles of rows, the first of them tile `first` of the product.
 template <int R>
 struct Rows {
   const uint8_t *x;  // operands
   int64_t step;      // bytes from a tile of K to the next
   int64_t next;      // bytes from a tile of rows to the next
-  int64_t m;         // up to 16 R
+  int64_t each;      // rows of a tile
+  int64_t m;         // up to R times as many
   float *out;
   int64_t stride;  // of out, bytes
 
-  Rows(const Product &a, int64_t row, float *to) {
-    const int64_t left = a.m - row;
-    m = left < 16 * R ? left : 16 * R;
-    next = kTile * tiles(a.k);
-    x = static_cast<const uint8_t *>(a.rows[0]) + row / 16 * next;
-    step = a.m < 16 ? 64 * a.m : kTile;
-    out = to + row * a.stride;
+  Rows(const Product &a, int64_t first, float *to) {
+    each = tile_rows(a.m);
+    const int64_t left = a.m - first * each;
+    m = left < R * each ? left : R * each;
+    step = 64 * each;
+    next = step * tiles(a.k);
+    x = static_cast<const uint8_t *>(a.rows[0]) + first * next;
+    out = to + first * each * a.stride;
     stride = 4 * a.stride;
   }
   const uint8_t *at(int r, int64_t tile) const { return x + r * next + tile * step; }

@@ -1,7 +1,7 @@
 // AMX with bfloat16 tiles: weights are decoded with their scales into tiles of 16 columns x 32 k, which rows share.
 // A row's sum runs through all of K in one tile (block FP8: through each block of 128), in the same order for one row
-// as for a thousand, so the result is the same to the bit. More than 16 rows are in whole tiles of 16: what lies behind
-// the last row may be anything, and so may what is stored there.
+// as for a thousand, so the result is the same to the bit. More than 16 rows are in several tiles of equally many: what
+// lies behind the last row may be anything, and so may what is stored there.
 #include "amx_decode.h"
 #include "amx_tiles.h"
 #include "rows.h"
@@ -30,6 +30,8 @@ struct Panels {
   const uint8_t *codes, *scales;
   int64_t step, scale_step, next_scales;  // next_scales: from one panel's scales to the next panel's
   const uint8_t *next;                    // what is read after them
+  const uint8_t *next_group;              // after their group; null where not all of that is multiplied
+  int64_t pass;                           // of those through their group, if there are P panels in each
 
   Panels(const Product &a, int64_t panel) {
     const PanelPlace at = panel_place(kFormat, a.n, a.k, panel);
@@ -40,6 +42,10 @@ struct Panels {
     next_scales = kScales ? kScales : panel_scale_bytes(kFormat, a.k);
     const bool last = panel + P == a.first + a.count;
     next = last ? a.next : a.weights + panel_place(kFormat, a.n, a.k, panel + P).codes;
+    const int64_t end = a.first + a.count, within = panel % kGroupPanels, after = panel - within + kGroupPanels;
+    const bool whole = panel - within >= a.first && after <= end;
+    next_group = !whole ? nullptr : after == end ? a.next : a.weights + panel_place(kFormat, a.n, a.k, after).codes;
+    pass = within / P;
   }
   float scale(int p, int64_t tile) const {  // block FP8
     return reinterpret_cast<const float *>(scales + p * next_scales)[tile / 4];
@@ -53,27 +59,39 @@ struct Panels {
 };
 
 // Asks for the panels' steps before they are needed, and behind the last for the first ones of what is read next.
+// Where a group takes several passes, each asks for its share of the next group, from the first byte to the last:
+// so memory is read at the same pace in all of them, and in the order in which it lies.
 template <int kFormat, int P>
 struct Fetch {
   const uint8_t *at, *next;
   int64_t step, scales, left;  // scales: from codes to scales; left: steps of these panels
 
-  Fetch(const Panels<kFormat, P> &panels, int64_t tiles) : next(panels.next), step(panels.step) {
+  Fetch(const Panels<kFormat, P> &panels, int64_t tiles, bool passes) : next(panels.next), step(panels.step) {
+    if (passes && panels.next_group) {
+      scales = P * tile_bytes(kFormat);  // what each step takes beside as many bytes of codes
+      step = scales + P * tile_scale_bytes(kFormat);
+      at = panels.next_group + panels.pass * tiles * step;
+      left = tiles + 1;
+      return;
+    }
     const int64_t ahead = kAhead / step + 1;
     left = tiles - ahead;
     at = left > 0 ? panels.codes + ahead * step : next - left * step;
     scales = panels.scales - panels.codes;
   }
+  // A quarter of panel p's step: many lines at once would take all the buffers that loads wait in.
   // Inlined by force: GCC takes a function that only prefetches for one without effect, and drops its calls.
-  inline __attribute__((always_inline)) void panel(int p) const {
-    lines<tile_bytes(kFormat)>(at + p * tile_bytes(kFormat));
-    if (p == 0) lines<P * tile_scale_bytes(kFormat)>(at + scales);
+  template <int kQuarter>
+  inline __attribute__((always_inline)) void quarter(int p) const {
+    constexpr int64_t kLines = tile_bytes(kFormat) / 64, kFrom = kQuarter * kLines / 4;
+    lines<(kQuarter + 1) * kLines / 4 - kFrom>(at + p * tile_bytes(kFormat) + 64 * kFrom);
+    if (p == 0 && kQuarter == 0) lines<(P * tile_scale_bytes(kFormat) + 63) / 64>(at + scales);
   }
   inline __attribute__((always_inline)) void advance() { at = --left == 0 ? next : at + step; }
-  template <int64_t kBytes>
+  template <int64_t kCount>
   static inline __attribute__((always_inline)) void lines(const uint8_t *from) {
 #pragma GCC unroll 16
-    for (int64_t i = 0; i < kBytes; i += 64) _mm_prefetch(reinterpret_cast<const char *>(from + i), _MM_HINT_T1);
+    for (int64_t i = 0; i < kCount; ++i) _mm_prefetch(reinterpret_cast<const char *>(from + 64 * i), _MM_HINT_T1);
   }
 };
 
@@ -94,7 +112,7 @@ template <int kFormat, int R, int P>
 inline void end_block(const Panels<kFormat, P> &panels, int64_t tile, const Rows<R> &r, float *sums) {
   float scale[P];
   for (int p = 0; p < P; ++p) scale[p] = panels.scale(p, tile);
-  store<R, P>(sums, 64 * P);
+  store<R, P>(sums, r.each, 64 * P);
   add_scaled<P>(sums, r.m, scale, tile < 4, r.out, r.stride / 4);
   zero<R * P>();
 }
@@ -128,8 +146,8 @@ inline __attribute__((always_inline)) void step(const Panels<kFormat, P> &panels
       fence();
     }
     if constexpr (kDecode) {
-      if constexpr (kFetch && kQuarter % 4 == 0) fetch.panel(p);
       panels.template decode<kQuarter % 4>(decoder, p, t, change, to + p * kTile);
+      if constexpr (kFetch) fetch.template quarter<kQuarter % 4>(p);
       fence();
     }
     if constexpr (kMultiply && product < (kQuarter + 1) * R / 4)
@@ -151,7 +169,7 @@ void rows_times(const Panels<kFormat, P> &all_panels, const Rows<R> &all_rows, i
   const Rows<R> rows = all_rows;
   Decoder<kFormat> decoder;
   decoder.codes.keep_in_registers();
-  Fetch<kFormat, P> fetch(panels, tiles);
+  Fetch<kFormat, P> fetch(panels, tiles, R > 1);
   typename Decoder<kFormat>::Change change;
   zero<R * P>();
   const int64_t lead = tiles < kLate ? tiles : kLate;
@@ -165,7 +183,7 @@ void rows_times(const Panels<kFormat, P> &all_panels, const Rows<R> &all_rows, i
   for (t = tiles - lead; t < tiles; ++t)
     step<kFormat, R, P, kFetch, false, true>(panels, rows, tiles, decoder, change, fetch, 0, t, nullptr,
                                              ring + (t & kMask) * kStep, sums);
-  if (kFormat != MS_FP8_BLOCK128) store<R, P>(rows.out, rows.stride);
+  if (kFormat != MS_FP8_BLOCK128) store<R, P>(rows.out, rows.each, rows.stride);
 }
 
 // At most 16 rows: up to four panels at a time keep the products of one row tile apart.
@@ -179,28 +197,28 @@ void few(const Product &a, int64_t panel, float *out, uint8_t *scratch, float *s
 // three products and six tiles are enough. Weights are decoded again for them, while the matrix unit works: to decode
 // them once for all rows they would have to go through L2, which takes longer.
 template <int kFormat, int P, bool kFetch>
-void two(const Product &a, int64_t panel, int64_t row, float *out, uint8_t *scratch, float *sums) {
+void two(const Product &a, int64_t panel, int64_t tile, float *out, uint8_t *scratch, float *sums) {
   const Panels<kFormat, P> panels(a, panel);
-  rows_times<kFormat, 2, P, kFetch>(panels, Rows<2>(a, row, out), tiles(a.k), scratch, sums);
+  rows_times<kFormat, 2, P, kFetch>(panels, Rows<2>(a, tile, out), tiles(a.k), scratch, sums);
 }
 template <int kFormat, int P, bool kFetch>
-void three(const Product &a, int64_t panel, int64_t row, float *out, uint8_t *scratch, float *sums) {
+void three(const Product &a, int64_t panel, int64_t tile, float *out, uint8_t *scratch, float *sums) {
   for (int p = 0; p < P; ++p) {
     const Panels<kFormat, 1> panels(a, panel + p);
-    rows_times<kFormat, 3, 1, kFetch>(panels, Rows<3>(a, row, out + 16 * p), tiles(a.k), scratch, sums);
+    rows_times<kFormat, 3, 1, kFetch>(panels, Rows<3>(a, tile, out + 16 * p), tiles(a.k), scratch, sums);
   }
 }
 template <int kFormat, int P>
 void many(const Product &a, int64_t panel, float *out, uint8_t *scratch, float *sums) {
   const int64_t count = (a.m + 15) / 16;  // two and more
-  int64_t row = 0, threes = count % 3 == 1 ? count / 3 - 1 : count / 3;
-  const int64_t behind = 48 * threes;
+  const int64_t threes = count % 3 == 1 ? count / 3 - 1 : count / 3;
+  int64_t tile = 0;
   if (threes)
-    three<kFormat, P, true>(a, panel, 0, out, scratch, sums), row = 48;
+    three<kFormat, P, true>(a, panel, 0, out, scratch, sums), tile = 3;
   else
-    two<kFormat, P, true>(a, panel, 0, out, scratch, sums), row = 32;
-  for (; row < behind; row += 48) three<kFormat, P, false>(a, panel, row, out, scratch, sums);
-  for (; row < a.m; row += 32) two<kFormat, P, false>(a, panel, row, out, scratch, sums);
+    two<kFormat, P, true>(a, panel, 0, out, scratch, sums), tile = 2;
+  for (; tile < 3 * threes; tile += 3) three<kFormat, P, false>(a, panel, tile, out, scratch, sums);
+  for (; tile < count; tile += 2) two<kFormat, P, false>(a, panel, tile, out, scratch, sums);
 }
 
 template <int kFormat>
@@ -208,7 +226,7 @@ void product(const Product *a) {
   const auto scratch = reinterpret_cast<uint8_t *>((reinterpret_cast<uintptr_t>(a->scratch) + 63) / 64 * 64);
   float *sums = reinterpret_cast<float *>(scratch + kTiles * kTile);
   // Rows that tiles are configured for: loading a configuration takes as long as some tiles of weights.
-  const int rows = a->m < 16 ? static_cast<int>(a->m) : 16;
+  const int rows = static_cast<int>(tile_rows(a->m));
   if (*a->state != rows) configure(rows);
   *a->state = rows;
   for (int64_t p = 0; p < a->count;) {

@@ -16,7 +16,7 @@ struct Product {
   int64_t first, count;     // panels
   const void *const *rows;  // [m] operands, readable and finite up to k rounded up to 32; tiled: rows[0] alone counts
   int64_t m;
-  float *out;           // [m][stride], and anything in further rows up to a multiple of 16
+  float *out;           // [m][stride], and anything in further rows of the last tile (see tile_rows())
   int64_t stride;       // elements, at least 16 * count
   void *scratch;        // Kernels::scratch bytes, aligned to 64
   int special;          // the tensor has MS_SPECIAL
@@ -36,7 +36,8 @@ struct Activate {
 
 struct Kernels {
   int operand;  // MS_BF16 or MS_FP32: what rows hold
-  // Operands of one expert are tiled: 16 rows together, 32 k of all of them before the next 32 k (see operands.h).
+  // Operands of one expert are tiled: up to 16 rows together, 32 k of all of them before the next 32 k (see
+  // operands.h).
   int tiled;
   size_t scratch;  // bytes each thread needs
   void (*product[MS_FORMATS])(const Product *);

@@ -147,6 +147,24 @@ void test_linear(int level, int format, int dtype, int64_t m, int64_t n, int64_t
            long(k), wrong);
 }
 
+// A row's result is the same to the bit, whatever rows are beside it and however they share tiles.
+void test_rows(int level, int format, int dtype) {
+  constexpr int64_t kMost = 100, kN = 70, kK = 160;
+  const Weights w(format, 1, kN, kK, 8);
+  const auto in = stored(numbers(kMost * kK, 9), dtype);
+  const auto out = [&](int64_t m) {
+    std::vector<uint8_t> y(static_cast<size_t>(m * kN * (dtype == MS_FP32 ? 4 : 2)));
+    CHECK(ms_linear(level, w.packed.data(), nullptr, dtype, in.data(), kK, m, nullptr, y.data(), 2) == MS_OK);
+    return y;
+  };
+  const auto all = out(kMost);
+  for (int64_t m : {1, 2, 15, 16, 17, 20, 33, 47, 49, 65}) {
+    const auto some = out(m);
+    CHECK_IN(std::memcmp(some.data(), all.data(), some.size()) == 0, "level %d format %d dtype %d: %ld rows", level,
+             format, dtype, long(m));
+  }
+}
+
 double sigmoid(double v) { return 1 / (1 + std::exp(-v)); }
 
 void test_moe(int level, int format, int dtype, int64_t m, int64_t width, int64_t hidden) {
@@ -218,6 +236,7 @@ int main() {
         test_linear(level, format, dtype, 37, 70, 32);
         test_linear(level, format, dtype, 67, 50, 1200);
         for (int64_t m : {50, 100}) test_linear(level, format, dtype, m, 33, 96);  // 4 and 7 tiles of rows
+        test_rows(level, format, dtype);
         test_moe(level, format, dtype, 1, 32, 64);
         test_moe(level, format, dtype, 7, 48, 80);
         test_moe(level, format, dtype, 40, 40, 32);

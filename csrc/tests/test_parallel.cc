@@ -89,21 +89,48 @@ void test_once_each() {
   CHECK(none.hits[0] == 0);
 }
 
-// Ascending hand-out: within a thread units only grow.
-void test_ascending() {
+// A thread takes its own units first, in ascending order and without a gap, and then others'.
+void test_own_first() {
   struct Seen {
-    int64_t last[4] = {-1, -1, -1, -1};
+    int64_t next[4] = {0, 1, 2, 3};
+    bool done[4] = {};
     std::atomic<bool> bad{false};
   } seen;
   parallel(
       4, 10000,
       [](void *context, int64_t unit, int thread) {
         Seen &s = *static_cast<Seen *>(context);
-        if (unit <= s.last[thread]) s.bad = true;
-        s.last[thread] = unit;
+        if (unit % 4 != thread) {
+          s.done[thread] = true;
+          return;
+        }
+        if (s.done[thread] || unit != s.next[thread]) s.bad = true;
+        s.next[thread] = unit + 4;
       },
       &seen);
   CHECK(!seen.bad);
+}
+
+// A thread that is held up in a unit keeps that one alone.
+void test_takes_from_others() {
+  struct Held {
+    std::atomic<int> rest{0};
+    std::atomic<bool> late{false};
+  } held;
+  parallel(
+      2, 100,
+      [](void *context, int64_t unit, int) {
+        Held &h = *static_cast<Held *>(context);
+        if (unit != 0) {
+          ++h.rest;
+          return;
+        }
+        const auto deadline = Clock::now() + 10s;
+        while (h.rest < 99 && Clock::now() < deadline) std::this_thread::sleep_for(1ms);
+        h.late = h.rest < 99;
+      },
+      &held);
+  CHECK(!held.late);
 }
 
 // Several threads really take part, and one index belongs to one thread throughout a call.
@@ -266,7 +293,8 @@ double overhead(std::chrono::microseconds idle, int calls) {
 
 int main() {
   test_once_each();
-  test_ascending();
+  test_own_first();
+  test_takes_from_others();
   test_takes_part();
   test_small_calls();
   test_short_lived();
