@@ -15,6 +15,7 @@ from torch import Tensor
 from microscale import _core, env
 from microscale.activations import KINDS, Activation
 from microscale.errors import SettingError
+from microscale.fork import survive_forks
 from microscale.formats import FORMATS
 from microscale.operands import local_ids
 
@@ -27,6 +28,8 @@ ROUTERS = ("topk_softmax", "softmax_topk")  # enum ms_router, functions of `micr
 KIND_IDS = {kind: i for i, kind in enumerate(KINDS)}  # enum ms_kind
 _CPU = torch.device("cpu")  # wherever tensors are made by default
 _run: Any = _core  # through which these are called; see `timed`
+
+survive_forks()  # operands are converted by PyTorch's operators
 
 
 @cache
