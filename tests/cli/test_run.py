@@ -139,7 +139,17 @@ def test_a_prompt_comes_through_a_pipe(cli: Cli, tiny: Path) -> None:
     assert found["prompt"] == "from a pipe"
 
 
-def test_an_empty_prompt_is_refused(cli: Cli, tiny: Path) -> None:
+@pytest.mark.parametrize("prompt", ["", " \n"])
+def test_an_empty_prompt_is_refused(cli: Cli, tiny: Path, bare: Path, prompt: str) -> None:
+    """Of a model without a tokenizer, too: nothing given is random ids, and "" is not nothing given."""
+    result = cli("run", bare, prompt, "--json")
+    assert result.exit_code == 2
+    assert document(result) == {"error": {"type": "PromptError", "message": "the prompt is empty"}}
+    result = cli("run", tiny, "", "--json")
+    assert document(result)["error"]["type"] == "PromptError"
+
+
+def test_an_empty_pipe_is_refused(cli: Cli, tiny: Path) -> None:
     result = cli("run", tiny, "--json", input="")
     assert result.exit_code == 2
     assert "the prompt is empty" in result.stderr

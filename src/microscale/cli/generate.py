@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import LogitsProcessorList
 from transformers.generation.streamers import BaseStreamer, TextStreamer
 
-from microscale.errors import MicroscaleError
+from microscale.errors import MicroscaleError, PromptError
 
 if TYPE_CHECKING:
     from microscale import Decoder
@@ -107,7 +107,8 @@ def generate(
         interruptible: Ctrl-C ends this generation only.
         watch: times it.
     Raises:
-        MicroscaleError: the prompt is empty or as long as the model's context, or the model's answer to it is NaN.
+        PromptError: the prompt is empty or as long as the model's context.
+        MicroscaleError: the model's answer to it is NaN.
     """
     model = decoder.model
     settings = _fitted(model, len(prompt_ids), settings)
@@ -169,13 +170,13 @@ class _RefuseNan:
 def _fitted(model: Any, length: int, settings: Settings) -> Settings:
     """Settings whose tokens fit in the model's context behind a prompt."""
     if not length:
-        raise MicroscaleError("the prompt is empty")
+        raise PromptError("the prompt is empty")
     config = model.config.get_text_config()
     context = getattr(config, "max_position_embeddings", None)
     if context is None:
         return settings
     if length >= context:
-        raise MicroscaleError(f"the prompt has {length} tokens, and the model's context is {context}")
+        raise PromptError(f"the prompt has {length} tokens, and the model's context is {context}")
     return replace(settings, max_new_tokens=min(settings.max_new_tokens, context - length))
 
 

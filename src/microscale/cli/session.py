@@ -17,7 +17,7 @@ from microscale.checkpoints.config import CONFIG, read_config
 from microscale.cli.generate import Generation, Settings, generate
 from microscale.cli.output import clean, progress, quiet_libraries, say
 from microscale.dense import DenseModule
-from microscale.errors import CheckpointError, MicroscaleError, one_line
+from microscale.errors import CheckpointError, MicroscaleError, PromptError, one_line
 from microscale.integrations.hf.dummy import dummy_config
 from microscale.integrations.hf.linears import dense_modules
 from microscale.integrations.hf.quantizer import runners
@@ -60,25 +60,25 @@ class Session:
         """A prompt as text and ids. Without a tokenizer, `prompt` is ids in words, or None for random ones.
 
         Raises:
-            MicroscaleError: ids that are none, or a text that is not UTF-8.
+            PromptError: ids that are none, or a text that is not UTF-8.
         """
         try:
             (prompt or "").encode()
         except UnicodeEncodeError as error:
-            raise MicroscaleError(f"the prompt is not UTF-8 from character {error.start} on") from None
+            raise PromptError(f"the prompt is not UTF-8 from character {error.start} on") from None
         if self.chat:
             return self.encode_chat([{"role": "user", "content": prompt or ""}])
         if self.tokenizer is not None:
             return prompt or "", list(self.tokenizer(prompt or "").input_ids)
         vocabulary = self.model.config.get_text_config().vocab_size
-        if prompt is None or not prompt.split():
+        if prompt is None:
             generator = torch.Generator().manual_seed(self.settings.seed)
             ids = torch.randint(vocabulary, (_RANDOM_PROMPT,), generator=generator).tolist()
         else:
             words = prompt.split()
             if not all(w.isdecimal() and int(w) < vocabulary for w in words):
                 problem = "has no tokenizer, so a prompt is token ids"
-                raise MicroscaleError(f"{self.name} {problem} from 0 to {vocabulary - 1}, such as '17 4 96'")
+                raise PromptError(f"{self.name} {problem} from 0 to {vocabulary - 1}, such as '17 4 96'")
             ids = [int(w) for w in words]
         return " ".join(map(str, ids)) + " ", ids
 
