@@ -6,14 +6,14 @@ A model that is not known here is stepped by its own modules, and a sentence say
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from microscale.canary import DTYPES
-from microscale.integrations.hf.attention import NAME, triton_steps
+from microscale.integrations.hf.architectures import KINDS, Kind
+from microscale.integrations.hf.attention import triton_steps
 from microscale.integrations.hf.in_place import replacement
 from microscale.integrations.hf.listeners import hooks_of, hooks_of_all
 from microscale.integrations.hf.step_cache import StepCache, moves
@@ -24,40 +24,6 @@ _PLAIN = (nn.Linear, nn.Embedding, nn.ModuleList, nn.SiLU, QuantLinear)
 _OURS = ("DenseGptOssRMSNorm", "StepGptOssRouter")  # what `gpt_oss.take_steps` makes of gpt-oss' own
 _DENSE = ("ForCausalLM", "Model", "DecoderLayer", "Attention", "MLP", "RMSNorm", "RotaryEmbedding")
 _SPARSE = ("SparseMoeBlock", "TopKRouter", "Experts")
-
-
-@dataclass(frozen=True)
-class Kind:
-    """How an architecture differs from its relatives.
-
-    Attributes:
-        prefix: its classes' names are this and one of `_DENSE` or `_SPARSE`.
-        attention: words for transformers' `attn_implementation` for which a step may stand.
-        twice: norms round before they multiply by their weight, too.
-        head_norms: each head of a query and a key gets a norm.
-        sinks: heads have sinks.
-        router: what a layer of experts calls it.
-        shares: the dtype of routes' weights; None: the model's.
-    """
-
-    prefix: str
-    attention: tuple[str, ...] = ("sdpa", "eager")
-    twice: bool = True
-    head_norms: bool = False
-    sinks: bool = False
-    router: str = "gate"
-    shares: torch.dtype | None = None
-
-
-KINDS = {
-    "gpt_oss": Kind("GptOss", (NAME,), twice=False, sinks=True, router="router"),
-    "llama": Kind("Llama"),
-    "mistral": Kind("Mistral"),
-    "mixtral": Kind("Mixtral", shares=torch.float32),
-    "qwen2": Kind("Qwen2"),
-    "qwen3": Kind("Qwen3", head_norms=True),
-    "qwen3_moe": Kind("Qwen3Moe", head_norms=True),
-}
 
 
 def chain_of(model: Any) -> tuple[Callable[[Tensor, StepCache], Any] | None, str | None]:
