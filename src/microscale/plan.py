@@ -15,7 +15,8 @@ from torch import nn
 
 from microscale.activations import Activation
 from microscale.backends import table
-from microscale.backends.dense_rules import HOST, WEIGHTS, choose_dense
+from microscale.backends.dense_rules import HOST, TOKEN, WEIGHTS, choose_dense
+from microscale.backends.triton_rules import refuse_steps
 from microscale.canary import DTYPE_WORDS
 from microscale.dense import dense_problem
 from microscale.errors import CheckpointError, FormatError, MicroscaleError, NoBackendError
@@ -28,7 +29,7 @@ from microscale.oracle import Backend, Choice, Problem, choose
 _MAX_SIZE = 2**31  # of a dimension of a bare shape
 _BF16 = 2  # bytes
 _Packed = dict[tuple[str, str], tuple[str, int]]  # (module, role) -> format and bytes of a quantised tensor
-_CORE_NORMS, _SINKS = "norms", "attention sinks"
+_CORE_NORMS, _SINKS, _OTHERS = "norms", "attention sinks", "norms etc."
 _NOWHERE = Machine("nowhere", "", frozenset(), False, 0, 0)
 
 
@@ -72,12 +73,19 @@ class Placed:
         problem: with the machine's facts; None: nothing to choose.
         choice: None: nothing to choose, or every backend refused. Of layers that follow others, those others'.
         refused: (backend, sentence), in the order tried.
+        chained: a generated token is a chain of Triton's kernels, and this layer is one of them, or a part of one.
     """
 
     layer: LayerClass
     problem: Problem | None = None
     choice: Choice | None = None
     refused: tuple[tuple[str, str], ...] = ()
+    chained: bool = False
+
+    @property
+    def token_backend(self) -> str | None:
+        """The name of what runs it for a generated token; `backend` says it of a prompt, and mostly of both."""
+        return TOKEN.name if self.chained else self.backend
 
     @property
     def backend(self) -> str | None:
@@ -93,12 +101,15 @@ class Plan:
 
     Attributes:
         device: kind of device on that machine, "cpu", "cuda" ...
+        why_modules: of GPUs with CUDA graphs: why a generated token is not a chain of kernels. None: it is, or there
+            are no such graphs, or no model.
     """
 
     outline: Outline
     machine: Machine
     device: str
     placed: tuple[Placed, ...]
+    why_modules: str | None = None
 
     @property
     def memory(self) -> int:
@@ -119,11 +130,13 @@ class Outline:
         model: its name, for people.
         classes: experts first, then by the order of the forward pass.
         kv: bytes of the key/value cache.
+        unchained: what of it a chain of Triton's kernels does not know, which a generated token is else on CUDA.
     """
 
     model: str
     classes: tuple[LayerClass, ...]
     kv: KvCache = field(default_factory=KvCache)
+    unchained: str | None = "it is one layer"
 
     @property
     def stored(self) -> int:
@@ -160,7 +173,12 @@ class Outline:
         placed = [_place(c, machine, device, backend, backends) for c in self.classes]
         choices = {p.layer.name: p.choice for p in placed}
         placed = [replace(p, choice=choices.get(p.layer.follows, p.choice)) for p in placed]
-        return Plan(self, machine, device, tuple(placed))
+        arch = next((g.arch for g in machine.gpus if g.kind == device), "")
+        why = refuse_steps(device, arch, dict(machine.packages)) or self.unchained
+        if why is None:
+            placed = [replace(p, chained=_in_chain(p)) for p in placed]
+        graphs = device in ("cuda", "rocm") and self.kv != KvCache()
+        return Plan(self, machine, device, tuple(placed), why if graphs else None)
 
 
 def plan(
@@ -189,7 +207,10 @@ def outline(model: str | Path, *, act: str = "a16", layers: int | None = None) -
     """
     from microscale.checkpoints import DIALECTS, open_checkpoint, read_config
     from microscale.checkpoints.config import quant_method
+    from microscale.integrations.hf.attention import fuse_sinks
+    from microscale.integrations.hf.chain_parts import refuse_parts
     from microscale.integrations.hf.dummy import dummy_config, meta_model
+    from microscale.integrations.hf.graph import refuse_model
     from microscale.integrations.hf.options import Options, using
     from microscale.integrations.hf.quantizer import attach_all
     from microscale.models import has_weights, resolve
@@ -214,7 +235,9 @@ def outline(model: str | Path, *, act: str = "a16", layers: int | None = None) -
         packed = {
             (e.module, e.role): (str(e.format), sum(size(t).nbytes for t in e.tensors)) for e in entries
         }
-    return Outline(Path(model).name, _classes(host, packed, act), kv_cache(host.config.get_text_config()))
+    classes, kv = _classes(host, packed, act), kv_cache(host.config.get_text_config())
+    fuse_sinks(host.eval())  # as a loaded one
+    return Outline(Path(model).name, classes, kv, refuse_model(host) or refuse_parts(host))
 
 
 def plan_shape(
@@ -291,6 +314,13 @@ def _place(
     return Placed(layer, problem, choice, choice.refused)
 
 
+def _in_chain(p: Placed) -> bool:
+    """Whether a layer of a model that is stepped by a chain of kernels is Triton's there, whatever runs prompts."""
+    if p.problem is None:
+        return p.layer.name in (_CORE_NORMS, _SINKS, _OTHERS, "router")
+    return not p.layer.quantised and TOKEN.refuse(p.problem) is None
+
+
 def _classes(host: Any, packed: _Packed, act: str) -> tuple[LayerClass, ...]:
     """Group the modules of a meta model."""
     groups: dict[tuple[str, str, Problem | None], list[Any]] = {}
@@ -308,7 +338,8 @@ def _classes(host: Any, packed: _Packed, act: str) -> tuple[LayerClass, ...]:
         seen.update(id(t) for _, t in own)
         key = problem
         if problem is not None and problem.weight in WEIGHTS:
-            key = replace(problem, n=0, k=0, bias=False)  # no choice depends on these
+            # No choice depends on these, but on whether rows are whole lines of 16 bytes.
+            key = replace(problem, n=0, k=problem.k % 8, bias=False)
         group = groups.setdefault((kind, fmt, key), [{}, 0, 0, 0, problem])
         group[0][leaf] = None
         group[1] += 1
@@ -324,7 +355,7 @@ def _classes(host: Any, packed: _Packed, act: str) -> tuple[LayerClass, ...]:
         follows = "router" if name == _CORE_NORMS else ""
         classes.append(LayerClass(name, count, fmt, stored, read, problem, declared, follows))
     # Stable: experts, then the order of the forward pass, then what is in no product.
-    last = (_CORE_NORMS, _SINKS, "norms etc.")
+    last = (_CORE_NORMS, _SINKS, _OTHERS)
     return tuple(sorted(classes, key=lambda c: (not c.name.startswith("experts"), c.name in last)))
 
 
@@ -337,7 +368,7 @@ def kind_of(path: str, matrix: bool) -> tuple[str, str]:
     if parts[-1] in ROUTER_NAMES:
         return "router", ""
     if not matrix:
-        return "norms etc.", ""
+        return _OTHERS, ""
     if any(part.startswith("shared_expert") for part in parts):
         return "shared experts", leaf
     if any("attn" in part or "attention" in part for part in parts):

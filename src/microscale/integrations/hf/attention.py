@@ -16,6 +16,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
 from microscale.backends import autograd
+from microscale.backends.triton_rules import refuse_steps
 from microscale.canary import DTYPES
 from microscale.machine import detect
 from microscale.nn import device_kind
@@ -53,11 +54,9 @@ def triton_steps(device: torch.device) -> bool:
 
     Asked several times a layer, so it is kept; not to be asked while torch.compile looks on, which knows no caches.
     """
-    return (
-        device_kind(device) == "cuda"
-        and "triton" in dict(detect().packages)
-        and torch.cuda.get_device_capability(device) >= (8, 0)
-    )
+    kind = device_kind(device)
+    arch = "sm_{}{}".format(*torch.cuda.get_device_capability(device)) if kind == "cuda" else ""
+    return refuse_steps(kind, arch, dict(detect().packages)) is None
 
 
 def sink_attention(

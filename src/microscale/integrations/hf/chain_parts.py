@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from microscale.backends.triton_rules import refuse_steps
 from microscale.canary import DTYPES
 from microscale.integrations.hf.architectures import KINDS, Kind
 from microscale.integrations.hf.attention import triton_steps
@@ -40,18 +41,10 @@ def chain_of(model: Any) -> tuple[Callable[[Tensor, StepCache], Any] | None, str
 def refuse(model: Any) -> str | None:
     """None, or why a token of a model is not a chain of kernels, in a sentence."""
     if not triton_steps(model.device):
-        return f"a token's kernels are Triton's, for CUDA from sm_80 on, and {_where(model.device)}"
+        kind = device_kind(model.device)
+        arch = "sm_{}{}".format(*torch.cuda.get_device_capability(model.device)) if kind == "cuda" else ""
+        return refuse_steps(kind, arch, dict(detect().packages))
     return refuse_parts(model)
-
-
-def _where(device: torch.device) -> str:
-    """What stands against Triton's kernels for a token there."""
-    kind = device_kind(device)
-    if kind != "cuda":
-        return f"the model is on {kind}"
-    if "triton" not in dict(detect().packages):
-        return "the package triton is not installed"
-    return "this GPU is sm_{}{}".format(*torch.cuda.get_device_capability(device))
 
 
 def refuse_parts(model: Any) -> str | None:
@@ -64,7 +57,7 @@ def refuse_parts(model: Any) -> str | None:
         return f"its attention is {model.config._attn_implementation}, and not {' or '.join(kind.attention)}"
     if model.training:
         return "it is in training mode"
-    if torch.is_autocast_enabled(model.device.type):
+    if model.device.type != "meta" and torch.is_autocast_enabled(model.device.type):
         return "autocast chooses dtypes, and the chain has one"
     if hooks_of_all():
         return "a hook listens to all modules"
