@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from microscale.plan import Outline, Placed, Plan
 
 _CHAIN = (
-    "* in prompts; a generated token is one chain of kernels, replayed from a CUDA graph: experts as above, and Triton's "
-    "for norms, attention, routes, and products of few rows."
+    "* in prompts; a generated token is one chain of kernels, replayed from a CUDA graph: experts as above, and "
+    "Triton's for norms, attention, routes, and products of few rows."
 )
 HERE = "this"  # the word for the machine that this runs on
 
@@ -88,7 +88,7 @@ def explain(
         if given:
             raise MicroscaleError(f"{', '.join(given)} describes one layer: add --op linear or --op moe")
         quiet_libraries()
-        what = outline(model or BUNDLED, act=act, layers=layers)
+        what = outline(BUNDLED if model is None else model, act=act, layers=layers)
     else:
         if model is not None:
             raise MicroscaleError("give a model or --op, not both")

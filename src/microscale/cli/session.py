@@ -13,8 +13,8 @@ import torch
 from transformers import AutoTokenizer
 
 from microscale import Decoder, load
-from microscale.checkpoints.config import CONFIG, read_config
-from microscale.cli.generate import Generation, Settings, generate
+from microscale.checkpoints.config import CONFIG, quant_method, read_config
+from microscale.cli.generate import Generation, Settings, beams, generate
 from microscale.cli.output import clean, progress, quiet_libraries, say
 from microscale.dense import DenseModule
 from microscale.errors import CheckpointError, MicroscaleError, PromptError, one_line
@@ -76,7 +76,10 @@ class Session:
             ids = torch.randint(vocabulary, (_RANDOM_PROMPT,), generator=generator).tolist()
         else:
             words = prompt.split()
-            if not all(w.isdecimal() and int(w) < vocabulary for w in words):
+            longest = len(str(vocabulary))
+            if not all(
+                w.isdecimal() and len(w.lstrip("0")) <= longest and int(w) < vocabulary for w in words
+            ):
                 problem = "has no tokenizer, so a prompt is token ids"
                 raise PromptError(f"{self.name} {problem} from 0 to {vocabulary - 1}, such as '17 4 96'")
             ids = [int(w) for w in words]
@@ -88,12 +91,10 @@ class Session:
         Raises:
             MicroscaleError: the template fails.
         """
-        from jinja2 import TemplateError
-
         try:
             text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        except (TemplateError, TypeError, ValueError) as error:
-            raise MicroscaleError(f"the chat template of {self.name} fails: {error}") from error
+        except Exception as error:  # a template divides, indexes and calls: whatever that raises is its fault
+            raise MicroscaleError(f"the chat template of {self.name} fails: {one_line(error)}") from error
         return text, list(self.tokenizer(text, add_special_tokens=False).input_ids)
 
     def generate(
@@ -148,6 +149,8 @@ class Session:
         if result is not None:
             parts.append(rates(result))
             parts.append(_steps(result, self.model.device.type))
+            if (count := beams(self.model)) > 1:
+                parts.append(f"by one beam, of the {count} that its generation config asks for")
             if self.bytes and result.timing is None:
                 parts.append("too few tokens to say where their time goes")
             if self.settings.samples(self.model):
@@ -220,7 +223,9 @@ def tokenizer_of(name: str) -> Any:
         return None
     quiet_libraries()
     if (path / CONFIG).exists():  # which the tokenizer reads, too: said of it, not of the tokenizer
-        dummy_config(path, read_config(path), None)
+        config = read_config(path)
+        quant_method(config, path / CONFIG)
+        dummy_config(path, config, None)
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # whatever a broken file raises: the Rust side has plain Exceptions only
