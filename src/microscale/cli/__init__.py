@@ -92,6 +92,7 @@ def _options(
 def main(args: Sequence[str] | None = None) -> None:
     """Run the command line and exit: 0 done, 1 checked and found wanting, 2 an error, 130 interrupted."""
     env.wait_quietly()
+    _have_streams()
     for stream in (sys.stdout, sys.stderr):
         # A character that the terminal's encoding lacks is no reason to stop.
         if hasattr(stream, "reconfigure"):
@@ -110,6 +111,21 @@ def main(args: Sequence[str] | None = None) -> None:
         unforeseen = f"{type(error).__name__}: {one_line(error)} (not foreseen: --debug shows where)"
         _say(type(error), one_line(error) if isinstance(error, OSError) else unforeseen, as_json=False)
         sys.exit(ERROR)
+
+
+def _have_streams() -> None:
+    """Where a shell closed stdin, stdout or stderr (`>&-`), read nothing, and write nowhere.
+
+    Python has None for them then, and the next file that is opened would get their numbers, and what is written there.
+    """
+    for number, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
+        if getattr(sys, name) is None:
+            nowhere = os.open(os.devnull, os.O_RDWR)
+            if nowhere != number:
+                os.dup2(nowhere, number)
+                os.close(nowhere)
+            stream = open(number, mode, encoding="utf-8", closefd=False)  # noqa: SIM115 (for all that follows)
+            setattr(sys, name, stream)
 
 
 def _abandon(stream: TextIO) -> None:
