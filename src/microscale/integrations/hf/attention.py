@@ -103,7 +103,7 @@ def sink_attention(
         return _in_blocks(query, key, value, attention_mask, s_aux, scaling, sliding_window), None
     heads, length, width = query.shape[1:]
     repeat = heads // key.shape[1]
-    causal = attention_mask is None and length > 1
+    causal = attention_mask is None and bool(length > 1)  # a tracer has tensors for sizes
     if causal:  # a static cache hands over its empty end, too
         key, value = key[:, :, :length], value[:, :, :length]
     key, value = (F.pad(t.repeat_interleave(repeat, dim=1), (0, 8, _SLOTS, 0)) for t in (key, value))
