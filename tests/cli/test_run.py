@@ -328,6 +328,20 @@ def test_a_chat_outlives_an_error(
     assert "too long" in capsys.readouterr().err
 
 
+def test_an_interrupt_at_the_prompt_ends_no_chat(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It came for a reply that had just ended, or to forget a line."""
+    seen, given = asked_of(session, monkeypatch), lines("a", "interrupt", "b")
+
+    def read(prompt: str) -> str:
+        line = given(prompt)
+        if line == "interrupt":
+            raise KeyboardInterrupt
+        return line
+
+    converse(session, read)
+    assert seen == ["[user]a[assistant]", "[user]a[assistant]yes[user]b[assistant]"]
+
+
 def test_without_a_template_each_line_stands_alone(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(session, "chat", False)
     seen = asked_of(session, monkeypatch)
