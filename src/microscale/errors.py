@@ -46,6 +46,10 @@ class NoBackendError(MicroscaleError, LookupError):
         super().__init__(f"no backend for {problem}:\n{lines}")
 
 
+class CheckpointWarning(UserWarning):
+    """A checkpoint holds more than was read of it."""
+
+
 class CheckpointError(MicroscaleError, ValueError):
     """A checkpoint cannot be read as what it says it is.
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -137,3 +139,16 @@ def test_the_coldest_temperature_is_the_likeliest_token(cli: Cli, tiny: Path) ->
         found = document(cli(*words, temperature))
         assert (found["ids"], found["samples"]) == (wanted, False)
     assert document(cli(*words, "1e-6"))["samples"]
+
+
+def test_what_nothing_reads_is_said(llama: Path, tmp_path: Path) -> None:
+    """A layer too few in config.json would be another model without a word."""
+    path = configured(llama, tmp_path / "model", num_hidden_layers=1)
+    words = [sys.executable, "-m", "microscale.cli", "run", str(path), "abc", "--max-new-tokens", "2"]
+    done = subprocess.run(words, capture_output=True, text=True, check=True)
+    first, *rest = done.stderr.splitlines()
+    assert first == (
+        f"microscale: warning: {path}: 9 tensors that the model of its config.json has no use for, "
+        "such as 'model.layers.1.input_layernorm.weight'"
+    )
+    assert len(rest) == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from microscale.canary import DTYPES
 from microscale.checkpoints import Checkpoint, open_checkpoint
 from microscale.checkpoints.config import MAX_CONFIG_BYTES, read_config
 from microscale.checkpoints.strict import read_object
-from microscale.errors import CheckpointError, SettingError
+from microscale.errors import CheckpointError, CheckpointWarning, SettingError
 from microscale.integrations.hf.options import Options, using
 from microscale.machine import detect
 from microscale.models import has_weights, resolve
@@ -169,7 +170,7 @@ def _ready(
 
 
 def _check_complete(path: Path, info: dict[str, Any]) -> None:
-    """transformers fills what is missing with random numbers and goes on; we do not."""
+    """transformers fills what is missing with random numbers and goes on; we do not, and say what nothing reads."""
     for key, problem in (
         ("missing_keys", "missing from the checkpoint"),
         ("mismatched_keys", "of the wrong shape"),
@@ -180,3 +181,11 @@ def _check_complete(path: Path, info: dict[str, Any]) -> None:
     scales = sorted(name for name in info.get("unexpected_keys") or () if "scale" in name)
     if scales:
         raise CheckpointError(path, f"{len(scales)} scales that nothing reads, such as", tensor=scales[0])
+    if unread := sorted(info.get("unexpected_keys") or ()):
+        # Towers of models that see, and heads for training, are left out by design; a layer too few is not.
+        count, first = len(unread), unread[0][:200]
+        warnings.warn(
+            f"{path}: {count} tensors that the model of its config.json has no use for, such as {first!r}",
+            CheckpointWarning,
+            stacklevel=3,
+        )
