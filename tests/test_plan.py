@@ -339,3 +339,29 @@ def test_where_the_chain_is_has_one_rule(monkeypatch: pytest.MonkeyPatch) -> Non
             taken = attention.triton_steps.__wrapped__(cuda)
             assert taken == (refuse_steps("cuda", arch, packages) is None)
             assert taken == (capability >= (8, 0) and bool(packages))
+
+
+def test_every_architecture_of_transformers_is_planned_or_refused_in_a_sentence(tmp_path: Path) -> None:
+    """By a config of a few sizes, of which many are not an architecture's own words for them."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    chained = set()
+    for kind in sorted({config.model_type for config in MODEL_FOR_CAUSAL_LM_MAPPING}):
+        path = config_of(tmp_path / kind, model_type=kind, **{**SMALL, "num_hidden_layers": 2})
+        try:
+            found = plan(path, INVENTED["h200"])
+        except MicroscaleError:  # anything else is nobody's sentence
+            continue
+        assert found.runs
+        if found.why_modules is None:
+            chained.add(kind)
+    assert chained == set(KINDS)
+
+
+def test_heads_that_differ_from_layer_to_layer_are_counted_each(tmp_path: Path) -> None:
+    """Gemma 4: heads of layers with a window, and of those without."""
+    sizes = {**SMALL, "num_hidden_layers": 3, "global_head_dim": 32, "sliding_window": 8}
+    kinds = ["sliding_attention", "sliding_attention", "full_attention"]
+    path = config_of(tmp_path / "gemma", model_type="gemma4_text", layer_types=kinds, **sizes)
+    sliding, full = (2 * 2 * width * 2 for width in (16, 32))  # keys and values of 2 heads, 2 bytes a number
+    assert outline(path).kv == KvCache(2 * sliding + full, full, 8)

@@ -130,13 +130,15 @@ class Outline:
         model: its name, for people.
         classes: experts first, then by the order of the forward pass.
         kv: bytes of the key/value cache.
+        steps: it generates tokens; a bare layer does not.
         unchained: what of it a chain of Triton's kernels does not know, which a generated token is else on CUDA.
     """
 
     model: str
     classes: tuple[LayerClass, ...]
     kv: KvCache = field(default_factory=KvCache)
-    unchained: str | None = "it is one layer"
+    steps: bool = False
+    unchained: str | None = None
 
     @property
     def stored(self) -> int:
@@ -175,9 +177,9 @@ class Outline:
         placed = [replace(p, choice=choices.get(p.layer.follows, p.choice)) for p in placed]
         arch = next((g.arch for g in machine.gpus if g.kind == device), "")
         why = refuse_steps(device, arch, dict(machine.packages)) or self.unchained
-        if why is None:
+        if self.steps and why is None:
             placed = [replace(p, chained=_in_chain(p)) for p in placed]
-        graphs = device in ("cuda", "rocm") and self.kv != KvCache()
+        graphs = self.steps and device in ("cuda", "rocm")
         return Plan(self, machine, device, tuple(placed), why if graphs else None)
 
 
@@ -237,7 +239,7 @@ def outline(model: str | Path, *, act: str = "a16", layers: int | None = None) -
         }
     classes, kv = _classes(host, packed, act), kv_cache(host.config.get_text_config())
     fuse_sinks(host.eval())  # as a loaded one
-    return Outline(Path(model).name, classes, kv, refuse_model(host) or refuse_parts(host))
+    return Outline(Path(model).name, classes, kv, True, refuse_model(host) or refuse_parts(host))
 
 
 def plan_shape(
