@@ -172,7 +172,7 @@ def nan_scales(weight: QuantTensor) -> int:
 
 
 def _kind(e: Entry) -> tuple[str, str]:
-    from microscale.plan import kind_of
+    from microscale.layer_classes import kind_of
 
     last = e.module.rpartition(".")[2]
     vector = len(e.shape) < 2

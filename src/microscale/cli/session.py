@@ -21,8 +21,9 @@ from microscale.errors import CheckpointError, MicroscaleError, PromptError, one
 from microscale.integrations.hf.dummy import dummy_config
 from microscale.integrations.hf.linears import dense_modules
 from microscale.integrations.hf.quantizer import runners
+from microscale.layer_classes import kind_of
 from microscale.models import resolve
-from microscale.plan import kind_of, outline
+from microscale.plan import outline
 
 if TYPE_CHECKING:
     from microscale.cli.cpu_timing import Watch
