@@ -125,10 +125,10 @@ void attend(int level, int dtype, float scale, std::array<int64_t, 7> shape, Add
   check(status, "attend");
 }
 
-void route(int level, int dtype, Address logits, int64_t m, int64_t experts, int router, bool renormalize,
+void route(int level, int dtype, Address logits, int64_t m, int64_t experts, int router, bool renormalize, int rounded,
            int64_t chosen, Address ids, Address weights) {
-  check(ms_route(level, dtype, at<const void>(logits), m, experts, router, renormalize, chosen, at<int64_t>(ids),
-                 at<float>(weights)),
+  check(ms_route(level, dtype, at<const void>(logits), m, experts, router, renormalize, rounded, chosen,
+                 at<int64_t>(ids), at<float>(weights)),
         "route");
 }
 
@@ -182,11 +182,11 @@ class Chain {
     s.activation.kind = kind, s.activation.limit = std::numeric_limits<float>::infinity();
     s.n = n, s.stride = stride, s.gate = at<const void>(gate), s.up = at<const void>(up), s.y = at<void>(y);
   }
-  void route(Address logits, int64_t experts, int router, bool renormalize, int64_t chosen, Address ids,
+  void route(Address logits, int64_t experts, int router, bool renormalize, int rounded, int64_t chosen, Address ids,
              Address weights) {
     auto &s = add(MS_STEP_ROUTE).of.route;
     s.logits = at<const void>(logits), s.experts = experts, s.chosen = chosen, s.router = router;
-    s.renormalize = renormalize, s.ids = at<int64_t>(ids), s.weights = at<float>(weights);
+    s.renormalize = renormalize, s.rounded = rounded, s.ids = at<int64_t>(ids), s.weights = at<float>(weights);
   }
   void moe(Address w13, Address outer13, Address w2, Address outer2, Address x, Address ids, Address weights,
            int64_t chosen, int kind, bool gated, bool interleaved, float alpha, float beta, float limit, Address b13,

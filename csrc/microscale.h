@@ -123,10 +123,10 @@ int ms_attend(int level, const struct ms_attention *attention, int threads);
 
 /* Router logits [m, experts] of `dtype` to `chosen` experts a row, best first, the lower index of equals; a NaN ranks
  * above every number. `weights` [m, chosen] are the chosen logits' softmax, or their shares in the softmax of all,
- * which `renormalize` divides by their sum; computed in float32 and rounded to `dtype`. */
+ * which `renormalize` divides by their sum; computed in float32 and rounded to the dtype `rounded`. */
 enum ms_router { MS_TOPK_SOFTMAX, MS_SOFTMAX_TOPK, MS_ROUTERS };
 int ms_route(int level, int dtype, const void *logits, int64_t m, int64_t experts, int router, int renormalize,
-             int64_t chosen, int64_t *ids, float *weights);
+             int rounded, int64_t chosen, int64_t *ids, float *weights);
 
 /* One token for each of m sequences of equal length through a model: steps in their order, over memory that the caller
  * keeps. Matrices are [m, ...], dense, of one dtype. What a model's modules round is rounded here. */
@@ -201,7 +201,7 @@ struct ms_step {
     struct { /* ms_route */
       const void *logits;
       int64_t experts, chosen;
-      int32_t router, renormalize;
+      int32_t router, renormalize, rounded;
       int64_t *ids;
       float *weights;
     } route;

@@ -28,9 +28,10 @@ void best(const float *logits, int64_t experts, int64_t chosen, int64_t *ids) {
 }  // namespace microscale
 
 extern "C" int ms_route(int level, int dtype, const void *logits, int64_t m, int64_t experts, int router,
-                        int renormalize, int64_t chosen, int64_t *ids, float *weights) {
+                        int renormalize, int rounded, int64_t chosen, int64_t *ids, float *weights) {
   using namespace microscale;
-  if (dtype < 0 || dtype >= MS_DTYPES || m < 0 || chosen < 1 || experts < chosen || router < 0 || router >= MS_ROUTERS)
+  if (dtype < 0 || dtype >= MS_DTYPES || m < 0 || chosen < 1 || experts < chosen || router < 0 ||
+      router >= MS_ROUTERS || rounded < 0 || rounded >= MS_DTYPES)
     return MS_BAD_ARGUMENT;
   const Small *small = small_for(level);
   if (!small) return MS_BAD_LEVEL;
@@ -47,7 +48,7 @@ extern "C" int ms_route(int level, int dtype, const void *logits, int64_t m, int
     else
       all = shares;
     for (int64_t j = 0; j < chosen; ++j) weights[j] /= all;
-    small->round(dtype, weights, chosen);
+    small->round(rounded, weights, chosen);
   }
   return MS_OK;
 }

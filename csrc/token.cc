@@ -126,7 +126,8 @@ struct Token {
 
   int route(const ms_step &step) const {
     const auto &s = step.of.route;
-    return ms_route(level, dtype, s.logits, m, s.experts, s.router, s.renormalize, s.chosen, s.ids, s.weights);
+    return ms_route(level, dtype, s.logits, m, s.experts, s.router, s.renormalize, s.rounded, s.chosen, s.ids,
+                    s.weights);
   }
 
   int moe(const ms_step &step) const {

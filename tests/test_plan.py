@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +13,9 @@ import torch
 from microscale import CheckpointError, FormatError, MicroscaleError
 from microscale.activations import GPT_OSS, Activation
 from microscale.backends.dense_rules import HOST
+from microscale.backends.triton_rules import refuse_steps
 from microscale.formats import FORMATS
+from microscale.integrations.hf.architectures import KINDS
 from microscale.invented import INVENTED
 from microscale.machine import CORE, Machine
 from microscale.models import resolve
@@ -257,3 +261,107 @@ def test_every_invented_machine_runs_every_format() -> None:
     for machine in INVENTED.values():
         for name in FORMATS:
             assert plan_shape("linear", name, 256, 256, machine).runs
+
+
+def test_a_generated_token_of_gpt_oss_is_tritons_where_its_chain_is(gpt_oss_20b: Outline) -> None:
+    chained = {"attention q/k/v/o", "router", "lm_head", "norms", "attention sinks"}
+    found = gpt_oss_20b.on(INVENTED["h200"])
+    assert found.why_modules is None
+    assert {p.layer.name for p in found.placed if p.chained} == chained
+    assert {p.backend for p in found.placed if p.chained} == {HOST}
+    assert {p.token_backend for p in found.placed if p.chained} == {"triton"}
+    assert all(p.token_backend == p.backend for p in found.placed if not p.chained)
+
+
+@pytest.mark.parametrize(
+    ("machine", "device", "why"),
+    [
+        (INVENTED["t4"], None, "this GPU is sm_75"),
+        (INVENTED["mi300x"], None, "the model is on rocm"),
+        (replace(INVENTED["h200"], packages=()), None, "the package triton is not installed"),
+        (INVENTED["h200"], "cpu", None),
+        (INVENTED["mac"], None, None),
+    ],
+)
+def test_why_a_generated_token_is_its_modules(
+    gpt_oss_20b: Outline, machine: Machine, device: str | None, why: str | None
+) -> None:
+    """Where there are CUDA graphs; elsewhere there is no chain of Triton's to be missed."""
+    found = gpt_oss_20b.on(machine, device=device)
+    assert not any(p.chained for p in found.placed)
+    said = why and f"a token's kernels are Triton's, for CUDA from sm_80 on, and {why}"
+    assert found.why_modules == said
+
+
+SMALL = {
+    "hidden_size": 64,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "vocab_size": 100,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+}
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "gpt_oss"])
+def test_a_plan_knows_the_architectures_that_the_chain_knows(tmp_path: Path, kind: str) -> None:
+    found = plan(config_of(tmp_path / kind, model_type=kind, **SMALL), INVENTED["h200"])
+    assert found.why_modules is None
+    # What a step computes of unquantised experts is transformers', from its products on.
+    assert {p.layer.name.split()[0] for p in found.placed if not p.chained} <= {"experts", "embedding"}
+
+
+def test_a_plan_says_what_the_chain_says_of_others(tmp_path: Path) -> None:
+    path = config_of(tmp_path / "stablelm", model_type="stablelm", **SMALL)
+    found = plan(path, INVENTED["h200"])
+    assert found.why_modules == f"stablelm is none of {', '.join(KINDS)}"
+    assert not any(p.chained for p in found.placed)
+
+
+def test_rows_that_are_no_whole_lines_stay_with_pytorch(tmp_path: Path) -> None:
+    path = config_of(tmp_path / "odd", model_type="llama", **{**SMALL, "intermediate_size": 36})
+    found = {p.layer.name: p for p in plan(path, INVENTED["h200"]).placed}
+    assert found["mlp gate/up"].chained
+    assert not found["mlp down"].chained
+
+
+def test_where_the_chain_is_has_one_rule(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `load` and a `Decoder` ask of a GPU that is here, and a plan of one that is not."""
+    from microscale.integrations.hf import attention
+
+    cuda = torch.device("cuda")
+    for capability in ((7, 5), (8, 0), (9, 0), (10, 0)):
+        for packages in ({}, {"triton": "3.6.0"}):
+            monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, found=capability: found)
+            monkeypatch.setattr(attention, "detect", lambda p=packages: SimpleNamespace(packages=p))
+            arch = "sm_{}{}".format(*capability)
+            taken = attention.triton_steps.__wrapped__(cuda)
+            assert taken == (refuse_steps("cuda", arch, packages) is None)
+            assert taken == (capability >= (8, 0) and bool(packages))
+
+
+def test_every_architecture_of_transformers_is_planned_or_refused_in_a_sentence(tmp_path: Path) -> None:
+    """By a config of a few sizes, of which many are not an architecture's own words for them."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    chained = set()
+    for kind in sorted({config.model_type for config in MODEL_FOR_CAUSAL_LM_MAPPING}):
+        path = config_of(tmp_path / kind, model_type=kind, **{**SMALL, "num_hidden_layers": 2})
+        try:
+            found = plan(path, INVENTED["h200"])
+        except MicroscaleError:  # anything else is nobody's sentence
+            continue
+        assert found.runs
+        if found.why_modules is None:
+            chained.add(kind)
+    assert chained == set(KINDS)
+
+
+def test_heads_that_differ_from_layer_to_layer_are_counted_each(tmp_path: Path) -> None:
+    """Gemma 4: heads of layers with a window, and of those without."""
+    sizes = {**SMALL, "num_hidden_layers": 3, "global_head_dim": 32, "sliding_window": 8}
+    kinds = ["sliding_attention", "sliding_attention", "full_attention"]
+    path = config_of(tmp_path / "gemma", model_type="gemma4_text", layer_types=kinds, **sizes)
+    sliding, full = (2 * 2 * width * 2 for width in (16, 32))  # keys and values of 2 heads, 2 bytes a number
+    assert outline(path).kv == KvCache(2 * sliding + full, full, 8)

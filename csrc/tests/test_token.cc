@@ -30,12 +30,13 @@ double nearest(int dtype, double v) {
 void test_route(int level, int dtype, int64_t experts, int64_t chosen) {
   const int64_t m = 3;
   const Numbers logits(m * experts, dtype);  // of 255 values: of many experts, some are equal
-  for (int how = 0; how < 3; ++how) {
+  for (int how = 0; how < 4; ++how) {
+    const int to = how == 3 ? int(MS_FP32) : dtype;
     const int router = how == 0 ? MS_TOPK_SOFTMAX : MS_SOFTMAX_TOPK;
     std::vector<int64_t> ids(static_cast<size_t>(m * chosen), -7);
     std::vector<float> weights(ids.size(), std::nanf(""));
-    CHECK(ms_route(level, dtype, logits.data, m, experts, router, how == 1, chosen, ids.data(), weights.data()) ==
-          MS_OK);
+    CHECK(ms_route(level, dtype, logits.data, m, experts, router, how % 2 == 1, to, chosen, ids.data(),
+                   weights.data()) == MS_OK);
     int wrong = 0;
     for (int64_t i = 0; i < m; ++i) {
       std::vector<int64_t> order(static_cast<size_t>(experts));
@@ -50,7 +51,7 @@ void test_route(int level, int dtype, int64_t experts, int64_t chosen) {
         const double wanted = std::exp(logit(order[static_cast<size_t>(j)])) / whole;
         wrong += ids[at] != order[static_cast<size_t>(j)];
         wrong += !(std::abs(double(weights[at]) - wanted) <=
-                   rounded(dtype, wanted) + double(counted + 8) * std::ldexp(1.0, -23) * wanted);
+                   rounded(to, wanted) + double(counted + 8) * std::ldexp(1.0, -23) * wanted);
       }
     }
     CHECK_IN(wrong == 0, "level %d dtype %d: %ld of %ld, way %d: %d wrong", level, dtype, long(chosen), long(experts),
@@ -61,7 +62,8 @@ void test_route(int level, int dtype, int64_t experts, int64_t chosen) {
 void test_not_a_number(int level) {
   std::vector<float> logits = {1, std::nanf(""), 3, std::nanf("")}, weights(3);
   std::vector<int64_t> ids(3);
-  CHECK(ms_route(level, MS_FP32, logits.data(), 1, 4, MS_TOPK_SOFTMAX, 1, 3, ids.data(), weights.data()) == MS_OK);
+  CHECK(ms_route(level, MS_FP32, logits.data(), 1, 4, MS_TOPK_SOFTMAX, 1, MS_FP32, 3, ids.data(), weights.data()) ==
+        MS_OK);
   CHECK(ids[0] == 1 && ids[1] == 3 && ids[2] == 2 && std::isnan(weights[0]));
 }
 
@@ -233,8 +235,9 @@ void test_embed_and_refusals() {
   CHECK(ms_token(0, MS_BF16, 2, &step, 1, 0, 1, nullptr) == MS_BAD_ARGUMENT);
   float logits[2] = {}, weights[2];
   int64_t chosen[2];
-  CHECK(ms_route(0, MS_FP32, logits, 1, 2, MS_TOPK_SOFTMAX, 1, 3, chosen, weights) == MS_BAD_ARGUMENT);
-  CHECK(ms_route(0, MS_FP32, logits, 1, 2, MS_ROUTERS, 1, 1, chosen, weights) == MS_BAD_ARGUMENT);
+  CHECK(ms_route(0, MS_FP32, logits, 1, 2, MS_TOPK_SOFTMAX, 1, MS_FP32, 3, chosen, weights) == MS_BAD_ARGUMENT);
+  CHECK(ms_route(0, MS_FP32, logits, 1, 2, MS_ROUTERS, 1, MS_FP32, 1, chosen, weights) == MS_BAD_ARGUMENT);
+  CHECK(ms_route(0, MS_FP32, logits, 1, 2, MS_TOPK_SOFTMAX, 1, MS_DTYPES, 1, chosen, weights) == MS_BAD_ARGUMENT);
 }
 
 }  // namespace

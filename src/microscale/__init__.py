@@ -2,7 +2,14 @@
 
 from typing import TYPE_CHECKING, Any
 
-from microscale.errors import BackendError, CheckpointError, FormatError, MicroscaleError, NoBackendError
+from microscale.errors import (
+    BackendError,
+    CheckpointError,
+    FormatError,
+    MicroscaleError,
+    NoBackendError,
+    PromptError,
+)
 from microscale.formats import FORMATS, Format, get_format
 from microscale.integrations import hf as _hf
 
@@ -51,6 +58,7 @@ __all__ = [
     "FormatError",
     "MicroscaleError",
     "NoBackendError",
+    "PromptError",
     "QuantTensor",
     "dequantize",
     "get_format",

@@ -12,6 +12,9 @@ from microscale.errors import SettingError
 # The C++ core's instruction-set levels, narrowest first: `ms_level` in csrc/microscale.h.
 CPU_LEVELS = ("plain", "avx2", "avx512", "avx512_bf16", "amx")
 
+# How often choices are proved.
+CANARIES = ("class", "all", "off")
+
 VARIABLES = {
     "MICROSCALE_BACKEND": "name of the only backend allowed; unset: the oracle chooses",
     "MICROSCALE_CANARY": "`class` (default): prove each distinct choice once; `all`: every layer; `off`",
@@ -46,8 +49,8 @@ def backend() -> str | None:
 def canary() -> str:
     """How often choices are proved: "class", "all" or "off"."""
     value = os.environ.get("MICROSCALE_CANARY") or "class"
-    if value not in ("class", "all", "off"):
-        raise SettingError(f"MICROSCALE_CANARY={value!r}; known: class, all, off")
+    if value not in CANARIES:
+        raise SettingError(f"MICROSCALE_CANARY={value!r}; known: {', '.join(CANARIES)}")
     return value
 
 

@@ -25,6 +25,10 @@ class SettingError(MicroscaleError):
     """A setting has a value that cannot be followed. Never a reason to take the next backend."""
 
 
+class PromptError(MicroscaleError, ValueError):
+    """There is nothing to go on from, or tokens that a model does not have."""
+
+
 class BackendError(MicroscaleError, ValueError):
     """A backend was called with operands that contradict each other (the message has both values)."""
 
@@ -40,6 +44,10 @@ class NoBackendError(MicroscaleError, LookupError):
         self.refused = tuple(refused)
         lines = "\n".join(f"- {name}: {why}" for name, why in self.refused)
         super().__init__(f"no backend for {problem}:\n{lines}")
+
+
+class CheckpointWarning(UserWarning):
+    """A checkpoint holds more than was read of it."""
 
 
 class CheckpointError(MicroscaleError, ValueError):

@@ -1,4 +1,4 @@
-"""What a model becomes on a machine, without its weights: layer classes, the backend of each, and bytes.
+"""What a model becomes on a machine, without its weights: the backend of each of its layer classes, and bytes.
 
 An `Outline` is a model's layers, grouped; it knows no machine. `Outline.on` asks the oracle what `load` would ask.
 """
@@ -11,57 +11,19 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from microscale.activations import Activation
 from microscale.backends import table
-from microscale.backends.dense_rules import HOST, WEIGHTS, choose_dense
-from microscale.canary import DTYPE_WORDS
-from microscale.dense import dense_problem
+from microscale.backends.dense_rules import HOST, TOKEN, choose_dense
+from microscale.backends.triton_rules import refuse_steps
 from microscale.errors import CheckpointError, FormatError, MicroscaleError, NoBackendError
 from microscale.formats import activation_format, activation_word, get_format
 from microscale.kv_cache import KvCache, kv_cache
+from microscale.layer_classes import CORE_NORMS, OTHERS, SINKS, LayerClass, Packed, classes_of
 from microscale.machine import Machine
-from microscale.nn import ROUTER_NAMES, dtype_word, runner_of
 from microscale.oracle import Backend, Choice, Problem, choose
 
 _MAX_SIZE = 2**31  # of a dimension of a bare shape
 _BF16 = 2  # bytes
-_Packed = dict[tuple[str, str], tuple[str, int]]  # (module, role) -> format and bytes of a quantised tensor
-_CORE_NORMS, _SINKS = "norms", "attention sinks"
-_NOWHERE = Machine("nowhere", "", frozenset(), False, 0, 0)
-
-
-@dataclass(frozen=True)
-class LayerClass:
-    """Layers of one model that are the same to the oracle.
-
-    Attributes:
-        name: "experts", "attention q/k/v/o", "router", "lm_head", "embedding" ...
-        count: modules.
-        format: of the weights: a block-scaled format, or a dtype word ("bf16").
-        stored: bytes that all of them take in memory, biases included.
-        read: bytes of them that one decoded token reads: of experts those it is routed to, of an embedding one row.
-        problem: what the oracle is asked, on no machine yet; of several shapes, the first one's. None: nothing is to
-            be chosen, transformers runs it.
-        declared: how the checkpoint says activations are stored; None: not quantised, or no checkpoint.
-        follows: name of the linears that these run with, where nothing is to be chosen: gpt-oss' norms go to the C++
-            core where its routers do.
-    """
-
-    name: str
-    count: int
-    format: str
-    stored: int
-    read: int
-    problem: Problem | None = None
-    declared: str | None = None
-    follows: str = ""
-
-    @property
-    def quantised(self) -> bool:
-        """The weights are in a block-scaled format."""
-        return self.problem is not None and self.problem.weight not in WEIGHTS
 
 
 @dataclass(frozen=True)
@@ -72,12 +34,19 @@ class Placed:
         problem: with the machine's facts; None: nothing to choose.
         choice: None: nothing to choose, or every backend refused. Of layers that follow others, those others'.
         refused: (backend, sentence), in the order tried.
+        chained: a generated token is a chain of Triton's kernels, and this layer is one of them, or a part of one.
     """
 
     layer: LayerClass
     problem: Problem | None = None
     choice: Choice | None = None
     refused: tuple[tuple[str, str], ...] = ()
+    chained: bool = False
+
+    @property
+    def token_backend(self) -> str | None:
+        """The name of what runs it for a generated token; `backend` says it of a prompt, and mostly of both."""
+        return TOKEN.name if self.chained else self.backend
 
     @property
     def backend(self) -> str | None:
@@ -93,12 +62,15 @@ class Plan:
 
     Attributes:
         device: kind of device on that machine, "cpu", "cuda" ...
+        why_modules: of GPUs with CUDA graphs: why a generated token is not a chain of kernels. None: it is, or there
+            are no such graphs, or no model.
     """
 
     outline: Outline
     machine: Machine
     device: str
     placed: tuple[Placed, ...]
+    why_modules: str | None = None
 
     @property
     def memory(self) -> int:
@@ -119,11 +91,15 @@ class Outline:
         model: its name, for people.
         classes: experts first, then by the order of the forward pass.
         kv: bytes of the key/value cache.
+        steps: it generates tokens; a bare layer does not.
+        unchained: what of it a chain of Triton's kernels does not know, which a generated token is else on CUDA.
     """
 
     model: str
     classes: tuple[LayerClass, ...]
     kv: KvCache = field(default_factory=KvCache)
+    steps: bool = False
+    unchained: str | None = None
 
     @property
     def stored(self) -> int:
@@ -160,7 +136,12 @@ class Outline:
         placed = [_place(c, machine, device, backend, backends) for c in self.classes]
         choices = {p.layer.name: p.choice for p in placed}
         placed = [replace(p, choice=choices.get(p.layer.follows, p.choice)) for p in placed]
-        return Plan(self, machine, device, tuple(placed))
+        arch = next((g.arch for g in machine.gpus if g.kind == device), "")
+        why = refuse_steps(device, arch, dict(machine.packages)) or self.unchained
+        if self.steps and why is None:
+            placed = [replace(p, chained=_in_chain(p)) for p in placed]
+        graphs = self.steps and device in ("cuda", "rocm")
+        return Plan(self, machine, device, tuple(placed), why if graphs else None)
 
 
 def plan(
@@ -189,7 +170,10 @@ def outline(model: str | Path, *, act: str = "a16", layers: int | None = None) -
     """
     from microscale.checkpoints import DIALECTS, open_checkpoint, read_config
     from microscale.checkpoints.config import quant_method
+    from microscale.integrations.hf.attention import fuse_sinks
+    from microscale.integrations.hf.chain_parts import refuse_parts
     from microscale.integrations.hf.dummy import dummy_config, meta_model
+    from microscale.integrations.hf.graph import refuse_model
     from microscale.integrations.hf.options import Options, using
     from microscale.integrations.hf.quantizer import attach_all
     from microscale.models import has_weights, resolve
@@ -207,14 +191,16 @@ def outline(model: str | Path, *, act: str = "a16", layers: int | None = None) -
     if config.get("quantization_config") is not None:
         with using(Options(act=act, canary="off", place=False)):
             attach_all(host)
-    packed: _Packed = {}
+    packed: Packed = {}
     if checkpoint is not None:
         size = checkpoint.source.info
         entries = (e for e in checkpoint.groups if e.format is not None)
         packed = {
             (e.module, e.role): (str(e.format), sum(size(t).nbytes for t in e.tensors)) for e in entries
         }
-    return Outline(Path(model).name, _classes(host, packed, act), kv_cache(host.config.get_text_config()))
+    classes, kv = classes_of(host, packed, act), kv_cache(host.config.get_text_config())
+    fuse_sinks(host.eval())  # as a loaded one
+    return Outline(Path(model).name, classes, kv, True, refuse_model(host) or refuse_parts(host))
 
 
 def plan_shape(
@@ -291,103 +277,8 @@ def _place(
     return Placed(layer, problem, choice, choice.refused)
 
 
-def _classes(host: Any, packed: _Packed, act: str) -> tuple[LayerClass, ...]:
-    """Group the modules of a meta model."""
-    groups: dict[tuple[str, str, Problem | None], list[Any]] = {}
-    seen: set[int] = set()
-    for path, module in host.named_modules():
-        own = list(module.named_parameters(recurse=False))
-        transient = module._non_persistent_buffers_set
-        own += [(n, b) for n, b in module.named_buffers(recurse=False) if n not in transient]
-        if not own:
-            continue
-        kind, leaf = _kind(path, module, host)
-        fmt, problem, weight = _format_of(path, module, host, packed, act)
-        total = weight + sum(t.nbytes for name, t in own if not (weight and name == "weight"))
-        tied = all(id(t) in seen for _, t in own)
-        seen.update(id(t) for _, t in own)
-        key = problem
-        if problem is not None and problem.weight in WEIGHTS:
-            key = replace(problem, n=0, k=0, bias=False)  # no choice depends on these
-        group = groups.setdefault((kind, fmt, key), [{}, 0, 0, 0, problem])
-        group[0][leaf] = None
-        group[1] += 1
-        group[2] += 0 if tied else total
-        group[3] += _read(kind, module, total, problem, host)
-        if tied:
-            group[0] = {"(tied)": None}
-    classes = []
-    for (kind, fmt, _), (leaves, count, stored, read, problem) in groups.items():
-        name = " ".join(filter(None, (kind, "/".join(filter(None, leaves)))))
-        # The only dialect that has formats, gpt_oss, quantises weights alone.
-        declared = None if problem is None or problem.weight in WEIGHTS else "a16"
-        follows = "router" if name == _CORE_NORMS else ""
-        classes.append(LayerClass(name, count, fmt, stored, read, problem, declared, follows))
-    # Stable: experts, then the order of the forward pass, then what is in no product.
-    last = (_CORE_NORMS, _SINKS, "norms etc.")
-    return tuple(sorted(classes, key=lambda c: (not c.name.startswith("experts"), c.name in last)))
-
-
-def kind_of(path: str, matrix: bool) -> tuple[str, str]:
-    """(class, leaf) of a module by its path: ("attention", "q"). `matrix`: it holds more than vectors."""
-    parts = path.split(".")
-    leaf = parts[-1].removesuffix("_proj")
-    if "experts" in parts:
-        return "experts", "" if leaf == "experts" else leaf
-    if parts[-1] in ROUTER_NAMES:
-        return "router", ""
-    if not matrix:
-        return "norms etc.", ""
-    if any(part.startswith("shared_expert") for part in parts):
-        return "shared experts", leaf
-    if any("attn" in part or "attention" in part for part in parts):
-        return "attention", leaf
-    return ("mlp" if "mlp" in parts else "linear"), leaf
-
-
-def _kind(path: str, module: nn.Module, host: Any) -> tuple[str, str]:
-    if module is host.get_output_embeddings():
-        return "lm_head", ""
-    if isinstance(module, nn.Embedding):
-        return "embedding", ""
-    if type(module).__name__ == "GptOssRMSNorm":  # not imported to ask; see `integrations.hf.gpt_oss`
-        return _CORE_NORMS, ""
-    if hasattr(module, "sinks"):
-        return _SINKS, ""
-    return kind_of(path, any(p.dim() > 1 for p in module.parameters(recurse=False)))
-
-
-def _format_of(
-    path: str, module: Any, host: Any, packed: _Packed, act: str
-) -> tuple[str, Problem | None, int]:
-    """(format or dtype word, problem, bytes of the packed weight where they are not the module's own)."""
-    runner = runner_of(module)
-    if runner is not None:
-        # The very question that loading asks, but for the machine.
-        return runner.format.name, runner.problem(host.dtype, _NOWHERE).on(_NOWHERE), 0
-    if (path, "weight") in packed:
-        fmt, nbytes = packed[path, "weight"]
-        n, k = module.weight.shape
-        run = activation_word(activation_format(fmt, act))
-        bias = getattr(module, "bias", None) is not None
-        return fmt, Problem("linear", fmt, n, k, run, dtype_word(host.dtype), bias=bias), nbytes
-    from microscale.integrations.hf.linears import dense_class
-
-    if dense_class(module) is not None:
-        asked = dense_problem(module, host.dtype, _NOWHERE).on(_NOWHERE)
-        return asked.weight, asked, 0
-    dtype = next(p.dtype for p in (*module.parameters(recurse=False), *module.buffers(recurse=False)))
-    return DTYPE_WORDS.get(dtype, str(dtype).removeprefix("torch.")), None, 0
-
-
-def _read(kind: str, module: Any, total: int, problem: Problem | None, host: Any) -> int:
-    """Bytes that one token reads of a module that takes `total`."""
-    if kind == "embedding":
-        return int(module.weight.nbytes // max(module.weight.shape[0], 1))
-    if kind != "experts":
-        return total
-    from microscale.integrations.hf.quantizer import top_k_of
-
-    top_k = problem.top_k if problem else top_k_of(host.config)
-    experts = problem.experts if problem else int(next(module.parameters(recurse=False)).shape[0])
-    return total * min(top_k, experts) // max(experts, 1)
+def _in_chain(p: Placed) -> bool:
+    """Whether a layer of a model that is stepped by a chain of kernels is Triton's there, whatever runs prompts."""
+    if p.problem is None:
+        return p.layer.name in (CORE_NORMS, SINKS, OTHERS, "router")
+    return not p.layer.quantised and TOKEN.refuse(p.problem) is None

@@ -185,7 +185,11 @@ def dequantize(q: QuantTensor, dtype: torch.dtype = torch.float32) -> Tensor:
 
     Returns:
         `q.shape`, in `dtype`.
+    Raises:
+        FormatError: `dtype` is no floating point: its numbers would be cut off.
     """
+    if not dtype.is_floating_point:
+        raise FormatError(f"{q.format.name} holds fractions, which {dtype} does not")
     fmt, shape = q.format, q.shape
     k, (height, width) = shape[-1], fmt.block
     out = torch.zeros(shape, dtype=dtype, device=q.device)

@@ -250,6 +250,36 @@ def test_torch_compile_sees_one_graph(cpu: Any) -> None:
                 assert torch.equal(found, wanted)
 
 
+def test_what_is_recorded_is_computed_when_it_is_replayed(cpu: Any) -> None:
+    """By a tracer, and by a mode that hands out proxies: neither sees what the core does to memory."""
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    w = cpu.pack(quantize(torch.randn(24, 64), "nvfp4"))
+    w13, w2 = (cpu.pack(quantize(torch.randn(4, n, 64), "mxfp4")) for n in (128, 64))
+    bias, ids, weights = torch.randn(24), torch.randint(4, (3, 2)), torch.rand(3, 2)
+
+    def both(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return cpu.linear(x, w, bias), cpu.moe(x, ids, weights, w13, w2, GPT_OSS)
+
+    seen, other = torch.randn(3, 64), torch.randn(3, 64)
+    for record in (torch.jit.trace, lambda f, x: make_fx(f)(x)):
+        with torch.no_grad():
+            found = record(both, seen)(other)
+        for y, wanted in zip(found, both(other), strict=True):
+            assert torch.equal(y, wanted)
+
+
+def test_gradients_come_through_a_mode_that_looks_on(cpu: Any) -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    w = cpu.pack(quantize(torch.randn(24, 64), "nvfp4"))
+    x = torch.randn(3, 64, requires_grad=True)
+    wanted = torch.autograd.grad(cpu.linear(x, w).square().sum(), x)
+    with FlopCounterMode(display=False):
+        found = torch.autograd.grad(cpu.linear(x, w).square().sum(), x)
+    assert torch.equal(found[0], wanted[0])
+
+
 def test_operators_keep_what_they_promise_torch(cpu: Any) -> None:
     w = cpu.pack(quantize(torch.randn(24, 64), "nvfp4"))
     w13, w2 = (cpu.pack(quantize(torch.randn(4, n, 64), "mxfp4")) for n in (128, 64))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -21,14 +22,17 @@ def test_routes_are_those_of_routing(
     logits = torch.randn(m, experts).mul(3).to(dtype)
     if coarse:  # many are equal
         logits = logits.round()
-    for router, renormalize in (("topk_softmax", True), ("softmax_topk", True), ("softmax_topk", False)):
-        weights, ids = cpu.cpu_core.route(logits, top_k, router, renormalize)
+    ways = (("topk_softmax", True), ("softmax_topk", True), ("softmax_topk", False))
+    for (router, renormalize), rounded in itertools.product(ways, (None, *DTYPES)):
+        weights, ids = cpu.cpu_core.route(logits, top_k, router, renormalize, rounded)
         options = {"renormalize": renormalize} if router == "softmax_topk" else {}
         wanted_ids, wanted = routing.ROUTERS[router](logits, top_k, **options)
         assert torch.equal(ids, wanted_ids)
         # Exponentials of two kinds, their sums, and then rounding.
-        relative = (experts + 8) * 2.0**-23 + torch.finfo(dtype).eps / 2
-        least = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+        shares = torch.finfo(rounded or dtype)
+        relative = (experts + 8) * 2.0**-23 + shares.eps / 2
+        least = shares.smallest_normal * shares.eps
+        assert torch.equal(weights, weights.to(rounded or dtype).float())
         assert ((weights - wanted).abs() <= relative * wanted + least).all()
 
 

@@ -324,9 +324,10 @@ def test_nothing_is_asked_for_past_a_cache(monkeypatch: pytest.MonkeyPatch, widt
 @pytest.mark.parametrize("name, batch", [*((name, 1) for name in MODELS), ("gpt_oss", 5), ("qwen3_moe", 3)])
 def test_a_token_of_a_model(name: str, batch: int) -> None:
     """All layers of a small model, past the point where its windows are full, beside the model's own forward."""
+    from microscale.integrations.hf.architectures import KINDS
     from microscale.integrations.hf.attention import fuse_sinks
     from microscale.integrations.hf.chain import token
-    from microscale.integrations.hf.chain_parts import KINDS, chain_of, refuse_parts
+    from microscale.integrations.hf.chain_parts import chain_of, refuse_parts
     from microscale.integrations.hf.step_cache import StepCache
 
     model = made(name, DEVICE)
@@ -356,8 +357,9 @@ def test_a_token_of_a_model(name: str, batch: int) -> None:
 def test_a_token_of_a_quantised_model(name: str, fmt: str, batch: int) -> None:
     """Linears, experts and all but routers packed: beside the same numbers as plain weights."""
     import microscale
+    from microscale.integrations.hf.architectures import KINDS
     from microscale.integrations.hf.chain import token
-    from microscale.integrations.hf.chain_parts import KINDS, refuse_parts
+    from microscale.integrations.hf.chain_parts import refuse_parts
     from microscale.integrations.hf.requantize import dequantize_model
     from microscale.integrations.hf.step_cache import StepCache
 

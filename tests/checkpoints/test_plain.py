@@ -69,7 +69,6 @@ def test_entries(tmp_path: Path, dtype: torch.dtype) -> None:
         ("w.weight", torch.float8_e5m2),
         ("w.scale", torch.float8_e8m0fnu),
         ("w.weight", torch.float4_e2m1fn_x2),
-        ("w.weight", torch.float64),
         ("w.weight", torch.int8),
         ("w.weight_packed", torch.uint8),
         ("w.qweight", torch.int32),
@@ -81,6 +80,14 @@ def test_quantised_without_a_word_is_refused(tmp_path: Path, name: str, dtype: t
     with pytest.raises(CheckpointError, match="scales are unknown") as info:
         open_checkpoint(tmp_path / "m")
     assert (info.value.tensor, info.value.found) == (name, dtype)
+
+
+def test_wide_numbers_are_not_called_quantised(tmp_path: Path) -> None:
+    write(tmp_path / "m", {}, {"w.weight": torch.ones(2, dtype=torch.float64)})
+    with pytest.raises(
+        CheckpointError, match=r"wrong dtype \(expected torch.bfloat16 or.*found torch.float64"
+    ):
+        open_checkpoint(tmp_path / "m")
 
 
 def test_there_is_nothing_packed_to_load(tmp_path: Path) -> None:

@@ -171,3 +171,23 @@ def test_a_full_disk_is_one_line(command: tuple[str, ...]) -> None:
     assert done.stderr.startswith("microscale: error: ")
     assert "No space left on device" in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.skipif(os.name != "posix", reason="a shell's way to close a stream")
+@pytest.mark.parametrize(
+    ("closed", "code"), [("<&-", 2), (">&-", 0), ("2>&-", 0), ("<&- >&- 2>&-", 0), ("<&- 2>&-", 2)]
+)
+def test_streams_that_a_shell_has_closed(tiny: Path, closed: str, code: int) -> None:
+    """Without stdin the prompt is empty, if it is not among the words; what nobody reads is written nowhere."""
+    prompt = "" if code else "'a b'"
+    line = f"exec {sys.executable} -m microscale.cli run {tiny} {prompt} --max-new-tokens 2 {closed}"
+    done = subprocess.run(line, shell=True, capture_output=True, text=True, check=False)
+    assert done.returncode == code
+    said = done.stderr.splitlines()
+    if "2>" in closed:
+        assert not said
+    elif code:
+        assert said == ["microscale: error: the prompt is empty"]
+    else:
+        assert len(said) == 1
+    assert bool(done.stdout) == (">&-" not in closed.replace("2>&-", "") and not code)

@@ -139,7 +139,17 @@ def test_a_prompt_comes_through_a_pipe(cli: Cli, tiny: Path) -> None:
     assert found["prompt"] == "from a pipe"
 
 
-def test_an_empty_prompt_is_refused(cli: Cli, tiny: Path) -> None:
+@pytest.mark.parametrize("prompt", ["", " \n"])
+def test_an_empty_prompt_is_refused(cli: Cli, tiny: Path, bare: Path, prompt: str) -> None:
+    """Of a model without a tokenizer, too: nothing given is random ids, and "" is not nothing given."""
+    result = cli("run", bare, prompt, "--json")
+    assert result.exit_code == 2
+    assert document(result) == {"error": {"type": "PromptError", "message": "the prompt is empty"}}
+    result = cli("run", tiny, "", "--json")
+    assert document(result)["error"]["type"] == "PromptError"
+
+
+def test_an_empty_pipe_is_refused(cli: Cli, tiny: Path) -> None:
     result = cli("run", tiny, "--json", input="")
     assert result.exit_code == 2
     assert "the prompt is empty" in result.stderr
@@ -316,6 +326,20 @@ def test_a_chat_outlives_an_error(
     converse(session, lines("a", "b"))
     assert seen == ["[user]a[assistant]", "[user]b[assistant]"]
     assert "too long" in capsys.readouterr().err
+
+
+def test_an_interrupt_at_the_prompt_ends_no_chat(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It came for a reply that had just ended, or to forget a line."""
+    seen, given = asked_of(session, monkeypatch), lines("a", "interrupt", "b")
+
+    def read(prompt: str) -> str:
+        line = given(prompt)
+        if line == "interrupt":
+            raise KeyboardInterrupt
+        return line
+
+    converse(session, read)
+    assert seen == ["[user]a[assistant]", "[user]a[assistant]yes[user]b[assistant]"]
 
 
 def test_without_a_template_each_line_stands_alone(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -42,6 +42,7 @@ def test_a_model_is_stepped_by_a_chain_of_kernels_unless_somebody_listens(
     with monkeypatch.context() as older:  # as on GPUs that Triton's kernels are not for
         older.setattr(chain_parts, "triton_steps", lambda device: False)
         older.setattr(chain_parts, "device_kind", lambda device: "cuda")
+        older.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
         older.setattr(chain_parts, "detect", lambda: SimpleNamespace(packages=()))
         assert str(chain_parts.refuse(model)).endswith("and the package triton is not installed")
         older.setattr(chain_parts, "detect", lambda: SimpleNamespace(packages=(("triton", "3.6.0"),)))

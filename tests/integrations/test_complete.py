@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from microscale import CheckpointError
+from microscale.errors import CheckpointWarning
 from microscale.integrations.hf.loading import _check_complete
 
 WHERE = Path("somewhere")
@@ -31,7 +32,12 @@ def test_what_is_missing_misshapen_or_unread_is_an_error(info: dict[str, Any], s
     assert said in str(caught.value)
 
 
-def test_what_else_nothing_reads_passes() -> None:
-    _check_complete(
-        WHERE, {"missing_keys": set(), "mismatched_keys": None, "unexpected_keys": {"rotary.inv_freq"}}
-    )
+def test_what_else_nothing_reads_is_a_warning() -> None:
+    found = {"missing_keys": set(), "mismatched_keys": None, "unexpected_keys": {"tower.weight", "a"}}
+    with pytest.warns(CheckpointWarning, match="2 tensors that the model of its config.json has no use for"):
+        _check_complete(WHERE, found)
+
+
+def test_nothing_is_said_of_a_whole_model(recwarn: pytest.WarningsRecorder) -> None:
+    _check_complete(WHERE, {"missing_keys": set(), "mismatched_keys": None, "unexpected_keys": set()})
+    assert not recwarn

@@ -16,6 +16,8 @@ from transformers import (
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
@@ -30,6 +32,7 @@ from microscale.canary import Placer
 from microscale.errors import SettingError
 from microscale.integrations.hf import cpu_step, graph
 from microscale.integrations.hf.cpu_cache import TokenCache
+from microscale.integrations.hf.cpu_parts import Experts
 from microscale.integrations.hf.cpu_step import CpuStep
 from microscale.integrations.hf.graph import Decoder
 from microscale.integrations.hf.linears import place_linears
@@ -100,7 +103,15 @@ def qwen3_moe_shares(_: Path, dtype: torch.dtype = torch.float32) -> Any:
     return qwen3_moe(_, dtype, renormalize=False)
 
 
-MODELS = [gpt_oss, llama, mistral, qwen2, qwen3, packed_qwen3, qwen3_moe, qwen3_moe_shares]
+def mixtral(_: Path, dtype: torch.dtype = torch.float32) -> Any:
+    """Experts packed, whose routes keep float32 weights; windows alone."""
+    config = MixtralConfig(**SIZES, num_local_experts=6, num_experts_per_tok=2, sliding_window=8)
+    model = placed(MixtralForCausalLM(config), dtype)
+    microscale.requantize(model, "nvfp4", what=("experts",))
+    return model
+
+
+MODELS = [gpt_oss, llama, mistral, mixtral, qwen2, qwen3, packed_qwen3, qwen3_moe, qwen3_moe_shares]
 Make = Callable[..., Any]
 
 
@@ -344,3 +355,14 @@ def test_a_token_beyond_the_vocabulary_is_refused(tmp_path: Path) -> None:
     step = step_behind(gpt_oss(tmp_path), prompt(1, 4))
     with pytest.raises(ValueError, match="out of range"):
         step(torch.tensor([[160]]))
+
+
+@pytest.mark.parametrize("make", [mixtral, qwen3_moe], ids=lambda make: make.__name__)
+def test_routes_have_weights_of_the_dtype_that_their_router_gives(tmp_path: Path, make: Make) -> None:
+    model = make(tmp_path, torch.bfloat16)
+    parts = cpu_step.parts_for(model, 1)
+    assert not isinstance(parts, str)
+    _, weights, _ = model.model.layers[0].mlp.gate(torch.randn(1, SIZES["hidden_size"]).bfloat16())
+    experts = parts.layers[0].mlp
+    assert isinstance(experts, Experts)
+    assert experts.shares is weights.dtype

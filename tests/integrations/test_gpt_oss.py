@@ -167,3 +167,23 @@ def test_dummy_of_the_bundled_architecture_runs(tmp_path: Path) -> None:
     assert out.shape == (1, 6)
     with pytest.raises(CheckpointError, match="expected 1 to 3, found 9"):
         microscale.load(tmp_path, load_format="dummy", layers=9)
+
+
+def test_a_traced_model_computes_when_it_is_replayed(tmp_path: Path) -> None:
+    """A tracer sees operators of torch's only, and has tensors for sizes."""
+    write(tmp_path)
+    model = microscale.load(tmp_path, dtype=torch.float32, device="cpu")
+
+    class Logits(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, ids: torch.Tensor) -> Any:
+            return self.model(ids, use_cache=False).logits
+
+    run = Logits().eval()
+    seen, other = torch.randint(2, 160, (2, 1, 7))
+    with torch.no_grad():
+        found, wanted = torch.jit.trace(run, seen, check_trace=False)(other), run(other)
+    assert (found - wanted).abs().max() <= FP32_BOUND * wanted.abs().max()

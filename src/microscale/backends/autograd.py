@@ -14,6 +14,15 @@ def wanted(*args: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in args)
 
 
+def recorded() -> bool:
+    """Whether somebody notes which of torch's operators run, and would not see what runs behind them."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._get_tracing_state() is not None
+        or torch._C._len_torch_dispatch_stack() > 0
+    )
+
+
 def watched(*args: Tensor | None) -> bool:
     """Whether somebody must see torch's own operators: autograd, a tracer, a mode, or a subclass of Tensor."""
     return (

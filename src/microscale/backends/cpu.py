@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -74,14 +75,12 @@ def linear(x: Tensor, w: Packed, bias: Tensor | None = None, *, act: Format | No
     """
     check_linear(x, w.shape, bias)
     _check(x, act)
-    if torch.compiler.is_compiling():
-        compiled: Tensor = ops.linear(x, w.buffer, w.outer, w.shape[0], bias)
-        return compiled
-    if not autograd.wanted(x, bias):
-        return cpu_core.linear(x, w.buffer, w.outer, w.shape[0], bias)
+    product: Callable[..., Tensor] = ops.linear if autograd.recorded() else cpu_core.linear
+    if torch.compiler.is_compiling() or not autograd.wanted(x, bias):
+        return product(x, w.buffer, w.outer, w.shape[0], bias)
 
     def fast(x: Tensor, bias: Tensor | None) -> Tensor:
-        return cpu_core.linear(x, w.buffer, w.outer, w.shape[0], bias)
+        return product(x, w.buffer, w.outer, w.shape[0], bias)
 
     def slow(x: Tensor, bias: Tensor | None) -> Tensor:
         return emulation.linear(x, emulation.Packed(unpack(w)), bias)
@@ -128,18 +127,18 @@ def moe(
         )
 
     def fast(x: Tensor, topk_weights: Tensor, b13: Tensor | None, b2: Tensor | None) -> Tensor:
-        return cpu_core.moe(
-            x, topk_ids, topk_weights, *weights, activation, b13, b2, expert_map, weight_on_input
-        )
+        rest = (b13, b2, expert_map, weight_on_input)
+        if not autograd.recorded():
+            return cpu_core.moe(x, topk_ids, topk_weights, *weights, activation, *rest)
+        a = activation
+        fields = (a.kind, a.gated, a.interleaved, a.alpha, a.beta, a.limit)
+        y: Tensor = ops.moe(x, topk_ids, topk_weights, *weights, *fields, *rest)
+        return y
 
     if 0 in w13.shape or 0 in w2.shape:
         return slow(x, topk_weights, b13, b2)
     if torch.compiler.is_compiling():
-        a = activation
-        fields = (a.kind, a.gated, a.interleaved, a.alpha, a.beta, a.limit)
-        routes = (topk_ids, topk_weights)
-        y: Tensor = ops.moe(x, *routes, *weights, *fields, b13, b2, expert_map, weight_on_input)
-        return y
+        return fast(x, topk_weights, b13, b2)
     return autograd.run(fast, slow, x, topk_weights, b13, b2)
 
 

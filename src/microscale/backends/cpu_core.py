@@ -15,6 +15,7 @@ from torch import Tensor
 from microscale import _core, env
 from microscale.activations import KINDS, Activation
 from microscale.errors import SettingError
+from microscale.fork import survive_forks
 from microscale.formats import FORMATS
 from microscale.operands import local_ids
 
@@ -27,6 +28,8 @@ ROUTERS = ("topk_softmax", "softmax_topk")  # enum ms_router, functions of `micr
 KIND_IDS = {kind: i for i, kind in enumerate(KINDS)}  # enum ms_kind
 _CPU = torch.device("cpu")  # wherever tensors are made by default
 _run: Any = _core  # through which these are called; see `timed`
+
+survive_forks()  # operands are converted by PyTorch's operators
 
 
 @cache
@@ -172,9 +175,16 @@ def rms_norm(x: Tensor, w: Tensor, epsilon: float) -> Tensor:
 
 
 def route(
-    logits: Tensor, top_k: int, router: str = "topk_softmax", renormalize: bool = True
+    logits: Tensor,
+    top_k: int,
+    router: str = "topk_softmax",
+    renormalize: bool = True,
+    rounded: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Contiguous logits [M, E] -> weights float32 [M, T], rounded to the logits' dtype, and ids; see `ms_route`.
+    """Contiguous logits [M, E] -> weights float32 [M, T], and ids; see `ms_route`.
+
+    Args:
+        rounded: the dtype that weights are rounded to; None: the logits'.
 
     The slow twins are `routing.topk_softmax` and `routing.softmax_topk`.
     """
@@ -182,8 +192,9 @@ def route(
     ids = torch.empty((m, top_k), dtype=torch.int64, device=_CPU)
     weights = torch.empty((m, top_k), dtype=torch.float32, device=_CPU)
     kind, dtype = ROUTERS.index(router), DTYPE_IDS[logits.dtype]
+    how = (kind, renormalize, DTYPE_IDS[rounded or logits.dtype])
     out = (ids.data_ptr(), weights.data_ptr())
-    _run.route(level(), dtype, logits.data_ptr(), m, experts, kind, renormalize, top_k, *out)
+    _run.route(level(), dtype, logits.data_ptr(), m, experts, *how, top_k, *out)
     return weights, ids
 
 

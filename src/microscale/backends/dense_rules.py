@@ -1,4 +1,4 @@
-"""Linears whose weights are not quantised: when the C++ core multiplies them, and who does otherwise."""
+"""Linears whose weights are not quantised: when the C++ core or Triton multiplies them, and who does otherwise."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from microscale import env
 from microscale.backends.cpu_rules import device_refusal
+from microscale.backends.triton_rules import refuse_steps
 from microscale.oracle import Backend, Choice, Problem, choose
 
 # What a `Problem` calls the weights of such a linear.
@@ -38,6 +39,30 @@ CORE = Backend(
     proven="x86 CPUs",
 )
 DENSE = (CORE, Backend(HOST, "torch.nn.functional", _refuse_nothing, "PyTorch's own product"))
+
+
+_WHOLE = 16  # bytes of a row that Triton's kernel for few rows reads at once
+_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
+
+
+def refuse_token(problem: Problem) -> str | None:
+    """Why a generated token's product is not Triton's, in a chain of kernels (`chain_parts`: of which models)."""
+    if (why := refuse_steps(problem.device, problem.arch, problem.packages)) is not None:
+        return why
+    if problem.dtype != problem.weight:
+        return f"activations are {problem.dtype} and weights {problem.weight}"
+    if problem.k * _BYTES[problem.weight] % _WHOLE:
+        return f"its rows of {problem.k} are no whole {_WHOLE} bytes"
+    return None
+
+
+TOKEN = Backend(
+    "triton",
+    "microscale.backends.triton.rows",
+    refuse_token,
+    "up to 4 rows by weights where they lie, summed in float32, several linears in one kernel",
+    proven="NVIDIA H200",
+)
 
 
 def choose_dense(

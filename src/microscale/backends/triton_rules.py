@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from microscale.machine import Machine
 from microscale.oracle import Problem
 
@@ -20,6 +22,16 @@ def refuse(problem: Problem) -> str | None:
     if "triton" not in problem.packages:
         return "the package triton is not installed"
     return None
+
+
+def refuse_steps(device: str, arch: str, packages: Collection[str]) -> str | None:
+    """None, or why a generated token is no chain of kernels there: they are for where they ran for us, or nearly."""
+    why = f"the model is on {device}" if device != "cuda" else None
+    if why is None and "triton" not in packages:
+        why = "the package triton is not installed"
+    if why is None and _capability(arch) < 80:
+        why = f"this GPU is {arch}"
+    return why and f"a token's kernels are Triton's, for CUDA from sm_80 on, and {why}"
 
 
 def unproven(machine: Machine) -> str | None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from typing import Any
 
+import torch
+
 from microscale.checkpoints.config import CONFIG, quant_method
 from microscale.checkpoints.dialect import FLOATS, Entry
 from microscale.checkpoints.source import Source
@@ -33,9 +35,12 @@ def read(source: Source, config: dict[str, Any]) -> list[Entry]:
     for info in source:
         module, _, role = info.name.rpartition(".")
         if info.dtype not in FLOATS if info.dtype.is_floating_point else _PACKED.match(role):
+            wide = info.dtype is torch.float64
             raise CheckpointError(
                 info.file,
-                "quantised, but config.json has no quantization_config, so its scales are unknown",
+                "wrong dtype"
+                if wide
+                else "quantised, but config.json has no quantization_config, so its scales are unknown",
                 tensor=info.name,
                 expected=" or ".join(map(str, FLOATS)),
                 found=info.dtype,

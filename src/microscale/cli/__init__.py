@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from functools import partial
 from typing import Annotated, Any, TextIO
 
 import typer
@@ -16,7 +18,7 @@ from microscale import env
 from microscale.cli import bench, doctor, explain, inspect, run, selftest
 from microscale.cli import eval as evaluation
 from microscale.cli.output import clean, emit, only_json
-from microscale.errors import MicroscaleError, one_line
+from microscale.errors import CheckpointWarning, MicroscaleError, one_line
 
 ERROR, INTERRUPTED = 2, 130
 
@@ -92,6 +94,8 @@ def _options(
 def main(args: Sequence[str] | None = None) -> None:
     """Run the command line and exit: 0 done, 1 checked and found wanting, 2 an error, 130 interrupted."""
     env.wait_quietly()
+    _have_streams()
+    warnings.showwarning = partial(_warn, warnings.showwarning)
     for stream in (sys.stdout, sys.stderr):
         # A character that the terminal's encoding lacks is no reason to stop.
         if hasattr(stream, "reconfigure"):
@@ -110,6 +114,29 @@ def main(args: Sequence[str] | None = None) -> None:
         unforeseen = f"{type(error).__name__}: {one_line(error)} (not foreseen: --debug shows where)"
         _say(type(error), one_line(error) if isinstance(error, OSError) else unforeseen, as_json=False)
         sys.exit(ERROR)
+
+
+def _warn(others: Callable[..., None], message: Warning | str, category: type[Warning], *rest: Any) -> None:
+    """A line for what is ours to say; `others` shows the rest."""
+    if issubclass(category, CheckpointWarning):
+        print(f"microscale: warning: {clean(str(message))}", file=sys.stderr)
+    else:
+        others(message, category, *rest)
+
+
+def _have_streams() -> None:
+    """Where a shell closed stdin, stdout or stderr (`>&-`), read nothing, and write nowhere.
+
+    Python has None for them then, and the next file that is opened would get their numbers, and what is written there.
+    """
+    for number, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
+        if getattr(sys, name) is None:
+            nowhere = os.open(os.devnull, os.O_RDWR)
+            if nowhere != number:
+                os.dup2(nowhere, number)
+                os.close(nowhere)
+            stream = open(number, mode, encoding="utf-8", closefd=False)  # noqa: SIM115 (for all that follows)
+            setattr(sys, name, stream)
 
 
 def _abandon(stream: TextIO) -> None:

@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from microscale.cli.session import Session, note, rates, write
 from microscale.errors import MicroscaleError
 
-HELP = "/reset forgets the conversation, /exit or Ctrl-D ends it, Ctrl-C stops a reply"
+HELP = "/reset forgets the conversation, /exit or Ctrl-D ends it, Ctrl-C stops a reply or forgets a line"
 
 
 def converse(session: Session, read: Callable[[str], str] = input) -> None:
@@ -26,6 +26,9 @@ def converse(session: Session, read: Callable[[str], str] = input) -> None:
         except EOFError:
             write("\n")
             return
+        except KeyboardInterrupt:  # mostly of somebody who stopped a reply that had just ended
+            write("\n")
+            continue
         if line.strip() == "/exit":
             return
         if line.strip() == "/reset":

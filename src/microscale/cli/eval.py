@@ -111,10 +111,11 @@ def evaluate(
     if markdown and as_json:
         raise MicroscaleError("--markdown or --json, not both")
     names = list(FORMATS) if formats == "all" else [] if formats == "none" else formats.split(",")
-    for name in names:
-        known(name, (*FORMATS, "all", "none"), "format")
+    for word in names:
+        known(word, (*FORMATS, "all", "none"), "format")
     quiet_libraries()
-    path, text_path = resolve(model or BUNDLED), text or resolve(BUNDLED) / "heldout.txt"
+    name = BUNDLED if model is None else model
+    path, text_path = resolve(name), text or resolve(BUNDLED) / "heldout.txt"
     options = {"dtype": DTYPES.get(dtype, "auto"), "device": device, "backend": backend, "act": act}
     setting = _setting(path, text_path, window, max_tokens, tuple(what.split(",")), options)
 
@@ -124,15 +125,15 @@ def evaluate(
     variants.append(_shipped(path, None if master is None else resolve(master), setting))
     if master is None and variants[0].report.rows:
         variants.append(_unpacked(path, setting))
-    for name in progress(names, "formats"):
+    for word in progress(names, "formats"):
         try:
-            variants.append(_requantised(resolve(master) if master else path, name, setting))
+            variants.append(_requantised(resolve(master) if master else path, word, setting))
         except FormatError as error:
             if formats != "all":
                 raise
-            refused[name] = str(error)
+            refused[word] = str(error)
     document = {
-        "model": str(model or BUNDLED),
+        "model": name,
         "master": master,
         "text": text_path.name,
         "tokens": len(setting.tokens) - 1,

@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     from microscale.oracle import Backend
     from microscale.plan import Outline, Placed, Plan
 
+_CHAIN = (
+    "* in prompts; a generated token is one chain of kernels, replayed from a CUDA graph: experts as above, and "
+    "Triton's for norms, attention, routes, and products of few rows."
+)
 HERE = "this"  # the word for the machine that this runs on
 
 
@@ -84,7 +88,7 @@ def explain(
         if given:
             raise MicroscaleError(f"{', '.join(given)} describes one layer: add --op linear or --op moe")
         quiet_libraries()
-        what = outline(model or BUNDLED, act=act, layers=layers)
+        what = outline(BUNDLED if model is None else model, act=act, layers=layers)
     else:
         if model is not None:
             raise MicroscaleError("give a model or --op, not both")
@@ -226,6 +230,7 @@ def _plan_document(plan: Plan) -> dict[str, Any]:
         "device": plan.device,
         "memory_bytes": plan.memory,
         "fits": plan.outline.stored <= plan.memory,
+        "why_modules": plan.why_modules,
         "layers": [_placed_document(p, plan) for p in plan.placed],
     }
 
@@ -241,6 +246,7 @@ def _placed_document(p: Placed, plan: Plan) -> dict[str, Any]:
         "stored_bytes": layer.stored,
         "read_bytes_per_token": layer.read,
         "backend": p.backend,
+        "token_backend": p.token_backend,
     }
     if p.problem is not None and layer.quantised:
         document |= {
@@ -284,18 +290,27 @@ def _show(plan: Plan, first: bool) -> None:
         if layer.declared is not None:
             numerics = f"declared {layer.declared}, {numerics}"
         name, backend = clean(layer.name), p.backend or "none"
+        if p.token_backend != p.backend:
+            backend += " *"
         rows.add_row(
             name, str(layer.count), layer.format, numerics, backend, human(layer.stored), human(layer.read)
         )
     rows.add_row("total", "", "", "", "", human(what.stored), human(what.read))
     show(rows)
     _show_reasons(plan)
+    if any(p.chained for p in plan.placed):
+        say(_CHAIN, hang=0)
+    elif plan.why_modules is not None:
+        say(
+            f"A generated token runs the model's modules, replayed from a CUDA graph: {plan.why_modules}.",
+            hang=0,
+        )
     say(_memory_line(plan), hang=0)
 
 
 def _show_reasons(plan: Plan) -> None:
     """Once for all classes that got the same answer."""
-    from microscale.backends.dense_rules import HOST
+    from microscale.backends.dense_rules import HOST, TOKEN
     from microscale.cli.output import say
 
     answers: dict[tuple[Any, ...], list[str]] = {}
@@ -307,9 +322,10 @@ def _show_reasons(plan: Plan) -> None:
                 p.choice.skipped if p.choice else (),
                 (p.choice.numerics, p.choice.arithmetic) if p.choice else ("", ""),
                 p.choice.compared if p.choice else None,
+                p.chained,
             )
             answers.setdefault(key, []).append(p.layer.name)
-    for (backend, refused, skipped, (numerics, arithmetic), compared), names in answers.items():
+    for (backend, refused, skipped, (numerics, arithmetic), compared, chained), names in answers.items():
         say(f"{', '.join(dict.fromkeys(names))}:")
         if backend is None:
             say("no backend: every one refused", indent=2)
@@ -321,6 +337,9 @@ def _show_reasons(plan: Plan) -> None:
                 say(_proven_line(backend, plan), indent=4, hang=0)
                 if compared is not None:
                     say(compared, indent=4, hang=0)
+        if chained:
+            say(f"+ {TOKEN.name}, for a generated token: {TOKEN.how}", indent=2)
+            say(_proven_line(TOKEN, plan), indent=4, hang=0)
         for name, why in refused:
             say(f"- {name}: {why}", indent=2)
         if skipped:

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import LogitsProcessorList
 from transformers.generation.streamers import BaseStreamer, TextStreamer
 
-from microscale.errors import MicroscaleError
+from microscale.errors import MicroscaleError, PromptError, one_line
 
 if TYPE_CHECKING:
     from microscale import Decoder
@@ -22,12 +22,15 @@ if TYPE_CHECKING:
     from microscale.cli.timing import Timing
 
 
+COLDEST = 1e-6  # temperatures below take the likeliest token: float32 has no room for logits over them
+
+
 @dataclass(frozen=True)
 class Settings:
     """How to choose tokens; None: as the checkpoint's generation_config says, which without one is greedily.
 
     Attributes:
-        temperature: 0 takes the likeliest token.
+        temperature: 0, or less than `COLDEST`, takes the likeliest token.
         seed: of the sampling.
     """
 
@@ -40,13 +43,15 @@ class Settings:
         """For transformers' `generate`."""
         found: dict[str, Any] = {}
         if self.temperature is not None:
-            found["do_sample"] = self.temperature > 0
-            if self.temperature > 0:
+            found["do_sample"] = self.temperature >= COLDEST
+            if found["do_sample"]:
                 found["temperature"] = self.temperature
         if self.top_p is not None:
             found["top_p"] = self.top_p
             found.setdefault("do_sample", True)
         eos = model.generation_config.eos_token_id
+        if beams(model) > 1:
+            found["num_beams"] = 1  # text comes as it is made, and beams have none until the end
         if model.generation_config.pad_token_id is None and eos is not None:
             found["pad_token_id"] = eos[0] if isinstance(eos, list) else eos
         return found
@@ -54,6 +59,11 @@ class Settings:
     def samples(self, model: Any) -> bool:
         """Whether the seed matters."""
         return bool(self.arguments(model).get("do_sample", model.generation_config.do_sample))
+
+
+def beams(model: Any) -> int:
+    """How many its generation config asks for."""
+    return getattr(model.generation_config, "num_beams", None) or 1
 
 
 @dataclass
@@ -107,7 +117,8 @@ def generate(
         interruptible: Ctrl-C ends this generation only.
         watch: times it.
     Raises:
-        MicroscaleError: the prompt is empty or as long as the model's context, or the model's answer to it is NaN.
+        PromptError: the prompt is empty or as long as the model's context.
+        MicroscaleError: the model's answer to it is NaN, or settings contradict each other.
     """
     model = decoder.model
     settings = _fitted(model, len(prompt_ids), settings)
@@ -129,6 +140,13 @@ def generate(
                 logits_processor=LogitsProcessorList([_RefuseNan()]),
                 **arguments,
             )
+    except (TypeError, ValueError) as error:
+        if isinstance(error, MicroscaleError):
+            raise
+        why = one_line(error)
+        raise MicroscaleError(
+            f"transformers does not generate by these settings, or the checkpoint's: {why}"
+        ) from error
     except KeyboardInterrupt:
         streamer.end()
         result.stopped = "interrupted"
@@ -169,13 +187,13 @@ class _RefuseNan:
 def _fitted(model: Any, length: int, settings: Settings) -> Settings:
     """Settings whose tokens fit in the model's context behind a prompt."""
     if not length:
-        raise MicroscaleError("the prompt is empty")
+        raise PromptError("the prompt is empty")
     config = model.config.get_text_config()
     context = getattr(config, "max_position_embeddings", None)
     if context is None:
         return settings
     if length >= context:
-        raise MicroscaleError(f"the prompt has {length} tokens, and the model's context is {context}")
+        raise PromptError(f"the prompt has {length} tokens, and the model's context is {context}")
     return replace(settings, max_new_tokens=min(settings.max_new_tokens, context - length))
 
 

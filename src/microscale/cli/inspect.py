@@ -66,13 +66,12 @@ def inspect(
     from microscale.formats import FORMATS
     from microscale.models import BUNDLED, has_weights, resolve
 
-    for name in require or ():
-        known(name, FORMATS, "format")
-    path = resolve(model or BUNDLED)
+    for word in require or ():
+        known(word, FORMATS, "format")
+    name = BUNDLED if model is None else model
+    path = resolve(name)
     if (path / "config.json").exists() and not has_weights(path):
-        raise CheckpointError(
-            path, f"a config alone has no bytes; `microscale explain {model or BUNDLED}` plans it"
-        )
+        raise CheckpointError(path, f"a config alone has no bytes; `microscale explain {name}` plans it")
     checkpoint = open_checkpoint(path)
     found = groups(checkpoint)
     files = [_file(checkpoint, i) for i in range(len(checkpoint.source.files))]
@@ -173,7 +172,7 @@ def nan_scales(weight: QuantTensor) -> int:
 
 
 def _kind(e: Entry) -> tuple[str, str]:
-    from microscale.plan import kind_of
+    from microscale.layer_classes import kind_of
 
     last = e.module.rpartition(".")[2]
     vector = len(e.shape) < 2

@@ -102,7 +102,7 @@ def run(
     from microscale.cli.generate import Settings
     from microscale.cli.session import note, open_session, tokenizer_of, write
 
-    name = model or BUNDLED
+    name = BUNDLED if model is None else model
     tokenizer = tokenizer_of(name)
     if model is not None and prompt is None and tokenizer is not None:
         if not sys.stdin.isatty():
@@ -153,6 +153,7 @@ def _check(backend: str | None, act: str, device: str | None, canary: str | None
     from microscale.backends import table
     from microscale.cli.explain import check_act
     from microscale.cli.output import known
+    from microscale.env import CANARIES
     from microscale.integrations.hf.loading import target_device
 
     check_act(act)
@@ -160,7 +161,7 @@ def _check(backend: str | None, act: str, device: str | None, canary: str | None
     if backend is not None:
         known(backend, [b.name for b in table()], "backend")
     if canary is not None:
-        known(canary, ("class", "all", "off"), "canary")
+        known(canary, CANARIES, "canary")
     target_device(device)
 
 

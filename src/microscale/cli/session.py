@@ -13,16 +13,17 @@ import torch
 from transformers import AutoTokenizer
 
 from microscale import Decoder, load
-from microscale.checkpoints.config import CONFIG, read_config
-from microscale.cli.generate import Generation, Settings, generate
+from microscale.checkpoints.config import CONFIG, quant_method, read_config
+from microscale.cli.generate import Generation, Settings, beams, generate
 from microscale.cli.output import clean, progress, quiet_libraries, say
 from microscale.dense import DenseModule
-from microscale.errors import CheckpointError, MicroscaleError, one_line
+from microscale.errors import CheckpointError, MicroscaleError, PromptError, one_line
 from microscale.integrations.hf.dummy import dummy_config
 from microscale.integrations.hf.linears import dense_modules
 from microscale.integrations.hf.quantizer import runners
+from microscale.layer_classes import kind_of
 from microscale.models import resolve
-from microscale.plan import kind_of, outline
+from microscale.plan import outline
 
 if TYPE_CHECKING:
     from microscale.cli.cpu_timing import Watch
@@ -60,25 +61,28 @@ class Session:
         """A prompt as text and ids. Without a tokenizer, `prompt` is ids in words, or None for random ones.
 
         Raises:
-            MicroscaleError: ids that are none, or a text that is not UTF-8.
+            PromptError: ids that are none, or a text that is not UTF-8.
         """
         try:
             (prompt or "").encode()
         except UnicodeEncodeError as error:
-            raise MicroscaleError(f"the prompt is not UTF-8 from character {error.start} on") from None
+            raise PromptError(f"the prompt is not UTF-8 from character {error.start} on") from None
         if self.chat:
             return self.encode_chat([{"role": "user", "content": prompt or ""}])
         if self.tokenizer is not None:
             return prompt or "", list(self.tokenizer(prompt or "").input_ids)
         vocabulary = self.model.config.get_text_config().vocab_size
-        if prompt is None or not prompt.split():
+        if prompt is None:
             generator = torch.Generator().manual_seed(self.settings.seed)
             ids = torch.randint(vocabulary, (_RANDOM_PROMPT,), generator=generator).tolist()
         else:
             words = prompt.split()
-            if not all(w.isdecimal() and int(w) < vocabulary for w in words):
+            longest = len(str(vocabulary))
+            if not all(
+                w.isdecimal() and len(w.lstrip("0")) <= longest and int(w) < vocabulary for w in words
+            ):
                 problem = "has no tokenizer, so a prompt is token ids"
-                raise MicroscaleError(f"{self.name} {problem} from 0 to {vocabulary - 1}, such as '17 4 96'")
+                raise PromptError(f"{self.name} {problem} from 0 to {vocabulary - 1}, such as '17 4 96'")
             ids = [int(w) for w in words]
         return " ".join(map(str, ids)) + " ", ids
 
@@ -88,12 +92,10 @@ class Session:
         Raises:
             MicroscaleError: the template fails.
         """
-        from jinja2 import TemplateError
-
         try:
             text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        except (TemplateError, TypeError, ValueError) as error:
-            raise MicroscaleError(f"the chat template of {self.name} fails: {error}") from error
+        except Exception as error:  # a template divides, indexes and calls: whatever that raises is its fault
+            raise MicroscaleError(f"the chat template of {self.name} fails: {one_line(error)}") from error
         return text, list(self.tokenizer(text, add_special_tokens=False).input_ids)
 
     def generate(
@@ -148,6 +150,8 @@ class Session:
         if result is not None:
             parts.append(rates(result))
             parts.append(_steps(result, self.model.device.type))
+            if (count := beams(self.model)) > 1:
+                parts.append(f"by one beam, of the {count} that its generation config asks for")
             if self.bytes and result.timing is None:
                 parts.append("too few tokens to say where their time goes")
             if self.settings.samples(self.model):
@@ -220,7 +224,9 @@ def tokenizer_of(name: str) -> Any:
         return None
     quiet_libraries()
     if (path / CONFIG).exists():  # which the tokenizer reads, too: said of it, not of the tokenizer
-        dummy_config(path, read_config(path), None)
+        config = read_config(path)
+        quant_method(config, path / CONFIG)
+        dummy_config(path, config, None)
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # whatever a broken file raises: the Rust side has plain Exceptions only

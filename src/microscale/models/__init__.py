@@ -12,6 +12,8 @@ BUNDLED = "stdlib-moe"  # the default of every command
 # Configs only: their weights are the publisher's, but every shape is known.
 CONFIGS = ("gpt-oss-20b", "gpt-oss-120b")
 
+_LONGEST = 200  # characters of a hub id, which has 96 at the most, or of a name in a message
+
 
 def resolve(name: str | Path, weights: bool = True) -> Path:
     """The directory of a model: a bundled name, a directory, or an id on the Hugging Face hub.
@@ -23,14 +25,24 @@ def resolve(name: str | Path, weights: bool = True) -> Path:
     """
     if str(name) == BUNDLED or str(name) in CONFIGS:
         return HERE / str(name)
-    path = Path(name).expanduser()
-    if path.exists():
-        return path
     text = str(name)
-    if text.count("/") != 1 or text.startswith((".", "/", "~")):
+    path = Path(text).expanduser()
+    if text and _exists(path):
+        return path
+    if text.count("/") != 1 or text.startswith((".", "/", "~")) or len(text) > _LONGEST:
         names = ", ".join((BUNDLED, *CONFIGS))
-        raise CheckpointError(text, f"no such directory, not a bundled name ({names}), and not a hub id")
+        shown = text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
+        raise CheckpointError(
+            shown or "''", f"no such directory, not a bundled name ({names}), and not a hub id"
+        )
     return _download(text, weights)
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # a name that no file can have
+        return False
 
 
 def has_weights(path: Path) -> bool:

@@ -16,6 +16,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
 from microscale.backends import autograd
+from microscale.backends.triton_rules import refuse_steps
 from microscale.canary import DTYPES
 from microscale.machine import detect
 from microscale.nn import device_kind
@@ -53,11 +54,9 @@ def triton_steps(device: torch.device) -> bool:
 
     Asked several times a layer, so it is kept; not to be asked while torch.compile looks on, which knows no caches.
     """
-    return (
-        device_kind(device) == "cuda"
-        and "triton" in dict(detect().packages)
-        and torch.cuda.get_device_capability(device) >= (8, 0)
-    )
+    kind = device_kind(device)
+    arch = "sm_{}{}".format(*torch.cuda.get_device_capability(device)) if kind == "cuda" else ""
+    return refuse_steps(kind, arch, dict(detect().packages)) is None
 
 
 def sink_attention(
@@ -104,7 +103,7 @@ def sink_attention(
         return _in_blocks(query, key, value, attention_mask, s_aux, scaling, sliding_window), None
     heads, length, width = query.shape[1:]
     repeat = heads // key.shape[1]
-    causal = attention_mask is None and length > 1
+    causal = attention_mask is None and bool(length > 1)  # a tracer has tensors for sizes
     if causal:  # a static cache hands over its empty end, too
         key, value = key[:, :, :length], value[:, :, :length]
     key, value = (F.pad(t.repeat_interleave(repeat, dim=1), (0, 8, _SLOTS, 0)) for t in (key, value))

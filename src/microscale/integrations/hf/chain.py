@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from microscale.integrations.hf.chain_parts import Kind
+from microscale.integrations.hf.architectures import Kind
 from microscale.integrations.hf.step_cache import StepCache
 from microscale.nn import QuantLinear
 

@@ -6,14 +6,15 @@ A model that is not known here is stepped by its own modules, and a sentence say
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from microscale.backends.triton_rules import refuse_steps
 from microscale.canary import DTYPES
-from microscale.integrations.hf.attention import NAME, triton_steps
+from microscale.integrations.hf.architectures import KINDS, Kind
+from microscale.integrations.hf.attention import triton_steps
 from microscale.integrations.hf.in_place import replacement
 from microscale.integrations.hf.listeners import hooks_of, hooks_of_all
 from microscale.integrations.hf.step_cache import StepCache, moves
@@ -24,40 +25,6 @@ _PLAIN = (nn.Linear, nn.Embedding, nn.ModuleList, nn.SiLU, QuantLinear)
 _OURS = ("DenseGptOssRMSNorm", "StepGptOssRouter")  # what `gpt_oss.take_steps` makes of gpt-oss' own
 _DENSE = ("ForCausalLM", "Model", "DecoderLayer", "Attention", "MLP", "RMSNorm", "RotaryEmbedding")
 _SPARSE = ("SparseMoeBlock", "TopKRouter", "Experts")
-
-
-@dataclass(frozen=True)
-class Kind:
-    """How an architecture differs from its relatives.
-
-    Attributes:
-        prefix: its classes' names are this and one of `_DENSE` or `_SPARSE`.
-        attention: words for transformers' `attn_implementation` for which a step may stand.
-        twice: norms round before they multiply by their weight, too.
-        head_norms: each head of a query and a key gets a norm.
-        sinks: heads have sinks.
-        router: what a layer of experts calls it.
-        shares: the dtype of routes' weights; None: the model's.
-    """
-
-    prefix: str
-    attention: tuple[str, ...] = ("sdpa", "eager")
-    twice: bool = True
-    head_norms: bool = False
-    sinks: bool = False
-    router: str = "gate"
-    shares: torch.dtype | None = None
-
-
-KINDS = {
-    "gpt_oss": Kind("GptOss", (NAME,), twice=False, sinks=True, router="router"),
-    "llama": Kind("Llama"),
-    "mistral": Kind("Mistral"),
-    "mixtral": Kind("Mixtral", shares=torch.float32),
-    "qwen2": Kind("Qwen2"),
-    "qwen3": Kind("Qwen3", head_norms=True),
-    "qwen3_moe": Kind("Qwen3Moe", head_norms=True),
-}
 
 
 def chain_of(model: Any) -> tuple[Callable[[Tensor, StepCache], Any] | None, str | None]:
@@ -74,18 +41,10 @@ def chain_of(model: Any) -> tuple[Callable[[Tensor, StepCache], Any] | None, str
 def refuse(model: Any) -> str | None:
     """None, or why a token of a model is not a chain of kernels, in a sentence."""
     if not triton_steps(model.device):
-        return f"a token's kernels are Triton's, for CUDA from sm_80 on, and {_where(model.device)}"
+        kind = device_kind(model.device)
+        arch = "sm_{}{}".format(*torch.cuda.get_device_capability(model.device)) if kind == "cuda" else ""
+        return refuse_steps(kind, arch, dict(detect().packages))
     return refuse_parts(model)
-
-
-def _where(device: torch.device) -> str:
-    """What stands against Triton's kernels for a token there."""
-    kind = device_kind(device)
-    if kind != "cuda":
-        return f"the model is on {kind}"
-    if "triton" not in dict(detect().packages):
-        return "the package triton is not installed"
-    return "this GPU is sm_{}{}".format(*torch.cuda.get_device_capability(device))
 
 
 def refuse_parts(model: Any) -> str | None:
@@ -98,7 +57,7 @@ def refuse_parts(model: Any) -> str | None:
         return f"its attention is {model.config._attn_implementation}, and not {' or '.join(kind.attention)}"
     if model.training:
         return "it is in training mode"
-    if torch.is_autocast_enabled(model.device.type):
+    if model.device.type != "meta" and torch.is_autocast_enabled(model.device.type):
         return "autocast chooses dtypes, and the chain has one"
     if hooks_of_all():
         return "a hook listens to all modules"

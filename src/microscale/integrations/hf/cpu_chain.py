@@ -101,8 +101,8 @@ class TokenChain:
         ((logits, _),) = self._products([experts.router], self._y, "routes")
         ids = self._matrix("ids", top_k, torch.int64)
         weights = self._matrix("weights", top_k, torch.float32)
-        rule = ROUTERS.index(experts.rule)
-        self._chain.route(logits, count, rule, experts.renormalize, top_k, self._at(ids), self._at(weights))
+        how = (ROUTERS.index(experts.rule), experts.renormalize, DTYPE_IDS[experts.shares])
+        self._chain.route(logits, count, *how, top_k, self._at(ids), self._at(weights))
         placement = experts.runner.placement
         assert placement is not None
         w13, w2 = placement.packed

@@ -1,8 +1,4 @@
-"""What a model's token is made of, if it is what `cpu_chain` knows: plain records of its modules.
-
-Architectures are known by their classes' names, so that asking imports nothing. All of them are a norm, attention, a
-norm, and an MLP or experts, each added to the stream; `transformers` spells their modules alike.
-"""
+"""What a model's token is made of, if it is what `cpu_chain` knows: plain records of its modules."""
 
 from __future__ import annotations
 
@@ -16,22 +12,16 @@ from transformers.activations import ACT2FN
 
 from microscale.canary import DTYPE_WORDS
 from microscale.dense import DenseLinear, DenseModule
-from microscale.integrations.hf.attention import NAME
+from microscale.integrations.hf.architectures import KINDS, Kind
 from microscale.integrations.hf.in_place import replacement
 from microscale.integrations.hf.listeners import hooks_of, hooks_of_all
 from microscale.integrations.hf.step_cache import layer_kinds, moves
 from microscale.machine import detect
 from microscale.nn import QuantExperts, QuantLinear, runner_of
 
-# Families of architectures, and the attention that their modules compute when nobody asked for another.
-FAMILIES = {
-    "GptOss": NAME,
-    "Llama": "sdpa",
-    "Mistral": "sdpa",
-    "Qwen2": "sdpa",
-    "Qwen3": "sdpa",
-    "Qwen3Moe": "sdpa",
-}
+FAMILIES = {kind.prefix: kind for kind in KINDS.values()}
+# What the core makes of modules of transformers', or they are PyTorch's.
+_OURS = {"GptOssTopKRouter": "DenseGptOssRouter", "GptOssRMSNorm": "DenseGptOssRMSNorm"}
 GATES = {"silu": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh"}  # transformers' words, and ours
 _ROOTS = ("transformers.models.", "microscale.", "torch.")  # modules whose classes and methods are known
 
@@ -67,6 +57,7 @@ class Experts:
     router: Product
     rule: str  # of `cpu_core.ROUTERS`
     renormalize: bool
+    shares: torch.dtype  # that their weights are rounded to
     top_k: int
     runner: QuantExperts
 
@@ -133,7 +124,7 @@ def _parts(model: Any) -> Parts:
     if model._compiled_call_impl is not None:
         raise _UnknownError("torch.compile has it")
     attention = model.config._attn_implementation
-    if attention != FAMILIES[family]:
+    if attention != FAMILIES[family].attention[0]:
         raise _UnknownError(f"its attention is {attention}, which the chain would not be")
     listener = next(_listeners(model), None)
     if listener is not None:
@@ -151,7 +142,7 @@ def _parts(model: Any) -> Parts:
     table = _known(body.embed_tokens, "Embedding").weight
     if table.dtype not in DTYPE_WORDS:
         raise _UnknownError(f"it computes in {table.dtype}")
-    read = _Reader(family, table.dtype)
+    read = _Reader(FAMILIES[family], table.dtype)
     layers = [read.layer(layer) for layer in body.layers]
     config = model.config.get_text_config(decoder=True)
     count, places = config.num_hidden_layers, [layer.self_attn.layer_idx for layer in body.layers]
@@ -163,20 +154,23 @@ def _parts(model: Any) -> Parts:
 
 
 class _Reader:
-    """Modules of one family, in one dtype, to records."""
+    """Modules of one architecture, in one dtype, to records."""
 
-    def __init__(self, family: str, dtype: torch.dtype) -> None:
-        self.family, self.dtype = family, dtype
+    def __init__(self, kind: Kind, dtype: torch.dtype) -> None:
+        self.kind, self.dtype = kind, dtype
+
+    def known(self, module: Any, name: str) -> Any:
+        """A module, if it is what the architecture calls so."""
+        return _known(module, f"{self.kind.prefix}{name}")
 
     def layer(self, module: Any) -> Layer:
-        _known(module, f"{self.family}DecoderLayer")
-        at = _known(module.self_attn, f"{self.family}Attention")
-        sinks = getattr(at, "sinks", None)
+        self.known(module, "DecoderLayer")
+        at = self.known(module.self_attn, "Attention")
         q_norm, k_norm = (
-            None if norm is None else self.norm(norm)
+            self.norm(norm) if self.kind.head_norms else None
             for norm in (getattr(at, name, None) for name in ("q_norm", "k_norm"))
         )
-        if q_norm and k_norm and _kind(q_norm) != _kind(k_norm):
+        if q_norm and k_norm and _same(q_norm) != _same(k_norm):
             raise _UnknownError("queries and keys have norms of two kinds")
         return Layer(
             first=self.norm(module.input_layernorm),
@@ -186,7 +180,7 @@ class _Reader:
             o=self.product(at.o_proj),
             q_norm=q_norm,
             k_norm=k_norm,
-            sinks=None if sinks is None else self.tensor(sinks),
+            sinks=self.tensor(at.sinks) if self.kind.sinks else None,
             width=at.head_dim,
             scale=at.scaling,
             second=self.norm(module.post_attention_layernorm),
@@ -194,15 +188,12 @@ class _Reader:
         )
 
     def mlp(self, module: Any) -> Mlp | Experts:
-        if _made_by(module, "GptOssMLP"):
-            _known(module, "GptOssMLP")
-            router = _known(module.router, "DenseGptOssRouter")
-            return self.experts(router, module.experts, "topk_softmax", True)
-        if _made_by(module, "Qwen3MoeSparseMoeBlock"):
-            _known(module, "Qwen3MoeSparseMoeBlock")
-            router = _known(module.gate, "Qwen3MoeTopKRouter")
-            return self.experts(router, module.experts, "softmax_topk", router.norm_topk_prob)
-        _known(module, f"{self.family}MLP")
+        kind = self.kind
+        if _made_by(module, f"{kind.prefix}{kind.sparse}"):
+            self.known(module, kind.sparse)
+            name = f"{kind.prefix}TopKRouter"
+            return self.experts(_known(getattr(module, kind.router), _OURS.get(name, name)), module.experts)
+        self.known(module, "MLP")
         activation = GATES.get(module.config.hidden_act)
         if activation is None:
             raise _UnknownError(f"its activation is {module.config.hidden_act}")
@@ -211,7 +202,7 @@ class _Reader:
         gate, up, down = (self.product(m) for m in (module.gate_proj, module.up_proj, module.down_proj))
         return Mlp(gate, up, down, activation)
 
-    def experts(self, router: Any, module: Any, rule: str, renormalize: bool) -> Experts:
+    def experts(self, router: Any, module: Any) -> Experts:
         runner = runner_of(module)
         if not isinstance(runner, QuantExperts):
             raise _UnknownError("its experts are not in a block format")
@@ -221,15 +212,16 @@ class _Reader:
             raise _UnknownError("its router is PyTorch's")
         w, bias = self.tensor(router.weight), getattr(router, "bias", None)
         product = Product(w, None if bias is None else self.tensor(bias), *w.shape)
-        return Experts(product, rule, bool(renormalize), router.top_k, runner)
+        renormalize, shares = getattr(router, "norm_topk_prob", True), self.kind.shares or self.dtype
+        return Experts(product, self.kind.rule, bool(renormalize), shares, router.top_k, runner)
 
     def norm(self, module: Any) -> Norm:
-        once = _made_by(module, "DenseGptOssRMSNorm")
-        _known(module, "DenseGptOssRMSNorm" if once else f"{self.family}RMSNorm")
+        name = f"{self.kind.prefix}RMSNorm"
+        _known(module, name if _made_by(module, name) else _OURS.get(name, name))
         w = _readable(module.weight)
         if w.dtype not in DTYPE_WORDS:
             raise _UnknownError(f"a norm's weight is {w.dtype}")
-        return Norm(w, module.variance_epsilon, not once)
+        return Norm(w, module.variance_epsilon, self.kind.twice)
 
     def product(self, module: Any) -> Product:
         for kind in (QuantLinear, DenseLinear):
@@ -260,7 +252,7 @@ def _readable(t: Tensor) -> Tensor:
     return t
 
 
-def _kind(norm: Norm) -> tuple[torch.dtype, float, bool]:
+def _same(norm: Norm) -> tuple[torch.dtype, float, bool]:
     return norm.weight.dtype, norm.epsilon, norm.twice
 
 

@@ -40,7 +40,7 @@ def dummy_config(path: Path, config: dict[str, Any], layers: int | None) -> Any:
     del cut["model_type"]
     with _as_checkpoint_error(path, "transformers does not take it"):
         made = AutoConfig.for_model(kind, **cut)
-    count = getattr(made.get_text_config(), "num_hidden_layers", None)
+        count = getattr(made.get_text_config(), "num_hidden_layers", None)
     if isinstance(count, int) and not 0 < count <= MAX_LAYERS:
         raise CheckpointError(path / CONFIG, "layers", expected=f"1 to {MAX_LAYERS}", found=count)
     return made

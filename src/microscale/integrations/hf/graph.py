@@ -21,6 +21,7 @@ from microscale.integrations.hf.cpu_parts import Parts
 from microscale.integrations.hf.cpu_step import CpuStep
 from microscale.integrations.hf.in_place import in_place_of, replacement
 from microscale.integrations.hf.listeners import hooks_of, hooks_of_all
+from microscale.integrations.hf.prompt_ids import check_prompt
 from microscale.integrations.hf.step import MASKS, Step
 from microscale.integrations.hf.step_cache import KINDS, StepCache, layer_kinds
 from microscale.kv_cache import kv_cache
@@ -90,7 +91,11 @@ class Decoder:
             arguments: of `generate`. Some, such as beams, are for steps that are not captured.
 
         There is one cache: what is asked for while a generation runs, from another thread say, takes no part in it.
+
+        Raises:
+            PromptError: the ids are not integers [B, T], there are none, or the model has no such token.
         """
+        check_prompt(self.model, input_ids)
         call: dict[str, Any] = {"input_ids": input_ids, "max_new_tokens": max_new_tokens, **arguments}
         if not self._busy.acquire(blocking=False):
             return self._generate(call)

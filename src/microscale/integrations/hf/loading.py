@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from microscale.checkpoints import open_checkpoint
-from microscale.checkpoints.config import read_config
-from microscale.errors import CheckpointError, SettingError
+from microscale.canary import DTYPES
+from microscale.checkpoints import Checkpoint, open_checkpoint
+from microscale.checkpoints.config import MAX_CONFIG_BYTES, read_config
+from microscale.checkpoints.strict import read_object
+from microscale.errors import CheckpointError, CheckpointWarning, SettingError
 from microscale.integrations.hf.options import Options, using
 from microscale.machine import detect
 from microscale.models import has_weights, resolve
 
+_GENERATION = "generation_config.json"
 Progress = Callable[[Iterable[Any]], Iterable[Any]]
 
 
@@ -51,10 +55,12 @@ def load(
     Raises:
         CheckpointError: the files are not what they say, or tensors are missing.
         NoBackendError: every backend refused a layer, or the forced one did; carries all reasons.
-        SettingError: there is no such device.
+        SettingError: there is no such device or dtype, or code of a checkpoint was to run.
     """
     path = resolve(model)
-    target = target_device(device)
+    target, dtype = target_device(device), target_dtype(dtype)
+    if kwargs.pop("trust_remote_code", False):
+        raise SettingError(f"{path}: trust_remote_code: code of a checkpoint is never run")
     if load_format not in ("auto", "dummy"):
         raise CheckpointError(path, "unknown load_format", expected="auto or dummy", found=load_format)
     if load_format == "dummy":
@@ -76,17 +82,58 @@ def load(
     from microscale.integrations.hf.dummy import dummy_config, meta_model
 
     config = dummy_config(path, checkpoint.config, None)
+    if (path / _GENERATION).exists():  # transformers would go on without one that it cannot read
+        read_object(path / _GENERATION, MAX_CONFIG_BYTES, constants=True)
     with using(Options(backend, act, canary, place=False, checkpoint=checkpoint)) as options:
         try:
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 path, dtype=dtype, output_loading_info=True, trust_remote_code=False, **kwargs
             )
-        except (AttributeError, KeyError, TypeError, ValueError):
-            meta_model(config, path)  # raises a CheckpointError if the config is at fault
+        except (
+            ArithmeticError,
+            AttributeError,
+            ImportError,
+            LookupError,
+            RuntimeError,
+            TypeError,
+            ValueError,
+        ):
+            host = meta_model(config, path)  # raises a CheckpointError if the config is at fault
+            _check_shapes(checkpoint, host)
             raise
     host, info = loaded
     _check_complete(path, info)
     return _ready(host, target, options, progress, kwargs)
+
+
+def _check_shapes(checkpoint: Checkpoint, host: Any) -> None:
+    """Refuse tensors that are not of the shapes that the config gives them, where both have one name for them."""
+    found = {info.name: info for info in checkpoint.source}
+    for name, p in host.named_parameters():
+        info = found.get(name)
+        if info is not None and p.is_floating_point() and tuple(info.shape) != tuple(p.shape):
+            raise CheckpointError(
+                checkpoint.path,
+                "not of the shape that config.json says",
+                tensor=name,
+                expected=list(p.shape),
+                found=list(info.shape),
+            )
+
+
+def target_dtype(dtype: torch.dtype | str) -> torch.dtype | str:
+    """A dtype, or "auto", from what `load` takes: torch's, and "bf16", "fp16", "fp32" or torch's words for them.
+
+    Raises:
+        SettingError: it is no floating point, or no dtype.
+    """
+    if dtype == "auto":
+        return dtype
+    found = DTYPES.get(dtype, getattr(torch, dtype, None)) if isinstance(dtype, str) else dtype
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        known = ", ".join(("auto", *DTYPES))
+        raise SettingError(f"unknown dtype {dtype!r}; known: {known}, and torch's floating ones")
+    return found
 
 
 def target_device(device: str | torch.device | None = None) -> torch.device:
@@ -123,7 +170,7 @@ def _ready(
 
 
 def _check_complete(path: Path, info: dict[str, Any]) -> None:
-    """transformers fills what is missing with random numbers and goes on; we do not."""
+    """transformers fills what is missing with random numbers and goes on; we do not, and say what nothing reads."""
     for key, problem in (
         ("missing_keys", "missing from the checkpoint"),
         ("mismatched_keys", "of the wrong shape"),
@@ -134,3 +181,11 @@ def _check_complete(path: Path, info: dict[str, Any]) -> None:
     scales = sorted(name for name in info.get("unexpected_keys") or () if "scale" in name)
     if scales:
         raise CheckpointError(path, f"{len(scales)} scales that nothing reads, such as", tensor=scales[0])
+    if unread := sorted(info.get("unexpected_keys") or ()):
+        # Towers of models that see, and heads for training, are left out by design; a layer too few is not.
+        count, first = len(unread), unread[0][:200]
+        warnings.warn(
+            f"{path}: {count} tensors that the model of its config.json has no use for, such as {first!r}",
+            CheckpointWarning,
+            stacklevel=3,
+        )

@@ -10,6 +10,7 @@ from typing import Any
 
 from microscale import env
 from microscale.canary import Placer
+from microscale.errors import SettingError
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,10 @@ class Options:
     canary: str | None = None
     place: bool = True
     checkpoint: Any = None
+
+    def __post_init__(self) -> None:
+        if self.canary not in (None, *env.CANARIES):
+            raise SettingError(f"unknown canary {self.canary!r}; known: {', '.join(env.CANARIES)}")
 
     def placer(self) -> Placer:
         """A placer by these options."""

@@ -119,6 +119,8 @@ def dequantize_model(model: Any) -> Any:
 
 def _choose(model: nn.Module, what: Sequence[str], ignore: Sequence[str]) -> list[tuple[str, nn.Module, str]]:
     host = type(model).__name__
+    if not (isinstance(model, nn.Module) and hasattr(model, "config") and hasattr(model, "dtype")):
+        raise CheckpointError(host, "is no transformers model, which is what requantize takes")
     if isinstance(what, str) or isinstance(ignore, str):
         raise CheckpointError(host, "what and ignore are sequences of strings, not one string")
     patterns = [word for word in what if word not in GROUPS]
