@@ -16,7 +16,7 @@ test: $(VENV)/.dev lint
 
 # On a machine with a GPU, torch, triton, pytest and nothing else of ours: no build, no .venv.
 test-gpu:
-	PYTHONPATH=src $(PYTHON) -m pytest -q -p no:cacheprovider tests/backends/triton_on_device.py tests/backends/triton_step_on_device.py
+	PYTHONPATH=src $(PYTHON) -m pytest -q -p no:cacheprovider tests/backends/triton_*on_device.py
 	PYTHONPATH=src $(PYTHON) bench/gpu_kernels.py --formats all --only qwen3-30b-a3b 5120x2880 --tokens 1 32 512
 
 lint: $(VENV)/.dev

@@ -126,7 +126,7 @@ def run_on_device(interpreted: bool, selected: str = "test") -> None:
     if interpreted:
         environment["TRITON_INTERPRET"] = "1"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", selected]
-    command += [str(here / "triton_on_device.py"), str(here / "triton_step_on_device.py")]
+    command += sorted(str(file) for file in here.glob("triton_*on_device.py"))
     result = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     print(result.stdout.splitlines()[-1] if result.stdout else "it printed nothing")
     assert result.returncode == 0, result.stdout[-20000:] + result.stderr[-2000:]
