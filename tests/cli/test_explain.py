@@ -53,6 +53,26 @@ def test_a_model_without_weights(cli: Cli) -> None:
     assert "cache takes 49.2 kB for each token, and 24.6 kB once beyond the window of 128." in h200
     assert f"  + emulation: slow products\n{plain}    proven on this kind of hardware (x86 CPUs)\n" in zen5
     assert "  - fast: it is for CUDA, not for cpu\n" in zen5
+    by_modules = "A generated token runs the model's modules: its experts by emulation, not by the core.\n"
+    assert by_modules in zen5
+
+
+def test_a_generated_token_on_a_cpu(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = (Backend("cpu", "", lambda p: None, "products on a CPU", proven="x86 CPUs"),)
+    monkeypatch.setattr(microscale.plan, "table", lambda: made)
+    text = cli("explain", "gpt-oss-20b", "--machine", "zen5").stdout
+    starred = [line.partition("  ")[0] for line in text.splitlines() if "transformers *" in line]
+    assert starred == ["embedding", "attention sinks"]
+    assert "* in prompts; a generated token is one call of the C++ core for all layers: experts" in text
+    assert "for a generated token:" not in text  # the linears' own backend, which is named
+    assert "CUDA" not in text
+    (machine,) = document(cli("explain", "gpt-oss-20b", "--machine", "zen5", "--json"))["machines"]
+    assert machine["why_modules"] is None
+    assert {layer["token_backend"] for layer in machine["layers"]} == {"cpu"}
+    (machine,) = document(cli("explain", "gpt-oss-20b", "--machine", "plain-x86", "--json"))["machines"]
+    assert machine["why_modules"] == "a Linear in it is PyTorch's"
+    found = {layer["name"]: layer["token_backend"] for layer in machine["layers"]}
+    assert (found["experts"], found["embedding"]) == ("cpu", "transformers")
 
 
 def test_reasons_are_whole_lines_when_piped(cli: Cli) -> None:

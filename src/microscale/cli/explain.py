@@ -12,12 +12,20 @@ from microscale.errors import MicroscaleError
 if TYPE_CHECKING:
     from microscale.machine import Machine
     from microscale.oracle import Backend
-    from microscale.plan import Outline, Placed, Plan
+    from microscale.placed import Placed
+    from microscale.plan import Outline, Plan
 
-_CHAIN = (
-    "* in prompts; a generated token is one chain of kernels, replayed from a CUDA graph: experts as above, and "
-    "Triton's for norms, attention, routes, and products of few rows."
-)
+# By the kind of device: what a generated token is where it is a chain of kernels, and where it is not.
+_CHAIN = {
+    "cuda": "* in prompts; a generated token is one chain of kernels, replayed from a CUDA graph: experts as above, "
+    "and Triton's for norms, attention, routes, and products of few rows.",
+    "cpu": "* in prompts; a generated token is one call of the C++ core for all layers: experts and linears as above, "
+    "and its own embedding, norms, attention and routes.",
+}
+_MODULES = {
+    "cuda": "A generated token runs the model's modules, replayed from a CUDA graph",
+    "cpu": "A generated token runs the model's modules",
+}
 HERE = "this"  # the word for the machine that this runs on
 
 
@@ -298,19 +306,17 @@ def _show(plan: Plan, first: bool) -> None:
     rows.add_row("total", "", "", "", "", human(what.stored), human(what.read))
     show(rows)
     _show_reasons(plan)
+    kind = "cpu" if plan.device == "cpu" else "cuda"
     if any(p.chained for p in plan.placed):
-        say(_CHAIN, hang=0)
+        say(_CHAIN[kind], hang=0)
     elif plan.why_modules is not None:
-        say(
-            f"A generated token runs the model's modules, replayed from a CUDA graph: {plan.why_modules}.",
-            hang=0,
-        )
+        say(f"{_MODULES[kind]}: {plan.why_modules}.", hang=0)
     say(_memory_line(plan), hang=0)
 
 
 def _show_reasons(plan: Plan) -> None:
     """Once for all classes that got the same answer."""
-    from microscale.backends.dense_rules import HOST, TOKEN
+    from microscale.backends.dense_rules import HOST
     from microscale.cli.output import say
 
     answers: dict[tuple[Any, ...], list[str]] = {}
@@ -322,10 +328,10 @@ def _show_reasons(plan: Plan) -> None:
                 p.choice.skipped if p.choice else (),
                 (p.choice.numerics, p.choice.arithmetic) if p.choice else ("", ""),
                 p.choice.compared if p.choice else None,
-                p.chained,
+                p.token,
             )
             answers.setdefault(key, []).append(p.layer.name)
-    for (backend, refused, skipped, (numerics, arithmetic), compared, chained), names in answers.items():
+    for (backend, refused, skipped, (numerics, arithmetic), compared, token), names in answers.items():
         say(f"{', '.join(dict.fromkeys(names))}:")
         if backend is None:
             say("no backend: every one refused", indent=2)
@@ -337,9 +343,9 @@ def _show_reasons(plan: Plan) -> None:
                 say(_proven_line(backend, plan), indent=4, hang=0)
                 if compared is not None:
                     say(compared, indent=4, hang=0)
-        if chained:
-            say(f"+ {TOKEN.name}, for a generated token: {TOKEN.how}", indent=2)
-            say(_proven_line(TOKEN, plan), indent=4, hang=0)
+        if token not in (None, backend):
+            say(f"+ {token.name}, for a generated token: {token.how}", indent=2)
+            say(_proven_line(token, plan), indent=4, hang=0)
         for name, why in refused:
             say(f"- {name}: {why}", indent=2)
         if skipped:
