@@ -90,7 +90,7 @@ def chain(
         tokens = [p.choice.backend if p.layer.quantised and p.choice else CORE for p in placed]
     elif device in ("cuda", "rocm"):
         arch = next((g.arch for g in machine.gpus if g.kind == device), "")
-        why = refuse_steps(device, arch, dict(machine.packages)) or known.replay or known.cuda
+        why = known.replay or refuse_steps(device, arch, dict(machine.packages)) or known.cuda
         tokens = [TOKEN if _tritons(p) else None for p in placed]
     else:
         return placed, None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -73,6 +74,22 @@ def test_a_generated_token_on_a_cpu(cli: Cli, monkeypatch: pytest.MonkeyPatch) -
     assert machine["why_modules"] == "a Linear in it is PyTorch's"
     found = {layer["name"]: layer["token_backend"] for layer in machine["layers"]}
     assert (found["experts"], found["embedding"]) == ("cpu", "transformers")
+
+
+def test_what_is_never_replayed_is_not_said_to_be(cli: Cli, tmp_path: Path) -> None:
+    sizes = {"hidden_size": 64, "intermediate_size": 32, "num_hidden_layers": 1, "vocab_size": 100}
+    for name, more in (("plain", {"model_type": "stablelm"}), ("chunks", {"model_type": "llama"})):
+        config = {**sizes, **more, **({"attention_chunk_size": 8} if name == "chunks" else {})}
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps(config))
+    said = cli("explain", tmp_path / "plain", "--machine", "h200").stdout
+    assert (
+        "A generated token runs the model's modules, replayed from a CUDA graph: stablelm is none of" in said
+    )
+    said = cli("explain", tmp_path / "chunks", "--machine", "h200").stdout
+    assert (
+        "A generated token runs the model's modules: it has layers of chunked_attention, whose cache" in said
+    )
 
 
 def test_reasons_are_whole_lines_when_piped(cli: Cli) -> None:

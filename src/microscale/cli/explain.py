@@ -15,16 +15,12 @@ if TYPE_CHECKING:
     from microscale.placed import Placed
     from microscale.plan import Outline, Plan
 
-# By the kind of device: what a generated token is where it is a chain of kernels, and where it is not.
+# What a generated token is where it is a chain of kernels, by the kind of device.
 _CHAIN = {
     "cuda": "* in prompts; a generated token is one chain of kernels, replayed from a CUDA graph: experts as above, "
     "and Triton's for norms, attention, routes, and products of few rows.",
     "cpu": "* in prompts; a generated token is one call of the C++ core for all layers: experts and linears as above, "
     "and its own embedding, norms, attention and routes.",
-}
-_MODULES = {
-    "cuda": "A generated token runs the model's modules, replayed from a CUDA graph",
-    "cpu": "A generated token runs the model's modules",
 }
 HERE = "this"  # the word for the machine that this runs on
 
@@ -306,11 +302,12 @@ def _show(plan: Plan, first: bool) -> None:
     rows.add_row("total", "", "", "", "", human(what.stored), human(what.read))
     show(rows)
     _show_reasons(plan)
-    kind = "cpu" if plan.device == "cpu" else "cuda"
     if any(p.chained for p in plan.placed):
-        say(_CHAIN[kind], hang=0)
+        say(_CHAIN[plan.device], hang=0)
     elif plan.why_modules is not None:
-        say(f"{_MODULES[kind]}: {plan.why_modules}.", hang=0)
+        once = plan.device == "cpu" or what.unchained.replay is not None
+        how = "" if once else ", replayed from a CUDA graph"
+        say(f"A generated token runs the model's modules{how}: {plan.why_modules}.", hang=0)
     say(_memory_line(plan), hang=0)
 
 
