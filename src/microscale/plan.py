@@ -13,47 +13,16 @@ from typing import Any
 
 from microscale.activations import Activation
 from microscale.backends import table
-from microscale.backends.dense_rules import HOST, TOKEN, choose_dense
-from microscale.backends.triton_rules import refuse_steps
-from microscale.errors import CheckpointError, FormatError, MicroscaleError, NoBackendError
+from microscale.errors import CheckpointError, FormatError, MicroscaleError
 from microscale.formats import activation_format, activation_word, get_format
 from microscale.kv_cache import KvCache, kv_cache
-from microscale.layer_classes import CORE_NORMS, OTHERS, SINKS, LayerClass, Packed, classes_of
+from microscale.layer_classes import LayerClass, Packed, classes_of
 from microscale.machine import Machine
-from microscale.oracle import Backend, Choice, Problem, choose
+from microscale.oracle import Backend, Problem
+from microscale.placed import Placed, Unchained, chain, place
 
 _MAX_SIZE = 2**31  # of a dimension of a bare shape
 _BF16 = 2  # bytes
-
-
-@dataclass(frozen=True)
-class Placed:
-    """A layer class on a machine.
-
-    Attributes:
-        problem: with the machine's facts; None: nothing to choose.
-        choice: None: nothing to choose, or every backend refused. Of layers that follow others, those others'.
-        refused: (backend, sentence), in the order tried.
-        chained: a generated token is a chain of Triton's kernels, and this layer is one of them, or a part of one.
-    """
-
-    layer: LayerClass
-    problem: Problem | None = None
-    choice: Choice | None = None
-    refused: tuple[tuple[str, str], ...] = ()
-    chained: bool = False
-
-    @property
-    def token_backend(self) -> str | None:
-        """The name of what runs it for a generated token; `backend` says it of a prompt, and mostly of both."""
-        return TOKEN.name if self.chained else self.backend
-
-    @property
-    def backend(self) -> str | None:
-        """The name of what runs it; None: nothing does."""
-        if self.choice is not None:
-            return self.choice.backend.name
-        return HOST if self.layer.problem is None else None
 
 
 @dataclass(frozen=True)
@@ -62,8 +31,8 @@ class Plan:
 
     Attributes:
         device: kind of device on that machine, "cpu", "cuda" ...
-        why_modules: of GPUs with CUDA graphs: why a generated token is not a chain of kernels. None: it is, or there
-            are no such graphs, or no model.
+        why_modules: of CPUs, and of GPUs with CUDA graphs: why a generated token is not a chain of kernels. None: it
+            is, or there are none for such a device, or no model.
     """
 
     outline: Outline
@@ -92,14 +61,14 @@ class Outline:
         classes: experts first, then by the order of the forward pass.
         kv: bytes of the key/value cache.
         steps: it generates tokens; a bare layer does not.
-        unchained: what of it a chain of Triton's kernels does not know, which a generated token is else on CUDA.
+        unchained: what of it chains of kernels do not know, which a generated token is else on CUDA and on CPUs.
     """
 
     model: str
     classes: tuple[LayerClass, ...]
     kv: KvCache = field(default_factory=KvCache)
     steps: bool = False
-    unchained: str | None = None
+    unchained: Unchained = field(default_factory=Unchained)
 
     @property
     def stored(self) -> int:
@@ -133,15 +102,12 @@ class Outline:
         if device not in kinds:
             raise MicroscaleError(f"{machine.name} has no device {device!r}; it has {', '.join(kinds)}")
         backends = table() if backends is None else backends
-        placed = [_place(c, machine, device, backend, backends) for c in self.classes]
+        placed: Sequence[Placed] = [place(c, machine, device, backend, backends) for c in self.classes]
         choices = {p.layer.name: p.choice for p in placed}
-        placed = [replace(p, choice=choices.get(p.layer.follows, p.choice)) for p in placed]
-        arch = next((g.arch for g in machine.gpus if g.kind == device), "")
-        why = refuse_steps(device, arch, dict(machine.packages)) or self.unchained
-        if self.steps and why is None:
-            placed = [replace(p, chained=_in_chain(p)) for p in placed]
-        graphs = self.steps and device in ("cuda", "rocm")
-        return Plan(self, machine, device, tuple(placed), why if graphs else None)
+        placed, why = [replace(p, choice=choices.get(p.layer.follows, p.choice)) for p in placed], None
+        if self.steps:
+            placed, why = chain(placed, machine, device, self.unchained)
+        return Plan(self, machine, device, tuple(placed), why)
 
 
 def plan(
@@ -172,6 +138,7 @@ def outline(model: str | Path, *, act: str = "a16", layers: int | None = None) -
     from microscale.checkpoints.config import quant_method
     from microscale.integrations.hf.attention import fuse_sinks
     from microscale.integrations.hf.chain_parts import refuse_parts
+    from microscale.integrations.hf.cpu_models import refuse_modules
     from microscale.integrations.hf.dummy import dummy_config, meta_model
     from microscale.integrations.hf.graph import refuse_model
     from microscale.integrations.hf.options import Options, using
@@ -200,7 +167,8 @@ def outline(model: str | Path, *, act: str = "a16", layers: int | None = None) -
         }
     classes, kv = classes_of(host, packed, act), kv_cache(host.config.get_text_config())
     fuse_sinks(host.eval())  # as a loaded one
-    return Outline(Path(model).name, classes, kv, True, refuse_model(host) or refuse_parts(host))
+    unchained = Unchained(refuse_model(host), refuse_parts(host), refuse_modules(host))
+    return Outline(Path(model).name, classes, kv, True, unchained)
 
 
 def plan_shape(
@@ -262,23 +230,3 @@ def stored_bytes(format: str, shape: tuple[int, ...]) -> int:
     *lead, n, k = shape
     matrix = n * fmt.packed_columns(k) + fmt.scale_bytes * prod(fmt.scale_shape(n, k)) + 4 * fmt.tensor_scale
     return prod(lead) * matrix
-
-
-def _place(
-    layer: LayerClass, machine: Machine, device: str, backend: str | None, backends: Sequence[Backend]
-) -> Placed:
-    if layer.problem is None:
-        return Placed(layer)
-    problem = layer.problem.on(machine, device)
-    try:
-        choice = choose(problem, backends, backend) if layer.quantised else choose_dense(problem, backend)
-    except NoBackendError as error:
-        return Placed(layer, problem, None, error.refused)
-    return Placed(layer, problem, choice, choice.refused)
-
-
-def _in_chain(p: Placed) -> bool:
-    """Whether a layer of a model that is stepped by a chain of kernels is Triton's there, whatever runs prompts."""
-    if p.problem is None:
-        return p.layer.name in (CORE_NORMS, SINKS, OTHERS, "router")
-    return not p.layer.quantised and TOKEN.refuse(p.problem) is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -53,6 +54,42 @@ def test_a_model_without_weights(cli: Cli) -> None:
     assert "cache takes 49.2 kB for each token, and 24.6 kB once beyond the window of 128." in h200
     assert f"  + emulation: slow products\n{plain}    proven on this kind of hardware (x86 CPUs)\n" in zen5
     assert "  - fast: it is for CUDA, not for cpu\n" in zen5
+    by_modules = "A generated token runs the model's modules: its experts by emulation, not by the core.\n"
+    assert by_modules in zen5
+
+
+def test_a_generated_token_on_a_cpu(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = (Backend("cpu", "", lambda p: None, "products on a CPU", proven="x86 CPUs"),)
+    monkeypatch.setattr(microscale.plan, "table", lambda: made)
+    text = cli("explain", "gpt-oss-20b", "--machine", "zen5").stdout
+    starred = [line.partition("  ")[0] for line in text.splitlines() if "transformers *" in line]
+    assert starred == ["embedding", "attention sinks"]
+    assert "* in prompts; a generated token is one call of the C++ core for all layers: experts" in text
+    assert "for a generated token:" not in text  # the linears' own backend, which is named
+    assert "CUDA" not in text
+    (machine,) = document(cli("explain", "gpt-oss-20b", "--machine", "zen5", "--json"))["machines"]
+    assert machine["why_modules"] is None
+    assert {layer["token_backend"] for layer in machine["layers"]} == {"cpu"}
+    (machine,) = document(cli("explain", "gpt-oss-20b", "--machine", "plain-x86", "--json"))["machines"]
+    assert machine["why_modules"] == "a Linear in it is PyTorch's"
+    found = {layer["name"]: layer["token_backend"] for layer in machine["layers"]}
+    assert (found["experts"], found["embedding"]) == ("cpu", "transformers")
+
+
+def test_what_is_never_replayed_is_not_said_to_be(cli: Cli, tmp_path: Path) -> None:
+    sizes = {"hidden_size": 64, "intermediate_size": 32, "num_hidden_layers": 1, "vocab_size": 100}
+    for name, more in (("plain", {"model_type": "stablelm"}), ("chunks", {"model_type": "llama"})):
+        config = {**sizes, **more, **({"attention_chunk_size": 8} if name == "chunks" else {})}
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps(config))
+    said = cli("explain", tmp_path / "plain", "--machine", "h200").stdout
+    assert (
+        "A generated token runs the model's modules, replayed from a CUDA graph: stablelm is none of" in said
+    )
+    said = cli("explain", tmp_path / "chunks", "--machine", "h200").stdout
+    assert (
+        "A generated token runs the model's modules: it has layers of chunked_attention, whose cache" in said
+    )
 
 
 def test_reasons_are_whole_lines_when_piped(cli: Cli) -> None:

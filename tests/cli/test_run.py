@@ -16,6 +16,7 @@ from made import LAYERS, document
 from typer.testing import Result
 
 from microscale import Decoder, load
+from microscale.backends.cpu_rules import refuse_device
 from microscale.cli.generate import Settings, generate
 from microscale.cli.run import PROMPT, _waiting_on_stdin
 from microscale.machine import Gpu, detect
@@ -126,7 +127,7 @@ def test_how_tokens_are_computed_is_said(cli: Cli, tiny: Path) -> None:
         assert found == {
             "replayed": False,
             "fused": False,
-            "why_not": detect().core_missing,
+            "why_not": refuse_device("cpu", core=False),
             "why_modules": None,
         }
 

@@ -7,18 +7,18 @@ from microscale.machine import CORE
 from microscale.oracle import Problem
 
 
-def device_refusal(problem: Problem) -> str | None:
-    """Why the core cannot run anything there, or None."""
-    if problem.device != "cpu":
-        return f"the C++ core runs on the CPU, not on {problem.device}"
-    if CORE not in problem.packages:
+def refuse_device(device: str, core: bool) -> str | None:
+    """Why the core cannot run anything there, or None. `core`: it is in the installation."""
+    if device != "cpu":
+        return f"the C++ core runs on the CPU, not on {device}"
+    if not core:
         return "the C++ core is not in this installation (`microscale doctor` says why)"
     return None
 
 
 def refuse(problem: Problem) -> str | None:
     """None, or why not."""
-    if (why := device_refusal(problem)) is not None:
+    if (why := refuse_device(problem.device, CORE in problem.packages)) is not None:
         return why
     if problem.act != "a16":
         return f"activations quantised to {problem.act} are not implemented in the C++ core yet"

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from microscale import env
-from microscale.backends.cpu_rules import device_refusal
+from microscale import env, machine
+from microscale.backends.cpu_rules import refuse_device
 from microscale.backends.triton_rules import refuse_steps
 from microscale.oracle import Backend, Choice, Problem, choose
 
@@ -16,7 +16,7 @@ HOST = "transformers"  # what runs whatever we do not
 
 def refuse(problem: Problem) -> str | None:
     """Why the C++ core does not run this linear, or None."""
-    if (why := device_refusal(problem)) is not None:
+    if (why := refuse_device(problem.device, machine.CORE in problem.packages)) is not None:
         return why
     if problem.weight not in WEIGHTS:
         return f"the core has no product for weights in {problem.weight}"

@@ -12,12 +12,16 @@ from microscale.errors import MicroscaleError
 if TYPE_CHECKING:
     from microscale.machine import Machine
     from microscale.oracle import Backend
-    from microscale.plan import Outline, Placed, Plan
+    from microscale.placed import Placed
+    from microscale.plan import Outline, Plan
 
-_CHAIN = (
-    "* in prompts; a generated token is one chain of kernels, replayed from a CUDA graph: experts as above, and "
-    "Triton's for norms, attention, routes, and products of few rows."
-)
+# What a generated token is where it is a chain of kernels, by the kind of device.
+_CHAIN = {
+    "cuda": "* in prompts; a generated token is one chain of kernels, replayed from a CUDA graph: experts as above, "
+    "and Triton's for norms, attention, routes, and products of few rows.",
+    "cpu": "* in prompts; a generated token is one call of the C++ core for all layers: experts and linears as above, "
+    "and its own embedding, norms, attention and routes.",
+}
 HERE = "this"  # the word for the machine that this runs on
 
 
@@ -299,18 +303,17 @@ def _show(plan: Plan, first: bool) -> None:
     show(rows)
     _show_reasons(plan)
     if any(p.chained for p in plan.placed):
-        say(_CHAIN, hang=0)
+        say(_CHAIN[plan.device], hang=0)
     elif plan.why_modules is not None:
-        say(
-            f"A generated token runs the model's modules, replayed from a CUDA graph: {plan.why_modules}.",
-            hang=0,
-        )
+        once = plan.device == "cpu" or what.unchained.replay is not None
+        how = "" if once else ", replayed from a CUDA graph"
+        say(f"A generated token runs the model's modules{how}: {plan.why_modules}.", hang=0)
     say(_memory_line(plan), hang=0)
 
 
 def _show_reasons(plan: Plan) -> None:
     """Once for all classes that got the same answer."""
-    from microscale.backends.dense_rules import HOST, TOKEN
+    from microscale.backends.dense_rules import HOST
     from microscale.cli.output import say
 
     answers: dict[tuple[Any, ...], list[str]] = {}
@@ -322,10 +325,10 @@ def _show_reasons(plan: Plan) -> None:
                 p.choice.skipped if p.choice else (),
                 (p.choice.numerics, p.choice.arithmetic) if p.choice else ("", ""),
                 p.choice.compared if p.choice else None,
-                p.chained,
+                p.token,
             )
             answers.setdefault(key, []).append(p.layer.name)
-    for (backend, refused, skipped, (numerics, arithmetic), compared, chained), names in answers.items():
+    for (backend, refused, skipped, (numerics, arithmetic), compared, token), names in answers.items():
         say(f"{', '.join(dict.fromkeys(names))}:")
         if backend is None:
             say("no backend: every one refused", indent=2)
@@ -337,9 +340,9 @@ def _show_reasons(plan: Plan) -> None:
                 say(_proven_line(backend, plan), indent=4, hang=0)
                 if compared is not None:
                     say(compared, indent=4, hang=0)
-        if chained:
-            say(f"+ {TOKEN.name}, for a generated token: {TOKEN.how}", indent=2)
-            say(_proven_line(TOKEN, plan), indent=4, hang=0)
+        if token not in (None, backend):
+            say(f"+ {token.name}, for a generated token: {token.how}", indent=2)
+            say(_proven_line(token, plan), indent=4, hang=0)
         for name, why in refused:
             say(f"- {name}: {why}", indent=2)
         if skipped:
