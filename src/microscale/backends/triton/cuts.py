@@ -160,7 +160,7 @@ class Cut:
             columns: K, all of which is there with `few`.
         """
         scales = 256 if fmt.scale == "e4m3" else 128
-        if self.wide:  # and what gates and ups meet in that lie apart; barriers, and experts' routes and shares
+        if self.wide:  # and what gates and ups meet in; barriers, and experts' routes and shares
             apart = self.block_m * 256 if self.tiles == 2 else 0
             return self.stages * self.block_m * 128 + apart + 1024 + 16 * (self.stages + self.block_m)
         if self.few:
