@@ -29,16 +29,21 @@ extern "C" int emulate(const Given *given, u32 programs, u32 threads) {
       fibers_[i].uc_link = nullptr;
       makecontext(&fibers_[i], run_fiber, 0);
     }
-    for (bool left = true; left;) {
+    // Of each program another group of warps is late: it goes on where the others wait for it, and no sooner.
+    const u32 late = program % (threads / 128);
+    bool all = false;
+    for (;;) {
       const u64 before = progress_;
-      left = false;
+      bool left = false;
       for (u32 i = 0; i < threads; i++)
         if (!done_[i]) {
           left = true;
           threadIdx.x = i;
-          swapcontext(&scheduler_, &fibers_[i]);
+          if (all || i / 128 != late) swapcontext(&scheduler_, &fibers_[i]);
         }
-      if (left && progress_ == before) return 1;
+      if (!left) break;
+      if (all && progress_ == before) return 1;
+      all = progress_ == before;
     }
   }
   return early_ ? 2 : 0;
