@@ -1,6 +1,6 @@
 // `hopper_ptx.h` for a CPU: every thread of a program is a fiber, which gives way where it would wait for others.
 // Products happen when they are waited for and no sooner, from what registers and shared memory hold then; copies at once.
-// A wait that never ends is found.
+// A wait that never ends is found, and a thread that reads before it has waited for the kernel ahead.
 #include <ucontext.h>
 
 #include <algorithm>
@@ -88,19 +88,28 @@ static void barrier_arrive(u32 bar) {
 static void barrier_wait(u32 bar, u32 parity) {
   while (barriers_.at(bar).phase == parity) give_way();
 }
+static bool waited_[1024], early_;  // of each thread; any thread
+static void wait_ahead() { waited_[threadIdx.x] = true; }
+static void reads() { early_ |= !waited_[threadIdx.x]; }
 static void copy16(u32 to, u64 from, int bytes) {
+  reads();
   std::memset(at(to), 0, 16);
   std::memcpy(at(to), reinterpret_cast<const void *>(from), bytes);
 }
 static void barrier_arrive_copied(u32 bar) { barrier_arrive(bar); }
 static void copies_wait() {}
 static void products_see_copies() {}
-static uint4 load16(const u32 *p) { return {p[0], p[1], p[2], p[3]}; }
+static uint4 load16(const u32 *p) {
+  reads();
+  return {p[0], p[1], p[2], p[3]};
+}
 static void ask_for(const void *p) { (void)*static_cast<const volatile u8 *>(p); }  // an address that is none is found
 template <typename T>
 T __ldg(const T *p) {
+  reads();
   return *p;
 }
+static int load(const int *p) { return __ldg(p); }
 
 // ---- products -----------------------------------------------------------------------------------------------------
 static std::deque<std::vector<std::function<void()>>> under_way_[1024];  // of each thread, groups of products
@@ -124,7 +133,6 @@ template <int COUNT>
 void fewer_registers() {}
 template <int COUNT>
 void more_registers() {}
-static void wait_ahead() {}
 
 static float wide_float(u32 bf16) {
   const u32 bits = bf16 << 16;

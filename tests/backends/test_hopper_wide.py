@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import re
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -112,7 +113,8 @@ def launch(source: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[..
     def run(spec: Any, device: torch.device, units: int, given: ctypes.Structure) -> None:
         if spec not in built:
             built[spec] = build(spec)
-        assert built[spec].emulate(ctypes.byref(given), 3, spec.threads) == 0, "threads wait for ever"
+        wrong = built[spec].emulate(ctypes.byref(given), 3, spec.threads)
+        assert wrong == 0, ("", "threads wait for ever", "reads before the kernel ahead has ended")[wrong]
 
     return run
 
@@ -235,7 +237,40 @@ def test_it_compiles_and_no_product_waits_for_another(
         copies, multiplies = spec.registers
         assert copies <= launched <= multiplies
         assert 128 * copies + 128 * spec.users * multiplies <= launched * spec.threads <= 65536
-        assert spec.shared + 48 * 144 <= 227 << 10
+        static = int(log.rpartition(" bytes smem")[0].rpartition(" ")[2])
+        assert spec.shared + static <= shape.shared(FORMATS["mxfp4"], 1) <= 227 << 10
+
+
+def portable(text: str) -> str:
+    """The text as PTX."""
+    compiler = import_module("cuda.bindings.nvrtc")
+    _, program = compiler.nvrtcCreateProgram(text.encode(), b"hopper_wide.cu", 0, [], [])
+    options = [b"--gpu-architecture=compute_90a", b"--std=c++17", b"-default-device"]
+    (error,) = compiler.nvrtcCompileProgram(program, len(options), options)
+    assert error == compiler.nvrtcResult.NVRTC_SUCCESS
+    _, size = compiler.nvrtcGetPTXSize(program)
+    found = bytes(size + 1)
+    compiler.nvrtcGetPTX(program, found)
+    compiler.nvrtcDestroyProgram(program)
+    return found.decode()
+
+
+@pytest.mark.parametrize(("mode", "rest"), MODES)
+def test_the_compiler_leaves_memory_for_behind_the_wait(source: Any, mode: str, rest: dict[str, Any]) -> None:
+    nvrtc = import_module("microscale.backends.triton.nvrtc")
+    if nvrtc.refuse() is not None:
+        pytest.skip(nvrtc.refuse())
+    given = {"scale": "e8m0", "element": "e4m3" if rest.get("scale") == "f32" else "e2m1"} | rest
+    spec = source.Spec(mode, most=192, stages=6, even=True, **given)
+    # What comes before the groups part, and of each group what comes before and after it waits for the kernel ahead.
+    start, *groups = portable(source.text(spec)).split("setmaxnreg")
+    touches = re.compile(r"\b(ld\.global|ld\.b|st\.global|st\.b|cp\.async)").search
+    assert len(groups) == 2
+    assert not touches(start)
+    for group in groups:
+        before, after = group.split("griddepcontrol.wait")
+        assert not touches(before)
+        assert touches(after)
 
 
 def test_the_tokens_of_a_linear_keep_multiprocessors_busy(wide: Any) -> None:

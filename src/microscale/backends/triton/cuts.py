@@ -160,8 +160,9 @@ class Cut:
             columns: K, all of which is there with `few`.
         """
         scales = 256 if fmt.scale == "e4m3" else 128
-        if self.wide:  # and what gates and ups meet in that lie apart
-            return self.stages * self.block_m * 128 + (self.block_m * 256 if self.tiles == 2 else 0) + 1024
+        if self.wide:  # and what gates and ups meet in; barriers, and experts' routes and shares
+            apart = self.block_m * 256 if self.tiles == 2 else 0
+            return self.stages * self.block_m * 128 + apart + 1024 + 16 * (self.stages + self.block_m)
         if self.few:
             return 512 * self.block_m * self.room(columns)
         if self.bulk:  # codes go straight to registers

@@ -47,7 +47,13 @@ DEVICE uint4 load16(const u32 *p) {
                : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
   return v;
 }
-// Into the L2 cache.
+// Of what the kernel ahead may write: unlike a load of what is constant, the compiler leaves it behind `wait_ahead`.
+DEVICE int load(const int *p) {
+  int v;
+  asm volatile("ld.global.b32 %0, [%1];" : "=r"(v) : "l"(p));
+  return v;
+}
+// Into the L2 cache, which has what other kernels write, too.
 DEVICE void ask_for(const void *p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 
 // Products are a group from their beginning to their end; waiting leaves so many groups under way.

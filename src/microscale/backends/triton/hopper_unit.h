@@ -45,13 +45,13 @@ DEVICE Tile unit(const Given &a, int u) {
   }
   const int tile = u / a.blocks;
   t.block = u - tile * a.blocks;
-  t.expert = __ldg(reinterpret_cast<const int *>(a.tile_experts) + tile);
+  t.expert = load(reinterpret_cast<const int *>(a.tile_experts) + tile);
   if (t.expert < 0) return t;
   // The expert's tokens in equal parts, instead of full tiles and what is left.
   const int *ends = reinterpret_cast<const int *>(a.ends);
-  const int first = t.expert ? __ldg(ends + t.expert - 1) : 0, all = __ldg(ends + t.expert) - first;
+  const int first = t.expert ? load(ends + t.expert - 1) : 0, all = load(ends + t.expert) - first;
   const int parts = (all + MOST - 1) / MOST, each = (all + parts - 1) / parts + 7 & ~7;
-  const int part = (__ldg(reinterpret_cast<const int *>(a.tile_starts) + tile) - first) / MOST;
+  const int part = (load(reinterpret_cast<const int *>(a.tile_starts) + tile) - first) / MOST;
   t.start = first + part * each;
   t.count = min(each, all - part * each);
   return t;

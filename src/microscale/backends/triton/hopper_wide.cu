@@ -22,6 +22,19 @@ DEVICE void advance(Ring &r) {
   if (++r.slot == STAGES) r.slot = 0, r.parity ^= 1;
 }
 
+// Of the weights, which the other groups read, 128 bytes of every step that a thread asks for; null: none.
+DEVICE const u32 *asked(const Given &a, const Tile &t) {
+  constexpr int kLines = kTile / 32;
+  if (t.expert < 0 || threadIdx.x >= kLines * USERS) return nullptr;
+  const long long tile = static_cast<long long>(t.expert) * a.tiles + min(row_tile(a, t.block, threadIdx.x / kLines), a.tiles - 1);
+  return reinterpret_cast<const u32 *>(a.codes) + tile * a.chunks * kTile + (threadIdx.x % kLines) * 32;
+}
+
+DEVICE void ask_first(const Given &a, const u32 *ask) {
+  for (int step = 0; step < min(kAsked, a.chunks); step++)
+    if (ask) ask_for(ask + step * kTile);
+}
+
 // COPIES times 16 tokens, all columns.
 template <int COPIES>
 DEVICE void copy_unit(const Given &a, Ring &r, const Tile &t) {
@@ -33,19 +46,12 @@ DEVICE void copy_unit(const Given &a, Ring &r, const Tile &t) {
   for (int j = 0; j < COPIES; j++) {
     const int place = t.start + min(token + 16 * j, t.count - 1);
     u32 which = place;
-    if (MODE == kFirst) which = static_cast<u32>(__ldg(reinterpret_cast<const int *>(a.order) + place)) / a.top_k;
+    if (MODE == kFirst) which = static_cast<u32>(load(reinterpret_cast<const int *>(a.order) + place)) / a.top_k;
     from[j] = which * static_cast<u32>(a.columns / 8) + piece;
   }
   u64 x = a.x;
-  // Of the weights, which the other groups read, 128 bytes of every step.
-  constexpr int kLines = kTile / 32;
-  const u32 *ask = nullptr;
-  if (threadIdx.x < kLines * USERS) {
-    const long long tile = static_cast<long long>(t.expert) * a.tiles + min(row_tile(a, t.block, threadIdx.x / kLines), a.tiles - 1);
-    ask = reinterpret_cast<const u32 *>(a.codes) + tile * a.chunks * kTile + (threadIdx.x % kLines) * 32;
-  }
-  for (int step = 0; step < min(kAsked, a.chunks); step++)
-    if (ask) ask_for(ask + step * kTile);
+  const u32 *ask = asked(a, t);
+  ask_first(a, ask);
 #pragma unroll 2
   for (int step = 0; step < a.chunks; step++, x += 128) {
     if (ask && step + kAsked < a.chunks) ask_for(ask + (step + kAsked) * kTile);
@@ -210,7 +216,7 @@ DEVICE void use(const Given &a, Ring r, int (*routes)[MOST], float (*shares)[MOS
     int route = 0;
     float share = 0.0f;
     if (MODE == kSecond) {
-      route = __ldg(reinterpret_cast<const int *>(a.order) + t.start + min(mine, t.count - 1));
+      route = load(reinterpret_cast<const int *>(a.order) + t.start + min(mine, t.count - 1));
 #if WEIGHTS == 1
       share = __uint_as_float(static_cast<u32>(__ldg(reinterpret_cast<const unsigned short *>(a.weights) + route)) << 16);
 #else
@@ -307,11 +313,12 @@ extern "C" __global__ void __launch_bounds__(128 + kUsers, 1) wide(const __grid_
   __syncthreads();
   if (threadIdx.x < 128) {
     fewer_registers<COPY_REGISTERS>();
+    if (MODE == kLinear) ask_first(a, asked(a, unit_or_none(a, blockIdx.x)));
     wait_ahead();
     copy(a, r);
   } else {
     more_registers<USE_REGISTERS>();
-    if (MODE != kLinear) wait_ahead();
+    wait_ahead();  // weights and biases may be new, too
     u8 *stages = raw + (r.stages - shared_address(raw));
     use(a, r, routes, shares, reinterpret_cast<float4 *>(stages + STAGES * kStage));
   }

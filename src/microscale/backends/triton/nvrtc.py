@@ -40,24 +40,30 @@ def compiled(name: str, source: str, options: Sequence[str] = ()) -> tuple[bytes
     given = ["--gpu-architecture=sm_90a", "--std=c++17", "-default-device", *options]
     (error,) = nvrtc.nvrtcCompileProgram(program, len(given), [option.encode() for option in given])
     _, size = nvrtc.nvrtcGetProgramLogSize(program)
-    log = b" " * size
+    log = _room(size)
     nvrtc.nvrtcGetProgramLog(program, log)
     said = log.rstrip(b"\0").decode()
     if error != nvrtc.nvrtcResult.NVRTC_SUCCESS:
         raise CompileError(f"{name}: {said}")
     _, size = nvrtc.nvrtcGetCUBINSize(program)
-    code = b" " * size
+    code = _room(size)
     nvrtc.nvrtcGetCUBIN(program, code)
     nvrtc.nvrtcDestroyProgram(program)
     return code, said
 
 
+def _room(size: int) -> bytes:
+    """At least so many bytes, which NVRTC writes into. Python has each single byte only once, for everybody."""
+    return bytes(size + 1)
+
+
 @dataclass(frozen=True, eq=False)
 class Kernel:
-    """A function on a device, and the shared memory that it is launched with."""
+    """A function on a device, the shared memory that it is launched with, and the context that it was loaded in."""
 
     function: Any
     shared: int
+    context: Any
 
     def launch(self, programs: int, threads: int, argument: ctypes.Structure, early: bool = False) -> None:
         """On PyTorch's current stream, whose device is the current one.
@@ -78,6 +84,10 @@ class Kernel:
         attribute.value.programmaticStreamSerializationAllowed = 1
         config.attrs, config.numAttrs = [attribute], int(early)
         (error,) = driver.cuLaunchKernelEx(config, self.function, ctypes.addressof(pointers), 0)
+        if error == driver.CUresult.CUDA_ERROR_INVALID_CONTEXT:
+            # PyTorch makes a thread no context current before it has to, and may have had memory left for its tensors.
+            driver.cuCtxSetCurrent(self.context)
+            (error,) = driver.cuLaunchKernelEx(config, self.function, ctypes.addressof(pointers), 0)
         if error != driver.CUresult.CUDA_SUCCESS:
             raise RuntimeError(f"launching a kernel: {error.name}")
 
@@ -95,13 +105,18 @@ def kernel(name: str, source: str, function: str, shared: int, device: int) -> K
 
     code, _ = compiled(name, source)
     with torch.cuda.device(device):
-        torch.cuda.current_stream()  # the device's context is current
+        # PyTorch's own context, current in this thread, where nothing may have been computed yet.
+        _, handle = driver.cuDeviceGet(device)
+        _, context = driver.cuDevicePrimaryCtxRetain(handle)
+        driver.cuCtxSetCurrent(context)
         error, module = driver.cuModuleLoadData(code)
         if error != driver.CUresult.CUDA_SUCCESS:
             raise CompileError(f"{name} cannot be loaded: {error.name}")
         error, found = driver.cuModuleGetFunction(module, function.encode())
+        if error != driver.CUresult.CUDA_SUCCESS:
+            raise CompileError(f"{name} has no {function}: {error.name}")
         what = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
         (error,) = driver.cuFuncSetAttribute(found, what, shared)
         if error != driver.CUresult.CUDA_SUCCESS:
             raise CompileError(f"{name} cannot have {shared} bytes of shared memory: {error.name}")
-    return Kernel(found, shared)
+    return Kernel(found, shared, context)
