@@ -23,7 +23,7 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*.* csrc/*/*.*)
+	$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*.* csrc/*/*.*) $(wildcard src/microscale/backends/*/*.cu src/microscale/backends/*/*.h tests/backends/*.h)
 
 $(VENV)/.run: $(PARTS)
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

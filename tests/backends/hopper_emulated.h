@@ -1,6 +1,6 @@
 // `hopper_ptx.h` for a CPU: every thread of a program is a fiber, which gives way where it would wait for others.
-// Products happen when they are waited for and no sooner, from what registers and shared memory hold then; copies at once.
-// A wait that never ends is found, and a thread that reads before it has waited for the kernel ahead.
+// Products happen when they are waited for and no sooner, from what registers and shared memory hold then; copies at
+// once. A wait that never ends is found, and a thread that reads before it has waited for the kernel ahead.
 #include <ucontext.h>
 
 #include <algorithm>
@@ -25,17 +25,27 @@ typedef unsigned long long u64;
 #define DYNAMIC_SHARED(name)  // one for all programs, below
 #define __align__(n) __attribute__((aligned(n)))
 
-struct uint2 { u32 x, y; };
-struct uint4 { u32 x, y, z, w; };
-struct float2 { float x, y; };
-struct float4 { float x, y, z, w; };
+struct uint2 {
+  u32 x, y;
+};
+struct uint4 {
+  u32 x, y, z, w;
+};
+struct float2 {
+  float x, y;
+};
+struct float4 {
+  float x, y, z, w;
+};
 static uint2 make_uint2(u32 x, u32 y) { return {x, y}; }
 static uint4 make_uint4(u32 x, u32 y, u32 z, u32 w) { return {x, y, z, w}; }
 static float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 using std::max;
 using std::min;
 
-struct Index { u32 x; };
+struct Index {
+  u32 x;
+};
 static Index threadIdx, blockIdx, gridDim, blockDim;
 
 // ---- fibers -------------------------------------------------------------------------------------------------------
@@ -73,10 +83,14 @@ T __shfl_sync(u32, T v, int) {
 
 // ---- memory -------------------------------------------------------------------------------------------------------
 alignas(1024) static u8 raw[256 << 10];
-static u32 shared_address(const void *p) { return static_cast<u32>(reinterpret_cast<intptr_t>(p) - reinterpret_cast<intptr_t>(raw)); }
+static u32 shared_address(const void *p) {
+  return static_cast<u32>(reinterpret_cast<intptr_t>(p) - reinterpret_cast<intptr_t>(raw));
+}
 static u8 *at(u32 address) { return raw + static_cast<int32_t>(address); }
 
-struct Barrier { u32 count, pending, phase; };
+struct Barrier {
+  u32 count, pending, phase;
+};
 static std::map<u32, Barrier> barriers_;
 static void barrier_init(u32 bar, u32 count) { barriers_[bar] = {count, count, 0}; }
 static void barriers_are_there() {}
@@ -160,7 +174,8 @@ void multiply_now(float *d, const u32 *w, u64 x) {
         std::memcpy(&v, at(swizzled), 2);
         const u32 *pairs = given_[quad + k % 8 / 2];
         for (int odd = 0; odd < 2; odd++)
-          sum[odd] += static_cast<double>(wide_float(pairs[2 * (k / 8) + odd] >> 16 * (k % 2) & 0xFFFF)) * wide_float(v);
+          sum[odd] +=
+              static_cast<double>(wide_float(pairs[2 * (k / 8) + odd] >> 16 * (k % 2) & 0xFFFF)) * wide_float(v);
       }
       d[4 * j + c] = static_cast<float>(d[4 * j + c] + sum[0]);
       d[4 * j + 2 + c] = static_cast<float>(d[4 * j + 2 + c] + sum[1]);
@@ -179,7 +194,8 @@ static u32 transposed(u32 v) {
   values[me] = v;
   meet_all(300 + warp, 32);
   u32 t = 0;
-  for (u32 c = 0; c < 2; c++) t |= (values[warp * 32 + (2 * (lane % 4) + c) * 4 + lane / 8] >> 16 * (lane / 4 % 2) & 0xFFFF) << 16 * c;
+  for (u32 c = 0; c < 2; c++)
+    t |= (values[warp * 32 + (2 * (lane % 4) + c) * 4 + lane / 8] >> 16 * (lane / 4 % 2) & 0xFFFF) << 16 * c;
   meet_all(400 + warp, 32);
   return t;
 }

@@ -16,14 +16,14 @@ DEVICE void barrier_init(u32 bar, u32 count) {
 DEVICE void barriers_are_there() {
   asm volatile("fence.mbarrier_init.release.cluster;\nfence.proxy.async.shared::cta;" ::: "memory");
 }
-DEVICE void barrier_arrive(u32 bar) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(bar) : "memory");
-}
+DEVICE void barrier_arrive(u32 bar) { asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(bar) : "memory"); }
 DEVICE void barrier_wait(u32 bar, u32 parity) {
   asm volatile(
       "{\n.reg .pred done;\nagain:\n"
       "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-      "@!done bra again;\n}" ::"r"(bar), "r"(parity) : "memory");
+      "@!done bra again;\n}" ::"r"(bar),
+      "r"(parity)
+      : "memory");
 }
 template <int THREADS>
 DEVICE void meet() {
@@ -44,7 +44,8 @@ DEVICE void products_see_copies() { asm volatile("fence.proxy.async.shared::cta;
 DEVICE uint4 load16(const u32 *p) {
   uint4 v;
   asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(p));
   return v;
 }
 // Of what the kernel ahead may write: unlike a load of what is constant, the compiler leaves it behind `wait_ahead`.

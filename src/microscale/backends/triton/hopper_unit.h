@@ -8,8 +8,8 @@ enum Mode { kLinear, kFirst, kSecond };
 
 struct Given {
   u64 y, x, codes, scales, ratios, row_scale, bias, tile_experts, tile_starts, ends, order, weights;
-  int units, blocks, group;     // units in all; those of one tile of tokens; tiles of tokens that take turns
-  int tokens, tokens_each;      // of a linear: all, and of a tile
+  int units, blocks, group;  // units in all; those of one tile of tokens; tiles of tokens that take turns
+  int tokens, tokens_each;   // of a linear: all, and of a tile
   int rows, width, columns, tiles, chunks;  // N, of y, K, and how many times 64 of N and of K
   int top_k;
   float alpha, beta, limit;

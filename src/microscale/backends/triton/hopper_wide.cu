@@ -1,16 +1,15 @@
-// Products of many tokens on Hopper: one group of four warps copies tokens into shared memory, two or three others decode
-// 64 rows of weights each into registers and multiply. `hopper_wide.py` writes the constants in capitals, `decode_group`
-// and `Product` above this text, and
-// `hopper_ptx.h` and `hopper_unit.h` come before it.
+// Products of many tokens on Hopper: one group of four warps copies tokens into shared memory, two or three others
+// decode 64 rows of weights each into registers and multiply. `hopper_text.py` writes the constants in capitals,
+// `decode_group` and `Product` above this text, and `hopper_ptx.h` and `hopper_unit.h` come before it.
 //
-// A program stays on its multiprocessor and takes every gridDim-th unit: USERS tiles of 64 rows times one tile of at most
-// MOST tokens, whose number is fitted to what is there: one of SIZES. No barrier holds the groups together: the one that
-// copies runs ahead, also into the next unit, and while one group decodes, another multiplies.
+// A program stays on its multiprocessor and takes every gridDim-th unit: USERS tiles of 64 rows times one tile of at
+// most MOST tokens, whose number is fitted to what is there: one of SIZES. No barrier holds the groups together: the
+// one that copies runs ahead, also into the next unit, and while one group decodes, another multiplies.
 
-constexpr int kStage = MOST * 128;                     // bytes of 64 columns of all tokens
-constexpr int kAhead = 2;                              // steps whose codes are on their way to registers,
-constexpr int kAsked = 8;                              // and to the cache
-constexpr int kUsers = 128 * USERS;                    // threads that multiply
+constexpr int kStage = MOST * 128;   // bytes of 64 columns of all tokens
+constexpr int kAhead = 2;            // steps whose codes are on their way to registers,
+constexpr int kAsked = 8;            // and to the cache
+constexpr int kUsers = 128 * USERS;  // threads that multiply
 
 struct Ring {
   u32 stages, full, empty;
@@ -26,7 +25,8 @@ DEVICE void advance(Ring &r) {
 DEVICE const u32 *asked(const Given &a, const Tile &t) {
   constexpr int kLines = kTile / 32;
   if (t.expert < 0 || threadIdx.x >= kLines * USERS) return nullptr;
-  const long long tile = static_cast<long long>(t.expert) * a.tiles + min(row_tile(a, t.block, threadIdx.x / kLines), a.tiles - 1);
+  const long long tile =
+      static_cast<long long>(t.expert) * a.tiles + min(row_tile(a, t.block, threadIdx.x / kLines), a.tiles - 1);
   return reinterpret_cast<const u32 *>(a.codes) + tile * a.chunks * kTile + (threadIdx.x % kLines) * 32;
 }
 
@@ -80,10 +80,8 @@ DEVICE void copy(const Given &a, Ring r) {
     const Tile t = unit_or_none(a, u);
     if (t.expert < 0) break;
     switch (rounded(t.count)) {
-#define COPY(n)             \
-  case n:                   \
-    copy_unit<n / 16>(a, r, t);  \
-    break;
+#define COPY(n) \
+  case n: copy_unit<n / 16>(a, r, t); break;
       COPIED
     }
   }
@@ -203,7 +201,8 @@ DEVICE void use(const Given &a, Ring r, int (*routes)[MOST], float (*shares)[MOS
 #if BIAS || ROW_SCALE
     // Of the two rows whose sums a thread has, which are neighbours.
     const long long row0 = static_cast<long long>(t.expert) * a.rows + min(64 * tile + 16 * warp + 2 * g, a.rows - 1);
-    const long long row1 = static_cast<long long>(t.expert) * a.rows + min(64 * tile + 16 * warp + 2 * g + 1, a.rows - 1);
+    const long long row1 =
+        static_cast<long long>(t.expert) * a.rows + min(64 * tile + 16 * warp + 2 * g + 1, a.rows - 1);
 #endif
 #if BIAS
     const float bias0 = bias_at(a, row0), bias1 = bias_at(a, row1);
@@ -218,16 +217,15 @@ DEVICE void use(const Given &a, Ring r, int (*routes)[MOST], float (*shares)[MOS
     if (MODE == kSecond) {
       route = load(reinterpret_cast<const int *>(a.order) + t.start + min(mine, t.count - 1));
 #if WEIGHTS == 1
-      share = __uint_as_float(static_cast<u32>(__ldg(reinterpret_cast<const unsigned short *>(a.weights) + route)) << 16);
+      share =
+          __uint_as_float(static_cast<u32>(__ldg(reinterpret_cast<const unsigned short *>(a.weights) + route)) << 16);
 #else
       share = __ldg(reinterpret_cast<const float *>(a.weights) + route);
 #endif
     }
     switch (rounded(t.count)) {
-#define CASE(n)                          \
-  case n:                                \
-    multiply<n>(d, w, held, r);     \
-    break;
+#define CASE(n) \
+  case n: multiply<n>(d, w, held, r); break;
       CASES
     }
 #pragma unroll
@@ -246,7 +244,8 @@ DEVICE void use(const Given &a, Ring r, int (*routes)[MOST], float (*shares)[MOS
     for (int i = 0; i < MOST / 2; i += 4) d[i] += bias0, d[i + 1] += bias0, d[i + 2] += bias1, d[i + 3] += bias1;
 #endif
     u8 *y = reinterpret_cast<u8 *>(a.y);
-    const int groups = (t.count + 7) / 8, half = groups / 2;  // of 8 tokens; those whose gates and ups the first side takes
+    const int groups = (t.count + 7) / 8;  // of 8 tokens
+    const int half = groups / 2;           // those whose gates and ups the first side takes
     if (APART) {
       if (a.chunks <= STAGES) meet<kUsers>();  // nobody still reads
 #pragma unroll
@@ -305,8 +304,8 @@ extern "C" __global__ void __launch_bounds__(128 + kUsers, 1) wide(const __grid_
   r.parity = 0;
   if (threadIdx.x == 0) {
     for (int i = 0; i < STAGES; i++) {
-      barrier_init(r.full + 8 * i, 128);          // every copying thread
-      barrier_init(r.empty + 8 * i, 4 * USERS);   // every other warp
+      barrier_init(r.full + 8 * i, 128);         // every copying thread
+      barrier_init(r.empty + 8 * i, 4 * USERS);  // every other warp
     }
     barriers_are_there();
   }
