@@ -23,7 +23,7 @@ def test_a_model_is_stepped_by_a_chain_of_kernels_unless_somebody_listens(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The choice, and that it is told: kernels for a token stand aside here, and the model's forward for them."""
-    from microscale.integrations.hf import chain, chain_parts
+    from microscale.integrations.hf import attention, chain, chain_parts
     from microscale.integrations.hf.gpt_oss import DenseGptOssRMSNorm, StepGptOssRouter, take_steps
 
     model, ids = gpt_oss(tmp_path), prompt(1, 5)
@@ -41,14 +41,14 @@ def test_a_model_is_stepped_by_a_chain_of_kernels_unless_somebody_listens(
         assert "for CUDA from sm_80 on, and the model is on cpu" in str(chain_parts.chain_of(model)[1])
     with monkeypatch.context() as older:  # as on GPUs that Triton's kernels are not for
         older.setattr(chain_parts, "triton_steps", lambda device: False)
-        older.setattr(chain_parts, "device_kind", lambda device: "cuda")
+        older.setattr(attention, "device_kind", lambda device: "cuda")
         older.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-        older.setattr(chain_parts, "detect", lambda: SimpleNamespace(packages=()))
+        older.setattr(attention, "detect", lambda: SimpleNamespace(packages=()))
         assert str(chain_parts.refuse(model)).endswith("and the package triton is not installed")
-        older.setattr(chain_parts, "detect", lambda: SimpleNamespace(packages=(("triton", "3.6.0"),)))
+        older.setattr(attention, "detect", lambda: SimpleNamespace(packages=(("triton", "3.6.0"),)))
         older.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
         assert str(chain_parts.refuse(model)).endswith("for CUDA from sm_80 on, and this GPU is sm_75")
-        older.setattr(chain_parts, "device_kind", lambda device: "rocm")
+        older.setattr(attention, "device_kind", lambda device: "rocm")
         assert str(chain_parts.refuse(model)).endswith("and the model is on rocm")
     monkeypatch.setattr(chain_parts, "triton_steps", lambda device: True)
     taken: list[int] = []

@@ -16,11 +16,7 @@ def wanted(*args: Tensor | None) -> bool:
 
 def recorded() -> bool:
     """Whether somebody notes which of torch's operators run, and would not see what runs behind them."""
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._get_tracing_state() is not None
-        or torch._C._len_torch_dispatch_stack() > 0
-    )
+    return torch.compiler.is_compiling() or _traced()
 
 
 def watched(*args: Tensor | None) -> bool:
@@ -28,9 +24,13 @@ def watched(*args: Tensor | None) -> bool:
     return (
         wanted(*args)
         or any(t is not None and type(t) not in (Tensor, torch.nn.Parameter) for t in args)
-        or torch._C._get_tracing_state() is not None
-        or torch._C._len_torch_dispatch_stack() > 0
+        or _traced()
     )
+
+
+def _traced() -> bool:
+    """By a tracer or a mode."""
+    return torch._C._get_tracing_state() is not None or torch._C._len_torch_dispatch_stack() > 0
 
 
 def run(fast: Callable[..., Tensor], slow: Callable[..., Tensor], *args: Tensor | None) -> Tensor:

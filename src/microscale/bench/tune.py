@@ -138,9 +138,7 @@ class Checked:
             self.moe_bits = y if self.moe_bits is None else self.moe_bits
             same = torch.equal(y, self.moe_bits)
             same &= torch.equal(run(slice(7, 30)), y[7:30])
-            if (
-                cut.block_m == 8
-            ):  # that of a single token, which is another kernel: it finds experts without a list
+            if cut.block_m == 8:  # a single token's kernel is another one: it finds experts without a list
                 same &= torch.equal(run(slice(7, 8)), y[7:8])
             budget = moe_budget(self.tokens, self.ids, self.weights, self.w13, self.w2, GPT_OSS)
             self.said["moe", cut] = same and budget.worst(y) <= 1

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, lru_cache
 from importlib import resources
 from math import inf
 from typing import Any
@@ -129,10 +129,7 @@ class Cut:
 
     def each(self, tokens: int, tiles: int) -> int:
         """With `wide`: tokens of a linear's programs, so that the busiest multiprocessor has the least to multiply."""
-        return min(
-            range(16, self.block_m + 1, 16),
-            key=lambda each: (rounds(replace(self, block_m=each), tokens, tiles), -each),
-        )
+        return _busiest(self.block_m, self.tiles, tokens, tiles)
 
     def usual(self, tail: bool) -> Cut:
         """With `wide`: Gluon's kernels for as many tokens, where there is no compiler for CUDA C++.
@@ -219,8 +216,18 @@ def rounds(cut: Cut, tokens: int, tiles: int) -> int:
 
     A multiprocessor multiplies programs one after the other, also if it holds two.
     """
-    programs = -(-tiles // cut.tiles) * -(-tokens // cut.block_m)
-    return -(-programs // MULTIPROCESSORS) * cut.tiles * (cut.block_m + START)
+    return _rounds(cut.block_m, cut.tiles, tokens, tiles)
+
+
+def _rounds(block_m: int, of_program: int, tokens: int, tiles: int) -> int:
+    programs = -(-tiles // of_program) * -(-tokens // block_m)
+    return -(-programs // MULTIPROCESSORS) * of_program * (block_m + START)
+
+
+@lru_cache(1024)  # asked at every call of a linear
+def _busiest(most: int, of_program: int, tokens: int, tiles: int) -> int:
+    """See `Cut.each`."""
+    return min(range(16, most + 1, 16), key=lambda each: (_rounds(each, of_program, tokens, tiles), -each))
 
 
 @dataclass(frozen=True)

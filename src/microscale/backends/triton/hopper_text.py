@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from importlib import resources
 
 from microscale.backends.triton.hopper_decode import assembly
+from microscale.backends.triton.placement import LANDS
 
 COPY_REGISTERS = 56
 STEP = 16  # what numbers of tokens are multiples of
@@ -67,10 +68,9 @@ class Spec:
 
 def constants(spec: Spec) -> str:
     """The lines that define what the text has in capitals."""
-    bits = {"e2m1": 4, "e2m3": 6, "e3m2": 6}.get(spec.element, 8)
     given = {
         "MODE": _MODES[spec.mode],
-        "BITS": bits,
+        "BITS": len(LANDS[spec.element]),
         "E4M3_SCALES": int(spec.scale == "e4m3"),
         "BLOCKS": int(spec.scale == "f32"),
         "MOST": spec.most,
@@ -79,7 +79,6 @@ def constants(spec: Spec) -> str:
         "COPY_REGISTERS": spec.registers[0],
         "USE_REGISTERS": spec.registers[1],
         "EVEN": int(spec.even),
-        "COPIED": " ".join(f"COPY({n})" for n in spec.sizes),
         "BIAS": spec.bias,
         "WEIGHTS": spec.weights,
         "ROW_SCALE": int(spec.row_scale),
@@ -89,7 +88,7 @@ def constants(spec: Spec) -> str:
         "APART": int(spec.apart),
         "HAS_LIMIT": int(spec.limit),
         "SIZES": ", ".join(map(str, spec.sizes)),
-        "CASES": " ".join(f"CASE({n})" for n in spec.sizes),
+        "EACH_SIZE(DO)": " ".join(f"DO({n})" for n in spec.sizes),
     }
     return "".join(f"#define {name} {value}\n" for name, value in given.items())
 

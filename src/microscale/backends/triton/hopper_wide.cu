@@ -82,7 +82,7 @@ DEVICE void copy(const Given &a, Ring r) {
     switch (rounded(t.count)) {
 #define COPY(n) \
   case n: copy_unit<n / 16>(a, r, t); break;
-      COPIED
+      EACH_SIZE(COPY)
     }
   }
   copies_wait();
@@ -226,7 +226,7 @@ DEVICE void use(const Given &a, Ring r, int (*routes)[MOST], float (*shares)[MOS
     switch (rounded(t.count)) {
 #define CASE(n) \
   case n: multiply<n>(d, w, held, r); break;
-      CASES
+      EACH_SIZE(CASE)
     }
 #pragma unroll
     for (int i = 0; i < MOST / 2; i++) not_before(d[i]);

@@ -54,9 +54,14 @@ def triton_steps(device: torch.device) -> bool:
 
     Asked several times a layer, so it is kept; not to be asked while torch.compile looks on, which knows no caches.
     """
+    return refuse_triton(device) is None
+
+
+def refuse_triton(device: torch.device) -> str | None:
+    """None, or why `triton_steps` is False, in a sentence."""
     kind = device_kind(device)
     arch = "sm_{}{}".format(*torch.cuda.get_device_capability(device)) if kind == "cuda" else ""
-    return refuse_steps(kind, arch, dict(detect().packages)) is None
+    return refuse_steps(kind, arch, dict(detect().packages))
 
 
 def sink_attention(

@@ -11,15 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from microscale.backends.triton_rules import refuse_steps
 from microscale.canary import DTYPES
 from microscale.integrations.hf.architectures import KINDS, Kind
-from microscale.integrations.hf.attention import triton_steps
+from microscale.integrations.hf.attention import refuse_triton, triton_steps
 from microscale.integrations.hf.in_place import replacement
 from microscale.integrations.hf.listeners import hooks_of, hooks_of_all
 from microscale.integrations.hf.step_cache import StepCache, moves
-from microscale.machine import detect
-from microscale.nn import QuantLinear, device_kind
+from microscale.nn import QuantLinear
 
 _PLAIN = (nn.Linear, nn.Embedding, nn.ModuleList, nn.SiLU, QuantLinear)
 _OURS = ("DenseGptOssRMSNorm", "StepGptOssRouter")  # what `gpt_oss.take_steps` makes of gpt-oss' own
@@ -41,9 +39,7 @@ def chain_of(model: Any) -> tuple[Callable[[Tensor, StepCache], Any] | None, str
 def refuse(model: Any) -> str | None:
     """None, or why a token of a model is not a chain of kernels, in a sentence."""
     if not triton_steps(model.device):
-        kind = device_kind(model.device)
-        arch = "sm_{}{}".format(*torch.cuda.get_device_capability(model.device)) if kind == "cuda" else ""
-        return refuse_steps(kind, arch, dict(detect().packages))
+        return refuse_triton(model.device)
     return refuse_parts(model)
 
 
