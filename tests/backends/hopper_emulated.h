@@ -72,10 +72,7 @@ struct Meeting {
 static std::map<u32, Meeting> meetings_;
 static void meet_all(u32 key, u32 threads) { meetings_[key].meet(threads); }
 static void __syncthreads() { meet_all(0, blockDim.x); }
-template <int THREADS>
-void meet() {
-  meet_all(1, THREADS);
-}
+static void meet(int group) { meet_all(1 + group, 128); }
 template <typename T>
 T __shfl_sync(u32, T v, int) {
   return v;  // only of what is the same in a warp
@@ -113,11 +110,15 @@ static void copy16(u32 to, u64 from, int bytes) {
 static void barrier_arrive_copied(u32 bar) { barrier_arrive(bar); }
 static void copies_wait() {}
 static void products_see_copies() {}
-static uint4 load16(const u32 *p) {
-  reads();
-  return {p[0], p[1], p[2], p[3]};
+template <typename T>
+T shared(u32 address) {
+  T v;
+  std::memcpy(&v, at(address), sizeof v);
+  return v;
 }
-static void ask_for(const void *p) { (void)*static_cast<const volatile u8 *>(p); }  // an address that is none is found
+static uint4 shared16(u32 address) { return shared<uint4>(address); }
+static uint2 shared8(u32 address) { return shared<uint2>(address); }
+static u32 shared4(u32 address) { return shared<u32>(address); }
 template <typename T>
 T __ldg(const T *p) {
   reads();
@@ -143,6 +144,7 @@ void products_wait() {
   }
 }
 static void not_before(float &) {}
+static void known_here(int &) {}
 template <int COUNT>
 void fewer_registers() {}
 template <int COUNT>
@@ -158,7 +160,7 @@ static u32 given_[1024][4];
 
 // 64 rows, of which a warp has 16 in its lanes, times N tokens that lie in rows of 128 swizzled bytes, and 16 columns.
 template <int N>
-void multiply_now(float *d, const u32 *w, u64 x) {
+void multiply_now(float *d, const u32 *w, u64 x, bool more) {
   const u32 me = threadIdx.x, group = me / 128;
   for (int i = 0; i < 4; i++) given_[me][i] = w[i];
   meet_all(100 + group, 128);
@@ -177,15 +179,17 @@ void multiply_now(float *d, const u32 *w, u64 x) {
           sum[odd] +=
               static_cast<double>(wide_float(pairs[2 * (k / 8) + odd] >> 16 * (k % 2) & 0xFFFF)) * wide_float(v);
       }
-      d[4 * j + c] = static_cast<float>(d[4 * j + c] + sum[0]);
-      d[4 * j + 2 + c] = static_cast<float>(d[4 * j + 2 + c] + sum[1]);
+      for (int odd = 0; odd < 2; odd++) {
+        float &to = d[4 * j + 2 * odd + c];
+        to = static_cast<float>((more ? to : 0.0f) + sum[odd]);
+      }
     }
   meet_all(200 + group, 128);
 }
 
 template <int N, int SUMS>
-void multiply_add(float (&d)[SUMS], const u32 *w, u64 x) {
-  group_[threadIdx.x].push_back([sums = &d[0], w, x] { multiply_now<N>(sums, w, x); });
+void multiply_add(float (&d)[SUMS], const u32 *w, u64 x, bool more) {
+  group_[threadIdx.x].push_back([sums = &d[0], w, x, more] { multiply_now<N>(sums, w, x, more); });
 }
 
 static u32 transposed(u32 v) {

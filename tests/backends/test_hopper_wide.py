@@ -90,8 +90,8 @@ def launch(source: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[..
     def build(spec: Any) -> Any:
         element = next(f.element for f in FORMATS.values() if f.element.name == spec.element)
         products = "".join(
-            f"template <> struct Product<{n}> {{ static void add(float (&d)[MOST / 2], const u32 *w, u64 x) "
-            f"{{ multiply_add<{n}>(d, w, x); }} }};\n"
+            f"template <> struct Product<{n}> {{ static void add(float (&d)[MOST / 2], const u32 *w, u64 x, int more) "
+            f"{{ multiply_add<{n}>(d, w, x, more); }} }};\n"
             for n in spec.sizes
         )
         text = folder / f"{len(built)}.cc"
@@ -140,10 +140,10 @@ def test_a_linear_is_within_the_permitted_error(emulated: Any, name: str, tokens
     # Rows and columns that do not fill a tile; more units than programs, and steps than stages.
     w = quantize(random(generator, 328, 352), name)
     x, bias = random(generator, tokens, 352).bfloat16(), random(generator, 328)
-    for users, given in ((2, None), (3, bias)):
-        y = emulated.linear(x, packed(w), given, cut(f"m48t{users}c1w{4 * users + 4}s3x"))
+    for word, given in (("t2c1w12", None), ("t3c1w16", bias), ("t4c1w12", bias)):
+        y = emulated.linear(x, packed(w), given, cut(f"m48{word}s3x"))
         worst = linear_budget(x, w, given).worst(y)
-        assert worst <= 1, f"{users} groups: error is {worst:.3g} times the permitted one"
+        assert worst <= 1, f"{word}: error is {worst:.3g} times the permitted one"
 
 
 def table_of(ids: Tensor, experts: int, most: int) -> Any:
@@ -189,11 +189,10 @@ def test_experts_are_within_the_permitted_error(
     ids = (random(generator, tokens, top_k) > 0.5).long()
     ids[0] = -1
     apart = activation.gated and not activation.interleaved
-    cuts = [cut("m48t2c1w12s3x"), cut("m80t3c1w16s4x")]
+    cuts = [cut("m48t4c1w12s3x"), cut("m80t3c1w16s4x")]
     results = []
-    for c13, c2 in (cuts, cuts[::-1]):
-        if apart:
-            c13 = cuts[0]
+    for c13, c2 in zip(cuts, cuts[::-1], strict=True):
+        c13 = c13.of_experts(packed(w13), apart)
         h = emulated.first(x, share, packed(w13), b13, activation, table_of(ids, experts, c13.block_m), c13)
         shares = emulated.second(h, share, packed(w2), b2, table_of(ids, experts, c2.block_m), c2)
         there = (ids >= 0)[..., None]
@@ -213,7 +212,7 @@ MODES = [
 ]
 
 
-@pytest.mark.parametrize("word", ["m80t3c1w16s12x", "m144t3c1w16s8x", "m192t2c1w12s6x", "m256t2c1w12s4x"])
+@pytest.mark.parametrize("word", ["m80t4c1w12s10x", "m144t3c1w16s8x", "m144t4c1w12s8x", "m256t2c1w12s5x"])
 @pytest.mark.parametrize(("mode", "rest"), MODES)
 def test_it_compiles_and_no_product_waits_for_another(
     source: Any, word: str, mode: str, rest: dict[str, Any]
@@ -223,13 +222,16 @@ def test_it_compiles_and_no_product_waits_for_another(
         pytest.skip(nvrtc.refuse())
     shape = cut(word)
     if rest.get("apart"):
+        if shape.block_m > source.MOST_OF_TWO:
+            return  # `hopper_wide.taken` has no such kernel
         shape = shape.of_experts(packed(quantize(torch.randn(2, 256, 64), "mxfp4")), apart=True)
     elements = {"e4m3": ("e2m1",), "f32": ("e4m3",)}.get(rest.get("scale"), ("e2m1", "e4m3"))
     for element in elements:
         given = {"scale": "e8m0"} | rest
         spec = source.Spec(
-            mode, element, most=shape.block_m, stages=shape.stages, users=shape.tiles, even=True, **given
-        )
+            mode, element, most=shape.block_m, stages=shape.stages, users=shape.users,
+            each=shape.tiles // shape.users, even=True, **given,
+        )  # fmt: skip
         log = nvrtc.compiled("hopper_wide.cu", source.text(spec), ["--ptxas-options=-v"])[1]
         assert "serialized" not in log, log
         # Whoever asks for more registers than the others gave up waits for ever.
@@ -238,7 +240,8 @@ def test_it_compiles_and_no_product_waits_for_another(
         assert copies <= launched <= multiplies
         assert 128 * copies + 128 * spec.users * multiplies <= launched * spec.threads <= 65536
         static = int(log.rpartition(" bytes smem")[0].rpartition(" ")[2])
-        assert spec.shared + static <= shape.shared(FORMATS["mxfp4"], 1) <= 227 << 10
+        if element == "e2m1" and spec.scale == "e8m0":
+            assert spec.shared + static <= shape.shared(FORMATS["mxfp4"], 1) <= 227 << 10
 
 
 def portable(text: str) -> str:
@@ -261,7 +264,7 @@ def test_the_compiler_leaves_memory_for_behind_the_wait(source: Any, mode: str, 
     if nvrtc.refuse() is not None:
         pytest.skip(nvrtc.refuse())
     given = {"scale": "e8m0", "element": "e4m3" if rest.get("scale") == "f32" else "e2m1"} | rest
-    spec = source.Spec(mode, most=192, stages=6, even=True, **given)
+    spec = source.Spec(mode, most=128, stages=6, each=2, even=True, **given)
     # What comes before the groups part, and of each group what comes before and after it waits for the kernel ahead.
     start, *groups = portable(source.text(spec)).split("setmaxnreg")
     touches = re.compile(r"\b(ld\.global|ld\.b|st\.global|st\.b|cp\.async)").search
@@ -296,7 +299,7 @@ def test_where_cuda_cannot_be_compiled_other_kernels_run(wide: Any, monkeypatch:
     assert wide.refuse(packed(quantize(torch.randn(60, 64), "mxfp4")), None, ())
     monkeypatch.setattr(wide.nvrtc, "refuse", lambda: "no compiler")
     assert wide.refuse(w, None, ())
-    for word in ("m80t3c1w16s12x", "m144t2c1w12s8x", "m256t2c1w12s4x"):
+    for word in ("m80t3c1w16s12x", "m144t4c1w12s8x", "m256t2c1w12s4x"):
         for tail in (False, True):
             assert not cut(word).usual(tail).wide
             assert cut(word).usual(tail).shared(w.format, 1) <= 227 << 10

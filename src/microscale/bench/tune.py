@@ -67,12 +67,11 @@ _FEW = ("m8t1c2w4s5f", "m8t1c2w4s8f", "m8t2c2w8s6f", "m8t2c1w8s8fp1", "m8t1c2w4s
 
 # By `hopper_wide`, from so many tokens a matrix on.
 _WIDE = (
-    "m80t3c1w16s12x",
+    "m80t4c1w12s10x",
     "m128t3c1w16s8x",
-    "m144t3c1w16s8x",
-    "m144t2c1w12s8x",
-    "m192t2c1w12s6x",
-    "m256t2c1w12s4x",
+    "m128t4c1w12s8x",
+    "m144t4c1w12s8x",
+    "m256t2c1w12s5x",
 )
 _WIDE_FROM = 48
 

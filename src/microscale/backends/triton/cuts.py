@@ -54,8 +54,9 @@ class Cut:
         programs: other than 0: the compiler is held to the registers with which so many fit a multiprocessor; with
             `few` no more fit, so that early programs do not crowd where the kernel ahead has left room.
         few: of experts, by `hopper_few`, whose stages are steps with codes in registers. Activations of one part only.
-        wide: by `hopper_wide`, in which `tiles` groups of warps multiply and one copies; block_m is the most tokens of
-            a program, whose number is fitted to an expert's, and a linear's by `each`. Activations of one part only.
+        wide: by `hopper_wide`, in which a group of four warps copies and `users` multiply, each one or two of `tiles`;
+            block_m is the most tokens of a program, whose number is fitted to an expert's, and a linear's by `each`.
+            Activations of one part only.
     """
 
     block_m: int
@@ -127,6 +128,11 @@ class Cut:
         least = HOPPER_SHARED // (self.programs + 1) // (512 * self.block_m) + 1 if self.programs else 0
         return -(-max(quads, least) // (quads & -quads)) * (quads & -quads)
 
+    @property
+    def users(self) -> int:
+        """With `wide`: groups of warps that multiply."""
+        return self.warps // 4 - 1
+
     def each(self, tokens: int, tiles: int) -> int:
         """With `wide`: tokens of a linear's programs, so that the busiest multiprocessor has the least to multiply."""
         return _busiest(self.block_m, self.tiles, tokens, tiles)
@@ -157,9 +163,11 @@ class Cut:
             columns: K, all of which is there with `few`.
         """
         scales = 256 if fmt.scale == "e4m3" else 128
-        if self.wide:  # and what gates and ups meet in; barriers, and experts' routes and shares
-            apart = self.block_m * 256 if self.tiles == 2 else 0
-            return self.stages * self.block_m * 128 + apart + 1024 + 16 * (self.stages + self.block_m)
+        if self.wide:  # and barriers, and of every group experts' routes and shares
+            stage = -(-self.block_m // 16) * 2048 + self.tiles * (512 * fmt.element.bits + scales)
+            return 1024 * (self.stages * -(-stage // 1024) + 1) + 16 * (
+                3 * self.stages + 4 + self.users * self.block_m
+            )
         if self.few:
             return 512 * self.block_m * self.room(columns)
         if self.bulk:  # codes go straight to registers
@@ -177,7 +185,7 @@ class Cut:
             apart: gates and ups lie apart, so a program needs a tile of each.
         """
         if self.wide:
-            return replace(self, tiles=2, warps=12).fitted(w.format, 1) if apart else self
+            return replace(self, tiles=4, warps=12).fitted(w.format, 1) if apart else self
         if self.few and (w.format.scale == "f32" or self.shared(w.format, 1, w.shape[-1]) > HOPPER_SHARED):
             usual = replace(self, tiles=2, chunks=2, warps=4, stages=4, programs=0, few=False)
             return usual.fitted(w.format, 1)

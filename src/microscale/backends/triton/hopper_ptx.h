@@ -25,10 +25,8 @@ DEVICE void barrier_wait(u32 bar, u32 parity) {
       "r"(parity)
       : "memory");
 }
-template <int THREADS>
-DEVICE void meet() {
-  asm volatile("bar.sync 1, %0;" ::"n"(THREADS) : "memory");
-}
+// Of a group of warps.
+DEVICE void meet(int group) { asm volatile("bar.sync %0, 128;" ::"r"(group + 1) : "memory"); }
 
 // 16 bytes to shared memory, of which the first `bytes` are copied and the others become 0.
 DEVICE void copy16(u32 to, u64 from, int bytes) {
@@ -41,11 +39,22 @@ DEVICE void barrier_arrive_copied(u32 bar) {
 DEVICE void copies_wait() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 DEVICE void products_see_copies() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
-DEVICE uint4 load16(const u32 *p) {
+DEVICE uint4 shared16(u32 at) {
   uint4 v;
-  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
                : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-               : "l"(p));
+               : "r"(at)
+               : "memory");
+  return v;
+}
+DEVICE uint2 shared8(u32 at) {
+  uint2 v;
+  asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(at) : "memory");
+  return v;
+}
+DEVICE u32 shared4(u32 at) {
+  u32 v;
+  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(at) : "memory");
   return v;
 }
 // Of what the kernel ahead may write: unlike a load of what is constant, the compiler leaves it behind `wait_ahead`.
@@ -54,9 +63,6 @@ DEVICE int load(const int *p) {
   asm volatile("ld.global.b32 %0, [%1];" : "=r"(v) : "l"(p));
   return v;
 }
-// Into the L2 cache, which has what other kernels write, too.
-DEVICE void ask_for(const void *p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
-
 // Products are a group from their beginning to their end; waiting leaves so many groups under way.
 DEVICE void products_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 DEVICE void products_end() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
@@ -66,6 +72,9 @@ DEVICE void products_wait() {
 }
 // A sum that is read after what stands above.
 DEVICE void not_before(float &v) { asm volatile("" : "+f"(v)::"memory"); }
+
+// A number that nothing ahead of here is worked out from, as that would take registers.
+DEVICE void known_here(int &v) { asm volatile("" : "+r"(v)); }
 
 template <int COUNT>
 DEVICE void fewer_registers() {

@@ -9,7 +9,9 @@ from microscale.backends.triton.hopper_decode import assembly
 from microscale.backends.triton.placement import LANDS
 
 COPY_REGISTERS = 56
-STEP = 16  # what numbers of tokens are multiples of
+STEP = 8  # what numbers of tokens are multiples of
+MOST_OF_TWO = 144  # tokens that a group has registers for which has two tiles of weights
+PARTS = (8, 7, 6, 5, 3)  # eighths of the most
 KINDS = ("silu", "swiglu_oai", "swiglu_step")
 _MODES = {"linear": "kLinear", "first": "kFirst", "second": "kSecond"}
 
@@ -21,12 +23,13 @@ class Spec:
     Attributes:
         mode: "linear", "first" or "second" of experts.
         element, scale: of the format, as in `hopper_decode`.
-        most: tokens of a unit at most, a multiple of 16 up to 256; with three users up to 144.
-        users: groups of warps that multiply, 2 or 3, each 64 rows of weights.
+        most: tokens of a unit at most, a multiple of 16 up to 256; with two tiles each, or three users, up to 144.
+        users: groups of warps that multiply, 2 or 3.
+        each: tiles of 64 rows of weights that each has, 1 or 2.
         stages: of shared memory.
         bias, weights: 0 none, 1 bfloat16, 2 float32.
         row_scale: whether rows have a factor.
-        kind, gated, apart, limit: of the activation; apart: gates and ups are not interleaved.
+        kind, gated, apart, limit: of the activation; apart: gates and ups are not interleaved; two tiles each.
     """
 
     mode: str
@@ -35,6 +38,7 @@ class Spec:
     most: int
     stages: int
     users: int = 2
+    each: int = 1
     even: bool = False
     bias: int = 0
     weights: int = 0
@@ -46,9 +50,9 @@ class Spec:
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        """Tokens that there is a loop for, the greatest first. With more loops, ptxas finds no registers for all."""
-        parts = (8, 7, 6, 4, 2)
-        return tuple(dict.fromkeys(max(self.most * p // 8 + STEP - 1, STEP) // STEP * STEP for p in parts))
+        """Tokens that there is a loop for, the greatest first: as many as ptxas finds registers for."""
+        loops = (208 - self.most) // 32 if self.each == 2 else len(PARTS)
+        return tuple(dict.fromkeys(-(-self.most * p // 8 // STEP) * STEP for p in PARTS[:loops]))
 
     @property
     def threads(self) -> int:
@@ -63,7 +67,9 @@ class Spec:
     @property
     def shared(self) -> int:
         """Bytes of dynamic shared memory."""
-        return self.stages * self.most * 128 + 1024 + (self.most * 256 if self.apart else 0)
+        tile = 512 * len(LANDS[self.element]) + (256 if self.scale == "e4m3" else 128)
+        stage = -(-self.most // 16) * 2048 + self.users * self.each * tile
+        return 1024 * (self.stages * -(-stage // 1024) + 1)
 
 
 def constants(spec: Spec) -> str:
@@ -76,6 +82,8 @@ def constants(spec: Spec) -> str:
         "MOST": spec.most,
         "STAGES": spec.stages,
         "USERS": spec.users,
+        "EACH": spec.each,
+        "TILES": spec.users * spec.each,
         "COPY_REGISTERS": spec.registers[0],
         "USE_REGISTERS": spec.registers[1],
         "EVEN": int(spec.even),
@@ -85,10 +93,10 @@ def constants(spec: Spec) -> str:
         "KIND": KINDS.index(spec.kind),
         **{kind.upper(): i for i, kind in enumerate(KINDS)},
         "GATED": int(spec.gated),
-        "APART": int(spec.apart),
-        "HAS_LIMIT": int(spec.limit),
         "SIZES": ", ".join(map(str, spec.sizes)),
         "EACH_SIZE(DO)": " ".join(f"DO({n})" for n in spec.sizes),
+        "APART": int(spec.apart),
+        "HAS_LIMIT": int(spec.limit),
     }
     return "".join(f"#define {name} {value}\n" for name, value in given.items())
 
@@ -100,7 +108,7 @@ def part(name: str) -> str:
 
 def text(spec: Spec) -> str:
     """The whole source."""
-    decode, products = _decode(spec.element, spec.scale), _products(spec.sizes)
+    decode, products = _decode(spec.element, spec.scale), _products(spec)
     given = constants(spec) + part("hopper_ptx.h") + decode + products
     return given + part("hopper_unit.h") + part("hopper_wide.cu")
 
@@ -125,19 +133,20 @@ def _decode(element: str, scale: str) -> str:
     )
 
 
-def _products(sizes: tuple[int, ...]) -> str:
-    """`Product<N>::add`: d += w @ x of 64 rows in registers, N tokens in shared memory and 16 columns."""
+def _products(spec: Spec) -> str:
+    """`Product<N>::add`: w @ x of 64 rows in registers, N tokens in shared memory and 16 columns; added to d, or d."""
     found = ["template <int N> struct Product;\n"]
-    for n in sizes:
+    for n in spec.sizes:
         sums = ", ".join(f"%{i}" for i in range(n // 2))
         outs = ", ".join(f'"+f"(d[{i}])' for i in range(n // 2))
-        w0, w1, w2, w3, x = (f"%{n // 2 + i}" for i in range(5))
+        w0, w1, w2, w3, x, more = (f"%{n // 2 + i}" for i in range(6))
         found.append(
             f"template <> struct Product<{n}> {{\n"
-            f"  static DEVICE void add(float (&d)[{sizes[0] // 2}], const unsigned *w, "
-            "unsigned long long x) {\n"
-            f'    asm volatile("wgmma.mma_async.sync.aligned.m64n{n}k16.f32.bf16.bf16 {{{sums}}}, "\n'
-            f'      "{{{w0}, {w1}, {w2}, {w3}}}, {x}, 1, 1, 1, 0;"\n'
-            f'      : {outs} : "r"(w[0]), "r"(w[1]), "r"(w[2]), "r"(w[3]), "l"(x));\n  }}\n}};\n'
+            f"  static DEVICE void add(float (&d)[{spec.most // 2}], const unsigned *w, "
+            "unsigned long long x, int more) {\n"
+            f'    asm volatile("{{.reg .pred p; setp.ne.s32 p, {more}, 0;\\n"\n'
+            f'      "wgmma.mma_async.sync.aligned.m64n{n}k16.f32.bf16.bf16 {{{sums}}}, "\n'
+            f'      "{{{w0}, {w1}, {w2}, {w3}}}, {x}, p, 1, 1, 0;}}"\n'
+            f'      : {outs} : "r"(w[0]), "r"(w[1]), "r"(w[2]), "r"(w[3]), "l"(x), "r"(more));\n  }}\n}};\n'
         )
     return "".join(found)

@@ -1,7 +1,7 @@
 // What `hopper_wide.cu` works on: the kernel's argument, units of work, codes on their way, and what becomes of sums.
 
-constexpr int kTile = 128 * BITS;                   // words of 64 rows by 64 columns,
-constexpr int kTileScales = E4M3_SCALES ? 64 : 32;  // and of their scales
+constexpr int kTile = 512 * BITS;                     // bytes of 64 rows by 64 columns,
+constexpr int kTileScales = E4M3_SCALES ? 256 : 128;  // and of their scales
 constexpr bool kGated = GATED;
 
 enum Mode { kLinear, kFirst, kSecond };
@@ -63,9 +63,10 @@ DEVICE Tile unit_or_none(const Given &a, int u) {
   return u < a.units ? unit(a, u) : none;
 }
 
-// The tile of 64 rows that a group takes: gates and ups that lie apart are the two groups'.
-DEVICE int row_tile(const Given &a, int block, int side) {
-  return APART ? block + side * (a.width / 64) : USERS * block + side;
+// The tiles of 64 rows that a group takes: EACH that follow one another, or a tile of gates and one of ups that lie
+// apart.
+DEVICE int row_tile(const Given &a, int block, int i) {
+  return APART ? USERS * block + i / 2 + i % 2 * (a.width / 64) : TILES * block + i;
 }
 
 struct Codes {
@@ -79,22 +80,22 @@ struct Codes {
 #endif
 };
 
-// A thread's codes and scales of a tile; where its first 16 bytes, and its scales are.
-DEVICE Codes load_codes(const u32 *codes, const u32 *scales, int thread) {
+// A thread's codes and scales of a tile that lies in shared memory.
+DEVICE Codes load_codes(u32 codes, u32 scales, int thread) {
   Codes c;
-  c.four = load16(codes);
+  c.four = shared16(codes + thread * 16);
 #if BITS == 6
-  const uint2 v = __ldg(reinterpret_cast<const uint2 *>(codes + 512 - thread * 2));
+  const uint2 v = shared8(codes + 2048 + thread * 8);
   c.more = make_uint4(v.x, v.y, 0, 0);
 #elif BITS == 8
-  c.more = load16(codes + 512);
+  c.more = shared16(codes + 2048 + thread * 16);
 #endif
 #if E4M3_SCALES
-  const uint2 s = __ldg(reinterpret_cast<const uint2 *>(scales));
+  const uint2 s = shared8(scales + thread / 4 * 8);
   c.scale = s.x;
   c.scale1 = s.y;
 #else
-  c.scale = __ldg(scales);
+  c.scale = shared4(scales + thread / 4 * 4);
 #endif
   return c;
 }
@@ -141,3 +142,103 @@ DEVICE float bias_at(const Given &a, long long i) {
 #endif
 }
 #endif
+
+// A thread's sums of EACH tiles.
+typedef float Sums[EACH][MOST / 2];
+
+// What a thread needs of the rows of one of its tiles, which are neighbours, behind their sums.
+struct Rows {
+  float bias0, bias1, scale0, scale1;
+};
+
+DEVICE Rows rows_of(const Given &a, const Tile &t, int tile) {
+  Rows r = {0.0f, 0.0f, 1.0f, 1.0f};
+#if BIAS || ROW_SCALE
+  const int row = 64 * tile + threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4 * 2;
+  const long long row0 = static_cast<long long>(t.expert) * a.rows + min(row, a.rows - 1);
+  const long long row1 = static_cast<long long>(t.expert) * a.rows + min(row + 1, a.rows - 1);
+#endif
+#if BIAS
+  r.bias0 = bias_at(a, row0), r.bias1 = bias_at(a, row1);
+#endif
+#if ROW_SCALE
+  r.scale0 = __ldg(reinterpret_cast<const float *>(a.row_scale) + row0);
+  r.scale1 = __ldg(reinterpret_cast<const float *>(a.row_scale) + row1);
+#endif
+  return r;
+}
+
+DEVICE void scaled(float (&c)[4], const Rows &r) {
+#if ROW_SCALE
+  c[0] *= r.scale0, c[1] *= r.scale0, c[2] *= r.scale1, c[3] *= r.scale1;
+#endif
+#if BIAS
+  c[0] += r.bias0, c[1] += r.bias0, c[2] += r.bias1, c[3] += r.bias1;
+#endif
+}
+
+// Sums of a unit to y: `routes` and `shares` are those of its tokens, in the second product of experts.
+DEVICE void store(const Sums &d, const Given &a, Tile t, int side, const int *routes, const float *shares) {
+  int thread = threadIdx.x % 128;
+  known_here(thread), known_here(side), known_here(t.block);
+  const int warp = thread / 32, g = thread % 32 / 4, t4 = thread % 4;
+  u8 *y = reinterpret_cast<u8 *>(a.y);
+  Rows rows[EACH];
+#pragma unroll
+  for (int e = 0; e < EACH; e++) rows[e] = rows_of(a, t, row_tile(a, t.block, side * EACH + e));
+#pragma unroll
+  for (int e = 0; e < (APART ? 1 : EACH); e++) {
+    const int tile = row_tile(a, t.block, side * EACH + e);
+#pragma unroll
+    for (int j = 0; j < MOST / 8; j++) {
+      if (8 * j >= t.count) break;
+      const int token = 8 * j + g;
+      const float *v = &d[e][4 * j];
+      float c[4] = {v[0], v[1], v[2], v[3]};
+      scaled(c, rows[e]);
+      if (MODE == kFirst && kGated && !APART) {
+        const u32 two = transposed(packed(activate(a, c[0], c[2]), activate(a, c[1], c[3])));
+        const int n = tile * 32 + 8 * warp + 2 * t4;
+        if (token < t.count && n < a.width)
+          *reinterpret_cast<u32 *>(y + 2 * (static_cast<long long>(t.start + token) * a.width + n)) = two;
+        continue;
+      }
+      if (MODE == kFirst) {
+        const float *other = &d[EACH - 1][4 * j];
+        float u[4] = {other[0], other[1], other[2], other[3]};
+        scaled(u, rows[EACH - 1]);
+#pragma unroll
+        for (int i = 0; i < 4; i++) c[i] = activate(a, c[i], APART ? u[i] : c[i]);
+      }
+      long long to = t.start + token;
+      if (MODE == kSecond) {
+        const float2 s = *reinterpret_cast<const float2 *>(&shares[8 * j + 2 * t4]);
+        c[0] *= s.x, c[1] *= s.y, c[2] *= s.x, c[3] *= s.y;
+        to = routes[token];
+      }
+      const u32 even = transposed(packed(c[0], c[1])), odd = transposed(packed(c[2], c[3]));
+      const uint2 both = make_uint2(__byte_perm(even, odd, 0x5410), __byte_perm(even, odd, 0x7632));
+      const int n = tile * 64 + 16 * warp + 4 * t4;
+      if (token < t.count && n < a.width) *reinterpret_cast<uint2 *>(y + 2 * (to * a.width + n)) = both;
+    }
+  }
+}
+
+// A token's place in the result of the second product, and its share there.
+struct Route {
+  int to;
+  float share;
+};
+
+DEVICE Route route_of(const Given &a, const Tile &t, int token) {
+  Route r = {0, 0.0f};
+  if (MODE != kSecond) return r;
+  r.to = load(reinterpret_cast<const int *>(a.order) + t.start + min(token, t.count - 1));
+#if WEIGHTS == 1
+  const unsigned short bits = __ldg(reinterpret_cast<const unsigned short *>(a.weights) + r.to);
+  r.share = __uint_as_float(static_cast<u32>(bits) << 16);
+#else
+  r.share = __ldg(reinterpret_cast<const float *>(a.weights) + r.to);
+#endif
+  return r;
+}

@@ -16,7 +16,7 @@ from microscale.activations import Activation
 from microscale.backends.triton import nvrtc, tiles
 from microscale.backends.triton.cuts import Cut
 from microscale.backends.triton.fragments import Fragments
-from microscale.backends.triton.hopper_text import KINDS, Spec, text
+from microscale.backends.triton.hopper_text import KINDS, MOST_OF_TWO, Spec, text
 from microscale.backends.triton.routing import Table
 
 _FLOATS = {torch.bfloat16: 1, torch.float32: 2}  # as `Spec.bias` says it
@@ -79,14 +79,20 @@ def taken(
         others: routing weights and biases.
     """
     dtypes = tuple(t.dtype for t in others if t is not None)
-    if weight_on_input or cuts[0].wide != cuts[1].wide or any(refuse(w, activation, dtypes) for w in weights):
+    apart = activation.gated and not activation.interleaved
+    if (
+        weight_on_input
+        or cuts[0].wide != cuts[1].wide
+        or (apart and cuts[0].block_m > MOST_OF_TWO)
+        or any(refuse(w, activation, dtypes) for w in weights)
+    ):
         cuts = tuple(cut.usual(tail=True) if cut.wide else cut for cut in cuts)  # type: ignore[assignment]
     return cuts
 
 
 def _spec(mode: str, w: Fragments, cut: Cut, **rest: object) -> Spec:
     return Spec(
-        mode, w.format.element.name, w.format.scale, cut.block_m, cut.stages, cut.tiles,
+        mode, w.format.element.name, w.format.scale, cut.block_m, cut.stages, cut.users, cut.tiles // cut.users,
         even=w.shape[-1] % 64 == 0, row_scale=w.row_scale is not None, **rest,  # type: ignore[arg-type]
     )  # fmt: skip
 
@@ -155,7 +161,7 @@ def first(
     )  # fmt: skip
     return _run(
         spec, w, torch.empty(weights.numel(), inner, dtype=x.dtype, device=x.device), x, bias,
-        inner // 64 if apart else -(-w.tiles // cut.tiles), table.count, top_k=weights.shape[1],
+        -(-inner // (64 * cut.users)) if apart else -(-w.tiles // cut.tiles), table.count, top_k=weights.shape[1],
         alpha=activation.alpha, beta=activation.beta, limit=activation.limit or 0.0, **_routes(table),
     )  # fmt: skip
 
