@@ -6,7 +6,8 @@ a layout and kernels of its own: `placement` and `fragments`, `hopper` and `hopp
 tokens, `hopper_bulk`, for experts of a few `hopper_few`, all over `hopper_decode`; `hopper_results` ends experts,
 `hopper_fetch` asks for weights ahead, `cuts` chooses their sizes, and `fallback` takes over if they do not compile.
 `hopper_wide` is for many tokens, too, in CUDA C++, which `hopper_text` writes and `nvrtc` compiles; no row has it yet.
-For a decoded token there are `attend` over `spans`, `rows` for products with plain weights, `router`, and `small`.
+For a decoded token there are `attend` over `spans`, `rows` for products with plain weights, `router`, `small`, and
+`likeliest`, the last two of which choose by `keys`.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from microscale.formats import Format
 from microscale.operands import check_linear, check_moe
 from microscale.quant import QuantTensor
 
-__all__ = ["REPACKS", "Packed", "linear", "moe", "pack", "unpack"]
+__all__ = ["REPACKS", "Packed", "linear", "moe", "pack", "shares", "unpack"]
 
 REPACKS = True  # see `contract.Contract`
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -109,21 +110,7 @@ def moe(
         if 0 in (topk_ids.numel(), *w13.shape, *w2.shape):
             return x.new_zeros(x.shape[0], w2.shape[1])
         rest = (activation, _contiguous(b13), _contiguous(b2), _contiguous(expert_map), weight_on_input)
-
-        def plain() -> Tensor:
-            return experts.moe(x, topk_ids, topk_weights, _plain(w13), _plain(w2), *rest)
-
-        if isinstance(w13, Fragments) and isinstance(w2, Fragments):
-            from microscale.backends.triton import hopper, hopper_moe
-
-            if not hopper_moe.refuse(w13, activation):
-                tokens, top_k = topk_ids.shape
-                formats = (w13.format, w2.format)
-                pair = cuts.moe_cuts(formats, tokens, top_k, w13.shape[0], hopper.PARTS[x.dtype])
-                own = partial(hopper_moe.moe, x, topk_ids, topk_weights, w13, w2, *rest, pair)
-                what = ("moe", w13.format.name, w13.shape, activation, x.dtype, *pair)
-                return attempt(own, plain, *what)
-        return plain()
+        return _experts(x, topk_ids, topk_weights, w13, w2, *rest, add_up=True)
 
     def slow(x: Tensor, topk_weights: Tensor, b13: Tensor | None, b2: Tensor | None) -> Tensor:
         return emulation.moe(
@@ -140,6 +127,60 @@ def moe(
         )
 
     return autograd.run(fast, slow, x, topk_weights, b13, b2)
+
+
+def shares(
+    x: Tensor,
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    w13: Packed | Fragments,
+    w2: Packed | Fragments,
+    activation: Activation,
+    *,
+    b13: Tensor | None = None,
+    b2: Tensor | None = None,
+    act: Format | None = None,
+) -> Tensor:
+    """What `moe` adds up, for a caller who does: [M, T, N], float32 or in x's dtype, in the order of a token's slots.
+
+    There are no gradients, and every id is that of an expert.
+    """
+    check_moe(x, topk_ids, topk_weights, w13.shape, w2.shape, activation, b13, b2, False)
+    _check(x, act)
+    rest = (activation, _contiguous(b13), _contiguous(b2), None, False)
+    return _experts(x, topk_ids, topk_weights, w13, w2, *rest, add_up=False).view(*topk_ids.shape, -1)
+
+
+def _experts(
+    x: Tensor,
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    w13: Packed | Fragments,
+    w2: Packed | Fragments,
+    activation: Activation,
+    b13: Tensor | None,
+    b2: Tensor | None,
+    expert_map: Tensor | None,
+    weight_on_input: bool,
+    add_up: bool,
+) -> Tensor:
+    """Hopper's kernels where they take these weights, else those for every target: see `moe.moe`."""
+    rest = (activation, b13, b2, expert_map, weight_on_input)
+
+    def plain() -> Tensor:
+        return experts.moe(x, topk_ids, topk_weights, _plain(w13), _plain(w2), *rest, add_up)
+
+    if isinstance(w13, Fragments) and isinstance(w2, Fragments):
+        from microscale.backends.triton import hopper, hopper_moe
+
+        if not hopper_moe.refuse(w13, activation):
+            tokens, top_k = topk_ids.shape
+            formats = (w13.format, w2.format)
+            pair = cuts.moe_cuts(formats, tokens, top_k, w13.shape[0], hopper.PARTS[x.dtype])
+            given = (x, topk_ids, topk_weights, w13, w2, *rest, pair)
+            own = partial(hopper_moe.moe, *given, add_up=add_up)
+            return attempt(own, plain, "moe", w13.format.name, w13.shape, activation, x.dtype, *pair)
+    return plain()
 
 
 def _contiguous(t: Tensor | None) -> Tensor | None:

@@ -363,6 +363,7 @@ def moe(
     cuts: tuple[Cut, Cut] | None = None,
     pdl: bool = True,
     direct: bool | None = None,
+    add_up: bool = True,
 ) -> Tensor:
     """As `moe.moe`; each expert's share, like the intermediate, is rounded once to x's dtype.
 
@@ -393,4 +394,4 @@ def moe(
             x = tokens_in_order(table, x, top_k, experts, pdl)
         h = first(x, weights, w13, b13, activation, table, cut13, weight_on_input, pdl, expert_map, direct)
         shares = second(h, weights, w2, b2, table, cut2, weight_on_input, pdl, expert_map, direct)
-        return total(shares, ids, expert_map, experts, x.dtype, pdl)
+        return total(shares, ids, expert_map, experts, x.dtype, pdl) if add_up else shares
