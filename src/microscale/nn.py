@@ -307,21 +307,22 @@ class QuantExperts:
         y = self._run(placement.backend.moe, placement, rows, topk_ids, topk_weights)
         return y.view(*x.shape[:-1], y.shape[-1])
 
-    def shares(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor | None:
-        """What a call adds up in the order of a token's slots: [M, H], [M, T], [M, T] -> [M, T, H].
+    def shares(self, x: Tensor, choice: Any) -> Tensor | None:
+        """What a call adds up, [M, H] -> [M, T, H], or None: the backend has its sums alone.
 
-        There are no gradients, and each id is an expert's. None: the backend has its sums alone.
+        Args:
+            choice: of the routes, `backends.triton.small.Choice`.
         """
         placement = self._placed(x)
         run = getattr(placement.backend, "shares", None)
-        return None if run is None else self._run(run, placement, x, topk_ids, topk_weights)
+        return None if run is None else self._run(run, placement, x, choice)
 
     def _placed(self, x: Tensor) -> Placement:
         if self.placement is None or self._placed_on != x.device:
             return self.place(x.dtype)
         return self.placement
 
-    def _run(self, function: Callable[..., Tensor], placement: Placement, *given: Tensor) -> Tensor:
+    def _run(self, function: Callable[..., Tensor], placement: Placement, *given: Any) -> Tensor:
         w13, w2 = placement.packed
         b13, b2 = self.biases()
         return function(*given, w13, w2, self.activation, b13=b13, b2=b2, act=self.act)

@@ -11,7 +11,7 @@ import torch
 from test_attend import expected
 from torch import Tensor
 
-from microscale.activations import Activation
+from microscale.activations import GPT_OSS, Activation
 from microscale.backends import triton as backend
 from microscale.backends.triton import attend as module
 from microscale.backends.triton import rows as few
@@ -19,7 +19,7 @@ from microscale.backends.triton import tiles
 from microscale.backends.triton.attend import Turn, attend, attend_token
 from microscale.backends.triton.likeliest import Likeliest
 from microscale.backends.triton.router import norm_and_product
-from microscale.backends.triton.small import add_rms_norm, rms_norm, route, silu_gate
+from microscale.backends.triton.small import Choice, add_rms_norm, rms_norm, route, silu_gate
 from microscale.backends.triton.total import total as added
 from microscale.formats import FORMATS
 from microscale.quant import quantize
@@ -180,19 +180,43 @@ def test_shares_are_added_up_before_a_norm(
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("fmt", ["mxfp4", "fp8_block128"])
-@pytest.mark.parametrize("tokens", [1, 3])
-def test_shares_are_what_experts_add_up(dtype: torch.dtype, fmt: str, tokens: int) -> None:
+@pytest.mark.parametrize("fmt", ["mxfp4", "nvfp4", "fp8_block128"])
+@pytest.mark.parametrize(
+    "tokens, experts, top_k, weights",
+    [(1, 4, 2, None), (3, 4, 2, None), (1, 40, 4, None), (1, 130, 5, torch.float32)],
+)
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_shares_are_what_experts_add_up(
+    dtype: torch.dtype,
+    fmt: str,
+    tokens: int,
+    experts: int,
+    top_k: int,
+    weights: torch.dtype | None,
+    interleaved: bool,
+) -> None:
+    """To the bit, also where each program chooses by the logits: among equal ones, and with a NaN, too."""
+    if INTERPRETED and (experts > 4 or interleaved):
+        pytest.skip("programs choose on Hopper only")
     w13, w2 = (
-        backend.pack(quantize(torch.randn(4, n, 128, device=DEVICE) / 8, FORMATS[fmt])) for n in (256, 128)
+        backend.pack(quantize(torch.randn(experts, n, 128, device=DEVICE) / 8, FORMATS[fmt]))
+        for n in (256, 128)
     )
-    x, weights = torch.randn(tokens, 128, device=DEVICE).to(dtype), torch.rand(tokens, 2, device=DEVICE)
-    ids = torch.tensor([[3, 1], [0, 3], [1, 2]], device=DEVICE)[:tokens]
-    given = x, ids, weights, w13, w2, Activation("silu")
-    shares = backend.shares(*given)
-    assert shares.shape == (tokens, 2, 128)
-    found = add_rms_norm(x, shares, torch.ones(128, device=DEVICE), 1e-5)[0]
-    assert torch.equal(found, x + backend.moe(*given))
+    bias, ones = torch.randn(experts, 256, device=DEVICE), torch.ones(128, device=DEVICE)
+    x = torch.randn(tokens, 128, device=DEVICE).to(dtype)
+    activation = GPT_OSS if interleaved else Activation("silu")
+    for times in (0.0, 0.4, 3.0, torch.nan):
+        logits = torch.randn(tokens, experts, device=DEVICE).mul(times if times == times else 1).to(dtype)
+        if times != times:
+            logits[:, experts // 2] = torch.nan
+        choice = Choice(logits, top_k, dtype=weights)
+        shares = backend.shares(x, choice, w13, w2, activation, b13=bias)
+        assert shares.shape == (tokens, top_k, 128)
+        found = add_rms_norm(x, shares, ones, 1e-5)[0]
+        shared, ids = choice.routes()
+        wanted = x + backend.moe(x, ids, shared, w13, w2, activation, b13=bias)
+        assert torch.equal(found.nan_to_num(7.0), wanted.nan_to_num(7.0))
+        assert found.isnan().all() == (times != times)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -8,6 +8,8 @@ are read early are older than the kernels that are still running.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
@@ -136,6 +138,31 @@ def route(
             **tiles.launch(pdl),
         )  # fmt: skip
     return weights, ids
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What `route` is to choose by, for whoever may do without its launch.
+
+    Attributes:
+        logits, top_k, of_all, dtype: its arguments.
+    """
+
+    logits: Tensor
+    top_k: int
+    of_all: bool = False
+    dtype: torch.dtype | None = None
+
+    def routes(self) -> tuple[Tensor, Tensor]:
+        """What it returns."""
+        return route(self.logits, self.top_k, self.of_all, self.dtype)
+
+    @property
+    def block(self) -> int:
+        """A power of two of experts that a warp of each program may look at instead; 0: not these."""
+        rows, experts = self.logits.shape
+        few = rows == 1 and experts <= 256 and self.logits.itemsize == 2 and not self.of_all
+        return max(triton.next_power_of_2(experts), 32) if few else 0
 
 
 @triton.jit

@@ -60,7 +60,7 @@ def _fed_forward(kind: Kind, layer: Any, x: Tensor, more: Tensor) -> tuple[Tenso
     """
     from microscale.backends.triton import rows
     from microscale.backends.triton.router import norm_and_product, takes
-    from microscale.backends.triton.small import add_rms_norm, route, silu_gate
+    from microscale.backends.triton.small import Choice, add_rms_norm, silu_gate
 
     norm, mlp = layer.post_attention_layernorm, layer.mlp
     given = (x, more, norm.weight, norm.variance_epsilon, kind.twice)
@@ -76,10 +76,10 @@ def _fed_forward(kind: Kind, layer: Any, x: Tensor, more: Tensor) -> tuple[Tenso
     else:
         x, y = add_rms_norm(*given)
         (logits,) = products(y, (router,))
-    weights, chosen = route(logits, router.top_k, of_all, kind.shares)
-    runner = runner_of(experts)
-    found = runner.shares(y, chosen, weights) if isinstance(runner, QuantExperts) else None
+    runner, choice = runner_of(experts), Choice(logits, router.top_k, of_all, kind.shares)
+    found = runner.shares(y, choice) if isinstance(runner, QuantExperts) else None
     if found is None:
+        weights, chosen = choice.routes()
         found = experts(y, chosen, weights)
     return x, found.contiguous()
 
