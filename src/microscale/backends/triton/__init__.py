@@ -3,9 +3,9 @@
 `layout` packs and unpacks, `decode` turns codes and scales into numbers in registers, `gemm` has the loop over K and
 linear, `moe` the experts, `routing` sorts their routes, `total` adds up their shares, `tiles` has the sizes. Hopper has
 a layout and kernels of its own: `placement` and `fragments`, `hopper` and `hopper_moe` over `hopper_loop` or, for many
-tokens, `hopper_bulk`, for experts of a few `hopper_few`, all over `hopper_decode`; `hopper_routes` says whose a tile is,
-`hopper_token` has a single one's chosen by its logits, `hopper_results` ends experts, `hopper_fetch` asks for weights
-ahead, `cuts` chooses their sizes, and `fallback` takes over if they do not compile.
+tokens, `hopper_bulk`, for experts of a few `hopper_few`, all over `hopper_decode`; `hopper_routes` says whose a tile
+is, `hopper_token` has a single one's chosen by its logits, `hopper_results` ends experts, `hopper_fetch` asks for
+weights ahead, `cuts` chooses their sizes, and `fallback` takes over if they do not compile.
 `hopper_wide` is for many tokens, too, in CUDA C++, which `hopper_text` writes and `nvrtc` compiles; no row has it yet.
 For a decoded token there are `attend` over `spans`, `rows` for products with plain weights, `router`, `small`, and
 `likeliest`, the last two of which choose by `keys`.
