@@ -41,16 +41,15 @@ def _router_kernel(
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
-    parts = ()
-    for i in tl.static_range(CHUNKS):  # of both, ahead of any store: memory takes as long for one as for all
-        k = i * COLUMNS + lane
-        one = tl.load(x + token * K + k, mask=k < K, other=0.0)
-        other = tl.load(more + token * K + k, mask=k < K, other=0.0)
-        parts = parts + ((one, other),)  # type: ignore[assignment] # noqa: RUF005
     sums = ()
     squares = tl.zeros((COLUMNS,), tl.float32)
-    for i in tl.static_range(CHUNKS):
-        whole = (parts[i][0].to(tl.float32) + parts[i][1].to(tl.float32)).to(total.dtype.element_ty)
+    for i in tl.static_range(
+        CHUNKS
+    ):  # no store among these loads, which would be waited for one after the other
+        k = i * COLUMNS + lane
+        value = tl.load(x + token * K + k, mask=k < K, other=0.0).to(tl.float32)
+        value += tl.load(more + token * K + k, mask=k < K, other=0.0).to(tl.float32)
+        whole = value.to(total.dtype.element_ty)
         squares += whole.to(tl.float32) * whole.to(tl.float32)
         sums = sums + (whole,)  # type: ignore[assignment] # noqa: RUF005
     scale = tl.rsqrt(tl.sum(squares, 0) / K + eps)

@@ -1,8 +1,9 @@
 """A token through all layers of a model in few kernels: what `step.Step` captures instead of the forward.
 
-A layer is eight kernels of ours. Each adds what the one before it gave to the stream as it takes the norm of it, and on
-Hopper each is launched before the one ahead has ended (see `backends.triton.small`). The slow twin is transformers'
-forward of the same token over the same cache. `chain_parts` says for which models.
+A layer is eight kernels of ours, and one of experts on Hopper seven. Each adds what the one before it gave to the
+stream as it takes the norm of it, and on Hopper each is launched before the one ahead has ended (see
+`backends.triton.small`). The slow twin is transformers' forward of the same token over the same cache. `chain_parts`
+says for which models.
 """
 
 from __future__ import annotations
