@@ -303,23 +303,29 @@ class QuantExperts:
 
     def __call__(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
         """[..., H], [M, T], [M, T] -> [..., H], with M the product of x's leading dimensions."""
-        placement = self.placement
-        if placement is None or self._placed_on != x.device:
-            placement = self.place(x.dtype)
+        rows, placement = x.reshape(-1, x.shape[-1]), self._placed(x)
+        y = self._run(placement.backend.moe, placement, rows, topk_ids, topk_weights)
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+    def shares(self, x: Tensor, choice: Any) -> Tensor | None:
+        """What a call adds up, [M, H] -> [M, T, H], or None: the backend has its sums alone.
+
+        Args:
+            choice: of the routes, `backends.triton.small.Choice`.
+        """
+        placement = self._placed(x)
+        run = getattr(placement.backend, "shares", None)
+        return None if run is None else self._run(run, placement, x, choice)
+
+    def _placed(self, x: Tensor) -> Placement:
+        if self.placement is None or self._placed_on != x.device:
+            return self.place(x.dtype)
+        return self.placement
+
+    def _run(self, function: Callable[..., Tensor], placement: Placement, *given: Any) -> Tensor:
         w13, w2 = placement.packed
         b13, b2 = self.biases()
-        y = placement.backend.moe(
-            x.reshape(-1, x.shape[-1]),
-            topk_ids,
-            topk_weights,
-            w13,
-            w2,
-            self.activation,
-            b13=b13,
-            b2=b2,
-            act=self.act,
-        )
-        return y.view(*x.shape[:-1], y.shape[-1])
+        return function(*given, w13, w2, self.activation, b13=b13, b2=b2, act=self.act)
 
 
 class _Bias:

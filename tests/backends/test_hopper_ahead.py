@@ -81,6 +81,9 @@ def given(
         "HAS_LIMIT": interleaved,
         "WEIGHT_ON_INPUT": False,
         "PDL": True,
+        "LOGITS": 0,
+        "TOP_K": 4,
+        "SLOTS": 4,
         "EARLY": 16,
     }
 
@@ -148,25 +151,36 @@ def test_the_hopper_kernels_keep_weights_in_registers(
 
 
 @pytest.mark.parametrize(
-    "name, word, activation, k, direct",
+    "name, word, activation, k, direct, logits",
     [
-        ("mxfp4", "m8t1c2w4s5fp3", ACTIVATIONS[0], 2880, True),
-        ("mxfp4", "m8t2c1w8s8f", ACTIVATIONS[1], 2048, False),
-        ("nvfp4", "m8t1c2w4s8f", ACTIVATIONS[2], 768, True),
-        ("mxfp6_e2m3", "m8t2c1w4s4f", ACTIVATIONS[0], 160, False),
-        ("mxfp8_e4m3", "m16t2c1w8s4f", ACTIVATIONS[1], 288, False),
-        ("mxint8", "m8t1c1w4s5f", ACTIVATIONS[0], 800, True),
-        ("mxfp4", "m8t1c2w4s8f", ACTIVATIONS[2], 14336, True),
+        ("mxfp4", "m8t1c2w4s5fp3", ACTIVATIONS[0], 2880, True, 0),
+        ("mxfp4", "m8t1c2w4s5fp3", ACTIVATIONS[0], 2880, True, 32),
+        ("mxfp4", "m8t2c1w8s8f", ACTIVATIONS[1], 2048, True, 128),
+        ("mxfp4", "m8t2c1w8s8f", ACTIVATIONS[1], 2048, False, 0),
+        ("nvfp4", "m8t1c2w4s8f", ACTIVATIONS[2], 768, True, 0),
+        ("mxfp6_e2m3", "m8t2c1w4s4f", ACTIVATIONS[0], 160, False, 0),
+        ("mxfp8_e4m3", "m16t2c1w8s4f", ACTIVATIONS[1], 288, False, 0),
+        ("mxint8", "m8t1c1w4s5f", ACTIVATIONS[0], 800, True, 0),
+        ("mxfp4", "m8t1c2w4s8f", ACTIVATIONS[2], 14336, True, 0),
     ],
 )
 def test_the_loop_for_a_few_tokens_waits_for_nothing_but_the_matrix_unit(
-    layout: Any, name: str, word: str, activation: tuple[str, bool, bool, bool], k: int, direct: bool
+    layout: Any,
+    name: str,
+    word: str,
+    activation: tuple[str, bool, bool, bool],
+    k: int,
+    direct: bool,
+    logits: int,
 ) -> None:
     """Codes go to registers 16 bytes at a time, some of them between products, and no warp waits for others there."""
     _, experts, cuts = modules()
     cut = cuts.Cut.parse(word)
     packed = packed_weights(name, k)
     arguments = given(packed, cut, activation, 1, direct, "*bf16")
+    if logits:
+        table = dict.fromkeys(("tile_experts", "tile_starts", "ends", "order"), "*bf16")
+        arguments |= table | {"LOGITS": logits, "expert_map": None, "HAS_MAP": False}
     for kernel in (experts._first_kernel, experts._second_kernel):
         made = for_hopper(kernel, arguments, cut)
         ptx = made.asm["ptx"]

@@ -147,6 +147,7 @@ KERNELS = {
     "rows": ("rows", "_rows_kernel"),
     "row": ("rows", "_rows_kernel"),
     "choose": ("small", "_route_kernel"),
+    "likeliest": ("likeliest", "_likeliest_kernel"),
     "router": ("router", "_router_kernel"),
     "gate": ("small", "_gate_kernel"),
 }
@@ -162,8 +163,8 @@ STEP: dict[str, tuple[dict[str, Any], int]] = {
         {"MASKED": False, "RING": True, "TURN": True, "NORM": True, "SINKS": False, "D": 128, "WIDTH": 128},
         8,
     ),
-    "norm": ({"BLOCK": 4096, "ADD": False, "TWICE": False}, 8),
-    "add_norm": ({"BLOCK": 4096, "ADD": True, "TWICE": True}, 8),
+    "norm": ({"BLOCK": 4096, "SHARES": 0, "TWICE": False}, 8),
+    "add_norm": ({"BLOCK": 4096, "SHARES": 4, "TWICE": True}, 8),
     "rows": ({"K": 2880, "M": 1, "COUNT": 3, "HELD": 8}, 4),
     "row": (
         {"K": 288, "M": 4, "COUNT": 1, "HELD": 2, "BIAS1": False, "BIAS2": False} | dict.fromkeys(_REST),
@@ -171,6 +172,7 @@ STEP: dict[str, tuple[dict[str, Any], int]] = {
     ),
     "router": ({"K": 2880, "ROWS": 4, "COLUMNS": 1024, "BIAS": True, "TWICE": False}, 4),
     "choose": ({"TOP_K": 4, "SLOTS": 4, "BLOCK": 128, "ALL": True}, 1),
+    "likeliest": ({"BLOCK": 2048, "PARTS": 128}, 4),
     "gate": ({"BLOCK": 512}, 4),
 }
 
@@ -296,7 +298,7 @@ def step(job: Job) -> tuple[dict[str, Any], dict[str, Any]]:
     strides = [f"{t}_{d}" for t in "kv" for d in "bhk"]
     counts = ["room", "key_heads", "heads", "keys", "N", "E", "q_b", "q_h", "mask_b", "mask_k"]
     counts += ["N0", "N1", "N2", "new_k_b", "new_v_b", "gate_m", "up_m"]
-    given |= dict.fromkeys(strides + counts, "i32")
+    given |= dict.fromkeys(strides + counts, "i32") | {"SIZE": 8 * job.dtype.itemsize}
     given |= {
         "D": 64,
         "WIDTH": 64,
@@ -313,6 +315,8 @@ def step(job: Job) -> tuple[dict[str, Any], dict[str, Any]]:
         "PDL": job.target == "sm_90",
     }
     given |= flags
+    if job.kernel == "likeliest":
+        given |= {"keys": "*i64", "V": "i32", "logits_b": "i32"}
     if "span" in job.kernel:
         attend = import_module("microscale.backends.triton.attend")
         sizes = attend.cut(given["WIDTH"], job.dtype.itemsize, TARGETS[job.target].shared)

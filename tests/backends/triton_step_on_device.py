@@ -11,12 +11,18 @@ import torch
 from test_attend import expected
 from torch import Tensor
 
+from microscale.activations import GPT_OSS, Activation
+from microscale.backends import triton as backend
 from microscale.backends.triton import attend as module
 from microscale.backends.triton import rows as few
 from microscale.backends.triton import tiles
 from microscale.backends.triton.attend import Turn, attend, attend_token
+from microscale.backends.triton.likeliest import Likeliest
 from microscale.backends.triton.router import norm_and_product
-from microscale.backends.triton.small import add_rms_norm, rms_norm, route, silu_gate
+from microscale.backends.triton.small import Choice, add_rms_norm, rms_norm, route, silu_gate
+from microscale.backends.triton.total import total as added
+from microscale.formats import FORMATS
+from microscale.quant import quantize
 from microscale.tolerance import unit_roundoff
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -155,6 +161,62 @@ def test_a_sum_and_its_norm_are_the_sum_and_the_norm(dtype: torch.dtype) -> None
     total, y = add_rms_norm(x, more, w, 1e-5)
     assert torch.equal(total, x + more)
     assert torch.equal(y, rms_norm(x + more, w, 1e-5))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize("rows, top_k, width", [(1, 4, 2880), (3, 8, 2048), (2, 1, 96), (4, 3, 33)])
+def test_shares_are_added_up_before_a_norm(
+    dtype: torch.dtype, wide: bool, rows: int, top_k: int, width: int
+) -> None:
+    """As the kernel that adds them up alone does, to the bit; shares are wide where that is given float32."""
+    x, w = torch.randn(rows, width, device=DEVICE).to(dtype), torch.randn(width, device=DEVICE)
+    shares = torch.randn(rows, top_k, width, device=DEVICE).to(torch.float32 if wide else dtype)
+    ids = torch.arange(top_k, device=DEVICE).expand(rows, -1)
+    more = added(shares.view(-1, width), ids, None, top_k, dtype)
+    for twice in (False, True):
+        found, wanted = (add_rms_norm(x, t, w, 1e-5, twice) for t in (shares, more))
+        assert all(torch.equal(*pair) for pair in zip(found, wanted, strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("fmt", ["mxfp4", "nvfp4", "fp8_block128"])
+@pytest.mark.parametrize(
+    "tokens, experts, top_k, weights",
+    [(1, 4, 2, None), (3, 4, 2, None), (1, 40, 4, None), (1, 130, 5, torch.float32)],
+)
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_shares_are_what_experts_add_up(
+    dtype: torch.dtype,
+    fmt: str,
+    tokens: int,
+    experts: int,
+    top_k: int,
+    weights: torch.dtype | None,
+    interleaved: bool,
+) -> None:
+    """To the bit, also where each program chooses by the logits: among equal ones, and with a NaN, too."""
+    if INTERPRETED and (experts > 4 or interleaved):
+        pytest.skip("programs choose on Hopper only")
+    w13, w2 = (
+        backend.pack(quantize(torch.randn(experts, n, 128, device=DEVICE) / 8, FORMATS[fmt]))
+        for n in (256, 128)
+    )
+    bias, ones = torch.randn(experts, 256, device=DEVICE), torch.ones(128, device=DEVICE)
+    x = torch.randn(tokens, 128, device=DEVICE).to(dtype)
+    activation = GPT_OSS if interleaved else Activation("silu")
+    for times in (0.0, 0.4, 3.0, torch.nan):
+        logits = torch.randn(tokens, experts, device=DEVICE).mul(times if times == times else 1).to(dtype)
+        if times != times:
+            logits[:, experts // 2] = torch.nan
+        choice = Choice(logits, top_k, dtype=weights)
+        shares = backend.shares(x, choice, w13, w2, activation, b13=bias)
+        assert shares.shape == (tokens, top_k, 128)
+        found = add_rms_norm(x, shares, ones, 1e-5)[0]
+        shared, ids = choice.routes()
+        wanted = x + backend.moe(x, ids, shared, w13, w2, activation, b13=bias)
+        assert torch.equal(found.nan_to_num(7.0), wanted.nan_to_num(7.0))
+        assert found.isnan().all() == (times != times)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -320,7 +382,7 @@ def test_nothing_is_asked_for_past_a_cache(monkeypatch: pytest.MonkeyPatch, widt
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("rows, experts, top_k", [(1, 32, 4), (3, 128, 4), (2, 5, 3), (1, 1, 1)])
+@pytest.mark.parametrize("rows, experts, top_k", [(1, 32, 4), (3, 128, 8), (2, 5, 3), (1, 1, 1), (2, 300, 6)])
 def test_route(dtype: torch.dtype, rows: int, experts: int, top_k: int) -> None:
     logits = torch.randn(rows, experts, device=DEVICE).to(dtype)
     weights, ids = route(logits, top_k)
@@ -355,3 +417,19 @@ def test_route_among_equals_and_with_a_nan() -> None:
     assert weights[0].tolist() == pytest.approx([1 / 3] * 3)
     assert weights[1].isnan().all()
     assert weights[2].tolist() == [1.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rows, vocabulary", [(1, 201088), (3, 1), (2, 2049), (1, 70000)])
+def test_the_likeliest_token(dtype: torch.dtype, rows: int, vocabulary: int) -> None:
+    room = torch.full((rows, vocabulary + 3), torch.inf, device=DEVICE, dtype=dtype)
+    logits = room[:, :vocabulary].copy_(torch.randn(rows, vocabulary) * 3 - 9)  # many are equal
+    ids = torch.full((rows, 1), -1, device=DEVICE)
+    likeliest = Likeliest(ids)
+    for change in (0.0, -torch.inf, torch.nan):  # what a launch leaves behind does not matter to the next
+        logits[-1, vocabulary // 2] += change
+        likeliest.choose(logits)
+        best = logits.nan_to_num(torch.inf).max(1, keepdim=True).values
+        first = (logits.nan_to_num(torch.inf) == best).int().argmax(1, keepdim=True)
+        assert torch.equal(ids, first)
+        assert not likeliest._arrived.any()

@@ -16,6 +16,8 @@ class Contract(Protocol):
 
     A module whose `pack` copies says `REPACKS = True`: layers then let go of the canonical tensor, so that weights are
     not in memory twice, and get it back from `unpack`.
+
+    A module may have `shares`, too: what its `moe` adds up, for a caller who does (see `backends.triton.shares`).
     """
 
     def pack(self, w: QuantTensor) -> Any:

@@ -63,7 +63,7 @@ _SHAPES = {
 }
 
 # Of a single token's experts, for w13 and w2 each: by `hopper_few`.
-_FEW = ("m8t1c2w4s5f", "m8t1c2w4s8f", "m8t2c2w8s6f", "m8t2c1w8s8fp1", "m8t1c2w4s6fp2")
+_FEW = ("m8t1c2w4s5f", "m8t1c2w4s8f", "m8t1c2w4s12f", "m8t2c2w8s6f", "m8t2c1w8s8fp1", "m8t1c2w4s6fp2")
 
 # By `hopper_wide`, from so many tokens a matrix on.
 _WIDE = (

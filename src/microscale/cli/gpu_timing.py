@@ -29,6 +29,7 @@ PARTS = {
     "_rows_kernel": "linears",
     "_router_kernel": "linears",
     "_gate_kernel": "linears",
+    "_likeliest_kernel": "linears",
     "_span_kernel": "attention",
     "_rms_norm_kernel": "norms",
 }

@@ -3,10 +3,12 @@
 `layout` packs and unpacks, `decode` turns codes and scales into numbers in registers, `gemm` has the loop over K and
 linear, `moe` the experts, `routing` sorts their routes, `total` adds up their shares, `tiles` has the sizes. Hopper has
 a layout and kernels of its own: `placement` and `fragments`, `hopper` and `hopper_moe` over `hopper_loop` or, for many
-tokens, `hopper_bulk`, for experts of a few `hopper_few`, all over `hopper_decode`; `hopper_results` ends experts,
-`hopper_fetch` asks for weights ahead, `cuts` chooses their sizes, and `fallback` takes over if they do not compile.
+tokens, `hopper_bulk`, for experts of a few `hopper_few`, all over `hopper_decode`; `hopper_routes` says whose a tile
+is, `hopper_token` has a single one's chosen by its logits, `hopper_results` ends experts, `hopper_fetch` asks for
+weights ahead, `cuts` chooses their sizes, and `fallback` takes over if they do not compile.
 `hopper_wide` is for many tokens, too, in CUDA C++, which `hopper_text` writes and `nvrtc` compiles; no row has it yet.
-For a decoded token there are `attend` over `spans`, `rows` for products with plain weights, `router`, and `small`.
+For a decoded token there are `attend` over `spans`, `rows` for products with plain weights, `router`, `small`, and
+`likeliest`, the last two of which choose by `keys`.
 """
 
 from __future__ import annotations
@@ -23,12 +25,13 @@ from microscale.backends.triton import moe as experts
 from microscale.backends.triton.fallback import attempt
 from microscale.backends.triton.fragments import Fragments
 from microscale.backends.triton.layout import Packed
+from microscale.backends.triton.small import Choice
 from microscale.errors import BackendError
 from microscale.formats import Format
 from microscale.operands import check_linear, check_moe
 from microscale.quant import QuantTensor
 
-__all__ = ["REPACKS", "Packed", "linear", "moe", "pack", "unpack"]
+__all__ = ["REPACKS", "Packed", "linear", "moe", "pack", "shares", "unpack"]
 
 REPACKS = True  # see `contract.Contract`
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -109,21 +112,7 @@ def moe(
         if 0 in (topk_ids.numel(), *w13.shape, *w2.shape):
             return x.new_zeros(x.shape[0], w2.shape[1])
         rest = (activation, _contiguous(b13), _contiguous(b2), _contiguous(expert_map), weight_on_input)
-
-        def plain() -> Tensor:
-            return experts.moe(x, topk_ids, topk_weights, _plain(w13), _plain(w2), *rest)
-
-        if isinstance(w13, Fragments) and isinstance(w2, Fragments):
-            from microscale.backends.triton import hopper, hopper_moe
-
-            if not hopper_moe.refuse(w13, activation):
-                tokens, top_k = topk_ids.shape
-                formats = (w13.format, w2.format)
-                pair = cuts.moe_cuts(formats, tokens, top_k, w13.shape[0], hopper.PARTS[x.dtype])
-                own = partial(hopper_moe.moe, x, topk_ids, topk_weights, w13, w2, *rest, pair)
-                what = ("moe", w13.format.name, w13.shape, activation, x.dtype, *pair)
-                return attempt(own, plain, *what)
-        return plain()
+        return _experts(x, topk_ids, topk_weights, w13, w2, *rest, add_up=True)
 
     def slow(x: Tensor, topk_weights: Tensor, b13: Tensor | None, b2: Tensor | None) -> Tensor:
         return emulation.moe(
@@ -140,6 +129,82 @@ def moe(
         )
 
     return autograd.run(fast, slow, x, topk_weights, b13, b2)
+
+
+def shares(
+    x: Tensor,
+    choice: Choice,
+    w13: Packed | Fragments,
+    w2: Packed | Fragments,
+    activation: Activation,
+    *,
+    b13: Tensor | None = None,
+    b2: Tensor | None = None,
+    act: Format | None = None,
+) -> Tensor:
+    """What `moe` adds up for the routes that are chosen so, for a caller who adds: [M, T, N], by a token's slots.
+
+    Numerics: float32 or x's dtype, and no gradients. x is [M, H], contiguous.
+    """
+    _check(x, act)
+    b13, b2, top_k = _contiguous(b13), _contiguous(b2), choice.top_k
+
+    def usual() -> Tensor:
+        weights, ids = choice.routes()
+        check_moe(x, ids, weights, w13.shape, w2.shape, activation, b13, b2, False)
+        return _experts(x, ids, weights, w13, w2, activation, b13, b2, None, False, add_up=False)
+
+    found = None
+    if isinstance(w13, Fragments) and isinstance(w2, Fragments) and x.shape[0] == 1:
+        from microscale.backends.triton import hopper, hopper_moe, hopper_token
+
+        if not hopper_moe.refuse(w13, activation):
+            first, second = cuts.moe_cuts(
+                (w13.format, w2.format), 1, top_k, w13.shape[0], hopper.PARTS[x.dtype]
+            )
+            pair = (
+                first.of_experts(w13, activation.gated and not activation.interleaved),
+                second.of_experts(w2),
+            )
+            if hopper_token.takes(x, choice, pair):
+                found = attempt(
+                    lambda: hopper_token.shares(x, choice, w13, w2, activation, b13, b2, pair),
+                    usual,
+                    *("shares", w13.format.name, w13.shape, activation, choice.block, *pair),
+                )
+    return (usual() if found is None else found).view(x.shape[0], top_k, -1)
+
+
+def _experts(
+    x: Tensor,
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    w13: Packed | Fragments,
+    w2: Packed | Fragments,
+    activation: Activation,
+    b13: Tensor | None,
+    b2: Tensor | None,
+    expert_map: Tensor | None,
+    weight_on_input: bool,
+    add_up: bool,
+) -> Tensor:
+    """Hopper's kernels where they take these weights, else those for every target: see `moe.moe`."""
+    rest = (activation, b13, b2, expert_map, weight_on_input)
+
+    def plain() -> Tensor:
+        return experts.moe(x, topk_ids, topk_weights, _plain(w13), _plain(w2), *rest, add_up)
+
+    if isinstance(w13, Fragments) and isinstance(w2, Fragments):
+        from microscale.backends.triton import hopper, hopper_moe
+
+        if not hopper_moe.refuse(w13, activation):
+            tokens, top_k = topk_ids.shape
+            formats = (w13.format, w2.format)
+            pair = cuts.moe_cuts(formats, tokens, top_k, w13.shape[0], hopper.PARTS[x.dtype])
+            given = (x, topk_ids, topk_weights, w13, w2, *rest, pair)
+            own = partial(hopper_moe.moe, *given, add_up=add_up)
+            return attempt(own, plain, "moe", w13.format.name, w13.shape, activation, x.dtype, *pair)
+    return plain()
 
 
 def _contiguous(t: Tensor | None) -> Tensor | None:

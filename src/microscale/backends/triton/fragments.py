@@ -13,6 +13,7 @@ scale, and what is left, 1 to 2, waits for the sums: see `ratios`.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -28,6 +29,7 @@ from microscale.quant import CHUNK, QuantTensor
 ROWS = COLUMNS = 64
 # What the product with NVFP4's scales leaves to the rows' factor: 2^126 times a scale would leave bfloat16.
 NVFP4_REST = 2.0**16
+_AT_ONCE = 2**24  # codes that are packed together
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,17 +125,22 @@ def pack(w: QuantTensor) -> Fragments:
         ratios = torch.cat(
             (torch.ones_like(rest[..., :1]), rest[..., :-1] / rest[..., 1:], rest[..., -1:]), -1
         )
-    for e, c in enumerate(w.codes.reshape(experts, n, -1)):
-        for start in range(0, tiles, step := max(2**24 // (k * ROWS), 1)):
-            rows = slice(start * ROWS, (start + step) * ROWS)
-            part = _padded(unpack_codes(c[rows], bits, k), ROWS, COLUMNS)
-            codes[e, start : start + step] = _code_words(part, fmt.element)
+    whole = w.codes.reshape(experts, n, -1)
+    # A part at a time, since codes take 8 times as much on their way; of many experts, since each part is a hundred
+    # small kernels, which the host takes longer to launch than the device to run.
+    height, count = max(_AT_ONCE // (k * ROWS), 1), max(_AT_ONCE // (k * n), 1)
+    for e in range(0, experts, count):
+        some = slice(e, e + count)
+        for start in range(0, tiles, height):
+            rows = whole[some, start * ROWS : (start + height) * ROWS]
+            part = unpack_codes(rows.reshape(-1, rows.shape[2]), bits, k).view(*rows.shape[:2], k)
+            codes[some, start : start + height] = _tiled(part, COLUMNS, lambda t: _code_words(t, fmt.element))
         if fmt.scale == "f32":
             # Two tiles of rows and two of columns share one, and the words of each have it for all of their rows.
-            spread = powers[e].repeat_interleave(2, 0)[:tiles].repeat_interleave(2, 1)[:, :chunks]
-            packed[e] = spread[..., None]
+            spread = powers[some].repeat_interleave(2, 1)[:, :tiles].repeat_interleave(2, 2)[:, :, :chunks]
+            packed[some] = spread[..., None]
         else:
-            packed[e] = _scale_words(_padded(scales[e], ROWS, COLUMNS // fmt.block[1]), fmt)
+            packed[some] = _tiled(scales[some], COLUMNS // fmt.block[1], lambda t: _scale_words(t, fmt))
     row_scale = None
     if w.tensor_scale is not None:
         row_scale = w.tensor_scale.expand(w.shape[:-1]).reshape(experts, n) * NVFP4_REST
@@ -172,8 +179,12 @@ def unpack(packed: Fragments) -> QuantTensor:
     )
 
 
-def _padded(t: Tensor, rows: int, columns: int) -> Tensor:
-    return torch.nn.functional.pad(t, (0, -t.shape[1] % columns, 0, -t.shape[0] % rows))
+def _tiled(t: Tensor, columns: int, pack: Callable[[Tensor], Tensor]) -> Tensor:
+    """[E, rows, K] -> [E, tiles, chunks, words], each expert's last tile and chunk filled with zeros; a chunk has so
+    many of these columns."""
+    t = torch.nn.functional.pad(t, (0, -t.shape[2] % columns, 0, -t.shape[1] % ROWS))
+    words = pack(t.flatten(0, 1))
+    return words.view(t.shape[0], -1, *words.shape[1:])
 
 
 # Rows of a tile are (warp, lane row g, odd), columns (half of 32, p; q; h; lane column t; odd).

@@ -7,6 +7,7 @@ routes is a tile.
 from __future__ import annotations
 
 import torch
+import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -22,22 +23,10 @@ from microscale.backends.triton.hopper_decode import accumulator, applied, facto
 from microscale.backends.triton.hopper_few import few_places
 from microscale.backends.triton.hopper_loop import buffers, copy_weights, pointers, product
 from microscale.backends.triton.hopper_results import activated, routes_at, routes_of, span, weighted
+from microscale.backends.triton.hopper_routes import expert_of, only_route, weight_of
 from microscale.backends.triton.ordering import tokens_in_order
 from microscale.backends.triton.routing import Table
 from microscale.backends.triton.total import total
-
-key_of = gluon.jit(routing.key_of.fn)
-
-
-@gluon.jit
-def _expert(tile, tile_experts, expert_map, experts, known, DIRECT: gl.constexpr, HAS_MAP: gl.constexpr):
-    """int64, of a tile; -1: nothing to do. DIRECT: a tile is a route, and `tile_experts` the ids."""
-    if DIRECT:
-        key = key_of(tile_experts, expert_map, tile, tile + 1, experts, known, HAS_MAP)
-        expert = gl.where(key < experts, key, -1)
-    else:
-        expert = gl.load(tile_experts + tile)
-    return expert.to(gl.int64)
 
 
 @gluon.jit
@@ -106,7 +95,7 @@ def _first_kernel(
     WEIGHT_ON_INPUT: gl.constexpr, DIRECT: gl.constexpr, HAS_MAP: gl.constexpr,
     BLOCK_M: gl.constexpr, T: gl.constexpr, C: gl.constexpr, STAGES: gl.constexpr,
     OVERLAP: gl.constexpr, ODD: gl.constexpr, PARTS: gl.constexpr, BULK: gl.constexpr,
-    FEW: gl.constexpr, ROOM: gl.constexpr, TAIL: gl.constexpr, PDL: gl.constexpr,
+    FEW: gl.constexpr, ROOM: gl.constexpr, TAIL: gl.constexpr, PDL: gl.constexpr, LOGITS: gl.constexpr,
 ):  # fmt: skip
     """h[sorted route, WIDTH] = activation(w13[e] @ x[token] + b13[e])."""
     blocks = gl.cdiv(WIDTH, T * 32 if GATED else T * 64)
@@ -115,7 +104,7 @@ def _first_kernel(
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
-    expert = _expert(tile, tile_experts, expert_map, experts, known, DIRECT, HAS_MAP)
+    expert = expert_of(tile, tile_experts, expert_map, experts, known, DIRECT, HAS_MAP, LOGITS)
     if expert >= 0:
         if GATED and not INTERLEAVED:  # half the tiles are gates, half the ups WIDTH rows on
             first = block * (T // 2)
@@ -157,7 +146,7 @@ def _second(
     WEIGHT_ON_INPUT: gl.constexpr, DIRECT: gl.constexpr,
     BLOCK_M: gl.constexpr, T: gl.constexpr, C: gl.constexpr, STAGES: gl.constexpr,
     OVERLAP: gl.constexpr, ODD: gl.constexpr, PARTS: gl.constexpr, BULK: gl.constexpr,
-    FEW: gl.constexpr, ROOM: gl.constexpr,
+    FEW: gl.constexpr, ROOM: gl.constexpr, LOGITS: gl.constexpr,
 ):  # fmt: skip
     """A tile of `_second_kernel`, of at most BLOCK_M tokens."""
     MAIN: gl.constexpr = main_of(BLOCK_M) if BULK else BLOCK_M
@@ -165,7 +154,10 @@ def _second(
     EARLY: gl.constexpr = FEW > 0
     LATE_SCALE: gl.constexpr = ROW_SCALE and not EARLY
     LATE_BIAS: gl.constexpr = HAS_BIAS and not EARLY
-    routes = routes_of(order, topk_weights, start, end, WEIGHT_ON_INPUT, DIRECT, MAIN, T, EARLY)
+    if LOGITS:
+        routes = only_route(start, topk_weights, MAIN, T)
+    else:
+        routes = routes_of(order, topk_weights, start, end, WEIGHT_ON_INPUT, DIRECT, MAIN, T, EARLY)
     more = routes
     if REST:
         more = routes_of(order, topk_weights, start + MAIN, end, WEIGHT_ON_INPUT, DIRECT, REST, T, EARLY)
@@ -212,13 +204,14 @@ def _second_kernel(
     WEIGHT_ON_INPUT: gl.constexpr, DIRECT: gl.constexpr, HAS_MAP: gl.constexpr,
     BLOCK_M: gl.constexpr, T: gl.constexpr, C: gl.constexpr, STAGES: gl.constexpr,
     OVERLAP: gl.constexpr, ODD: gl.constexpr, PARTS: gl.constexpr, BULK: gl.constexpr,
-    FEW: gl.constexpr, ROOM: gl.constexpr, TAIL: gl.constexpr, PDL: gl.constexpr,
+    FEW: gl.constexpr, ROOM: gl.constexpr, TAIL: gl.constexpr, PDL: gl.constexpr, LOGITS: gl.constexpr,
+    TOP_K: gl.constexpr, SLOTS: gl.constexpr,
 ):  # fmt: skip
     """shares[route, N] = routing weight * (w2[e] @ h[sorted route] + b2[e])."""
     blocks = gl.cdiv(TILES, T)
     tile = gl.program_id(0) // blocks
     # The list of tiles, or the ids, are older than the kernel before this one, whose programs have waited for them.
-    expert = _expert(tile, tile_experts, expert_map, experts, known, DIRECT, HAS_MAP)
+    expert = expert_of(tile, tile_experts, expert_map, experts, known, DIRECT, HAS_MAP, LOGITS)
     if expert >= 0:
         first = gl.program_id(0) % blocks * T
         held, at = codes, codes
@@ -231,23 +224,26 @@ def _second_kernel(
             at = pointers(codes, scales, expert, first, first + T // 2, TILES, CHUNKS, T, C, ELEMENT, SCALE)
             for s in gl.static_range(STAGES - 1):
                 copy_weights(held, at, s, s, STEPS, CHUNKS, T, C, ELEMENT, SCALE, EVEN)
+        given = topk_weights
+        if LOGITS:
+            given = weight_of(tile, tile_experts, topk_weights, experts, TOP_K, SLOTS, LOGITS)
         start, end = span(tile, expert, tile_starts, ends, DIRECT)
         if PDL:
             gdc_wait()
             gdc_launch_dependents()
         if TAIL and end - start <= half_of(BLOCK_M):
             _second(
-                shares, (h_half, h_half), codes, scales, ratios, row_scale, bias, order, topk_weights, held, at,
+                shares, (h_half, h_half), codes, scales, ratios, row_scale, bias, order, given, held, at,
                 expert, first, start, end, N, K, TILES, CHUNKS, STEPS,
                 ELEMENT, SCALE, EVEN, ROW_SCALE, HAS_BIAS, WEIGHT_ON_INPUT, DIRECT,
-                half_of(BLOCK_M), T, C, STAGES, OVERLAP, ODD, PARTS, BULK, FEW, ROOM,
+                half_of(BLOCK_M), T, C, STAGES, OVERLAP, ODD, PARTS, BULK, FEW, ROOM, LOGITS,
             )  # fmt: skip
         else:
             _second(
-                shares, (h, h_rest), codes, scales, ratios, row_scale, bias, order, topk_weights, held, at,
+                shares, (h, h_rest), codes, scales, ratios, row_scale, bias, order, given, held, at,
                 expert, first, start, end, N, K, TILES, CHUNKS, STEPS,
                 ELEMENT, SCALE, EVEN, ROW_SCALE, HAS_BIAS, WEIGHT_ON_INPUT, DIRECT,
-                BLOCK_M, T, C, STAGES, OVERLAP, ODD, PARTS, BULK, FEW, ROOM,
+                BLOCK_M, T, C, STAGES, OVERLAP, ODD, PARTS, BULK, FEW, ROOM, LOGITS,
             )  # fmt: skip
     elif PDL:
         gdc_wait()
@@ -270,12 +266,13 @@ def first(
     pdl: bool,
     expert_map: Tensor | None = None,
     direct: bool = False,
+    logits: int = 0,
 ) -> Tensor:
     """[M, H] -> [routes, I] in the table's order.
 
     Args:
         x: for a cut with `bulk` [routes, H] in that order.
-        direct: there is one token, and the table's `tile_experts` are its ids.
+        direct: there is one token, and the table's `tile_experts` are its ids; or, with `logits`, so many logits.
     """
     if cut.wide:
         return hopper_wide.first(as_parts(x), weights, w, bias, activation, table, cut)
@@ -305,6 +302,7 @@ def first(
         # branch between two sizes of tile ("PassManager::run failed", in ConvertTritonGPUToLLVM).
         TAIL=cut.tail and not direct,
         PDL=pdl,
+        LOGITS=logits,
         launch_pdl=pdl,
         **cut.constants(w),
     )  # fmt: skip
@@ -322,6 +320,7 @@ def second(
     pdl: bool,
     expert_map: Tensor | None = None,
     direct: bool = False,
+    logits: int = 0,
 ) -> Tensor:
     """[routes, I] in the table's order -> [routes, N] in the tokens' order, in h's dtype."""
     if cut.wide:
@@ -343,6 +342,9 @@ def second(
         ROOM=cut.room(w.shape[-1]) if cut.few else 0,
         TAIL=cut.tail and not direct,  # as in `first`
         PDL=pdl,
+        LOGITS=logits,
+        TOP_K=weights.shape[1] if logits else 0,
+        SLOTS=triton.next_power_of_2(weights.shape[1]) if logits else 0,
         launch_pdl=pdl,
         **cut.constants(w),
     )  # fmt: skip
@@ -363,6 +365,7 @@ def moe(
     cuts: tuple[Cut, Cut] | None = None,
     pdl: bool = True,
     direct: bool | None = None,
+    add_up: bool = True,
 ) -> Tensor:
     """As `moe.moe`; each expert's share, like the intermediate, is rounded once to x's dtype.
 
@@ -393,4 +396,4 @@ def moe(
             x = tokens_in_order(table, x, top_k, experts, pdl)
         h = first(x, weights, w13, b13, activation, table, cut13, weight_on_input, pdl, expert_map, direct)
         shares = second(h, weights, w2, b2, table, cut2, weight_on_input, pdl, expert_map, direct)
-        return total(shares, ids, expert_map, experts, x.dtype, pdl)
+        return total(shares, ids, expert_map, experts, x.dtype, pdl) if add_up else shares

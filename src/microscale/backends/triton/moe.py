@@ -167,8 +167,9 @@ def moe(
     b2: Tensor | None,
     expert_map: Tensor | None,
     weight_on_input: bool,
+    add_up: bool = True,
 ) -> Tensor:
-    """[M, H] -> [M, N] in x's dtype; every extent at least 1.
+    """[M, H] -> [M, N] in x's dtype; every extent at least 1. Without `add_up` it is [M * T, N], what is added up.
 
     Numerics: the intermediate is rounded once to x's dtype. What `operands.local_ids` raises for an id out of range
     would wait for the device; here such a token becomes NaN.
@@ -212,4 +213,4 @@ def moe(
             **tile2.constants,
             **tile2.compiler,
         )  # fmt: skip
-    return total(shares, topk_ids, expert_map, experts, stored).to(x.dtype)
+    return total(shares, topk_ids, expert_map, experts, stored).to(x.dtype) if add_up else shares

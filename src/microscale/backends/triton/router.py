@@ -43,13 +43,12 @@ def _router_kernel(
         gdc_wait()
     sums = ()
     squares = tl.zeros((COLUMNS,), tl.float32)
+    # No store among these loads, which would be waited for one after the other.
     for i in tl.static_range(CHUNKS):
         k = i * COLUMNS + lane
         value = tl.load(x + token * K + k, mask=k < K, other=0.0).to(tl.float32)
         value += tl.load(more + token * K + k, mask=k < K, other=0.0).to(tl.float32)
         whole = value.to(total.dtype.element_ty)
-        if first == 0:
-            tl.store(total + token * K + k, whole, mask=k < K)
         squares += whole.to(tl.float32) * whole.to(tl.float32)
         sums = sums + (whole,)  # type: ignore[assignment] # noqa: RUF005
     scale = tl.rsqrt(tl.sum(squares, 0) / K + eps)
@@ -61,6 +60,7 @@ def _router_kernel(
             value = value.to(y.dtype.element_ty).to(tl.float32)
         normed = (weights[i].to(tl.float32) * value).to(y.dtype.element_ty)
         if first == 0:
+            tl.store(total + token * K + k, sums[i], mask=k < K)
             tl.store(y + token * K + k, normed, mask=k < K)
         acc += held[i].to(tl.float32) * normed.to(tl.float32)[None, :]
     found = tl.sum(acc, 1)

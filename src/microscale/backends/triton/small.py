@@ -8,6 +8,8 @@ are read early are older than the kernels that are still running.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
@@ -15,11 +17,14 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from microscale.backends.triton import tiles
+from microscale.backends.triton.keys import keys_of, logit_of, place_of
+
+_WARPS = 8  # of a norm
 
 
 @triton.jit
 def _rms_norm_kernel(
-    y, total, x, more, w, eps, N, BLOCK: tl.constexpr, ADD: tl.constexpr, TWICE: tl.constexpr, PDL: tl.constexpr
+    y, total, x, more, w, eps, N, BLOCK: tl.constexpr, SHARES: tl.constexpr, TWICE: tl.constexpr, PDL: tl.constexpr
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * N
     n = tl.arange(0, BLOCK)
@@ -28,8 +33,11 @@ def _rms_norm_kernel(
         gdc_launch_dependents()
         gdc_wait()
     value = tl.load(x + row + n, mask=n < N, other=0.0).to(tl.float32)
-    if ADD:
-        value += tl.load(more + row + n, mask=n < N, other=0.0).to(tl.float32)
+    if SHARES > 0:
+        added = tl.load(more + row * SHARES + n, mask=n < N, other=0.0).to(tl.float32)
+        for t in tl.static_range(1, SHARES):
+            added += tl.load(more + row * SHARES + t * N + n, mask=n < N, other=0.0).to(tl.float32)
+        value += added.to(total.dtype.element_ty).to(tl.float32)
         whole = value.to(total.dtype.element_ty)
         tl.store(total + row + n, whole, mask=n < N)
         value = whole.to(tl.float32)
@@ -53,49 +61,54 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, twice: bool = False) -> Tens
 def add_rms_norm(
     x: Tensor, more: Tensor, weight: Tensor, eps: float, twice: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """x + more, and `rms_norm` of it. Both [..., H] and contiguous; the sum is rounded to their dtype."""
+    """x + more, and `rms_norm` of it. The sum is rounded to x's dtype.
+
+    Args:
+        x: [..., H], contiguous.
+        more: as x; or [..., T, H] in any dtype, parts that are added up first, in their order in float32, and rounded.
+    """
     return _norm(x, more, weight, eps, twice)
 
 
 def _norm(x: Tensor, more: Tensor | None, weight: Tensor, eps: float, twice: bool) -> tuple[Tensor, Tensor]:
     y, n = torch.empty_like(x), weight.numel()
     total = x if more is None else torch.empty_like(x)
+    shares = 0 if more is None else more.numel() // x.numel()
     pdl = tiles.target(x.device).early
     with tiles.on(x.device):
         _rms_norm_kernel[(x.numel() // n,)](
-            y, total, x, more, weight, eps, n, BLOCK=triton.next_power_of_2(n), ADD=more is not None, TWICE=twice,
-            PDL=pdl, num_warps=8, **tiles.launch(pdl),
+            y, total, x, more, weight, eps, n, BLOCK=triton.next_power_of_2(n), SHARES=shares, TWICE=twice, PDL=pdl,
+            num_warps=_WARPS, **tiles.launch(pdl),
         )  # fmt: skip
     return total, y
 
 
 @triton.jit
 def _route_kernel(
-    ids, weights, logits, E, TOP_K: tl.constexpr, SLOTS: tl.constexpr, BLOCK: tl.constexpr, ALL: tl.constexpr,
-    PDL: tl.constexpr,
+    ids, weights, logits, E, TOP_K: tl.constexpr, SLOTS: tl.constexpr, BLOCK: tl.constexpr, SIZE: tl.constexpr,
+    ALL: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     e, t = tl.arange(0, BLOCK), tl.arange(0, SLOTS)
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
-    left = tl.load(logits + row * E + e, mask=e < E, other=float("-inf")).to(tl.float32)
-    left = tl.where(left == left, left, float("inf"))  # a NaN is chosen, and spreads
-    left = tl.where(e < E, left, float("-inf"))
-    every = left
-    free = e < E
+    every = keys_of(logits + row * E, e, E, SIZE)
+    left = every
     chosen = tl.full((SLOTS,), float("-inf"), tl.float32)
     expert = tl.zeros((SLOTS,), tl.int32)
     for i in tl.static_range(TOP_K):
         best = tl.max(left, 0)
-        at = tl.min(tl.where(free & (left == best), e, BLOCK), 0)
-        chosen = tl.where(t == i, best, chosen)
-        expert = tl.where(t == i, at, expert)
-        free = free & (e != at)
-        left = tl.where(e == at, float("-inf"), left)
+        chosen = tl.where(t == i, logit_of(best, logits.dtype.element_ty, SIZE), chosen)
+        expert = tl.where(t == i, place_of(best, SIZE).to(tl.int32), expert)
+        left = tl.where(left == best, -(1 << 2 * SIZE - 1), left)  # less than any key
     greatest = tl.max(chosen, 0)
     share = tl.exp(chosen - greatest)
-    share = share / tl.sum(tl.exp(every - greatest) if ALL else share, 0)
+    if ALL:
+        every_share = tl.exp(logit_of(every, logits.dtype.element_ty, SIZE) - greatest)
+        share = share / tl.sum(every_share, 0)
+    else:
+        share = share / tl.sum(share, 0)
     tl.store(ids + row * TOP_K + t, expert.to(tl.int64), mask=t < TOP_K)
     tl.store(weights + row * TOP_K + t, share.to(weights.dtype.element_ty), mask=t < TOP_K)
 
@@ -108,7 +121,7 @@ def route(
     Among equal ones the lower expert is first. A row with a NaN or an infinity has weights that are NaN.
 
     Args:
-        logits: [M, E], contiguous, with E of at least `top_k`.
+        logits: [M, E], contiguous, with E of at least `top_k` and less than 2^16.
         of_all: softmax is over all of a row.
         dtype: of the weights; None: of the logits.
     Returns:
@@ -121,9 +134,35 @@ def route(
     with tiles.on(logits.device):
         _route_kernel[(rows,)](
             ids, weights, logits, experts, TOP_K=top_k, SLOTS=triton.next_power_of_2(top_k),
-            BLOCK=triton.next_power_of_2(experts), ALL=of_all, PDL=pdl, num_warps=1, **tiles.launch(pdl),
+            BLOCK=triton.next_power_of_2(experts), SIZE=8 * logits.itemsize, ALL=of_all, PDL=pdl, num_warps=1,
+            **tiles.launch(pdl),
         )  # fmt: skip
     return weights, ids
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What `route` is to choose by, for whoever may do without its launch.
+
+    Attributes:
+        logits, top_k, of_all, dtype: its arguments.
+    """
+
+    logits: Tensor
+    top_k: int
+    of_all: bool = False
+    dtype: torch.dtype | None = None
+
+    def routes(self) -> tuple[Tensor, Tensor]:
+        """What it returns."""
+        return route(self.logits, self.top_k, self.of_all, self.dtype)
+
+    @property
+    def block(self) -> int:
+        """A power of two of experts that a warp of each program may look at instead; 0: not these."""
+        rows, experts = self.logits.shape
+        few = rows == 1 and experts <= 256 and self.logits.itemsize == 2 and not self.of_all
+        return max(triton.next_power_of_2(experts), 32) if few else 0
 
 
 @triton.jit

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from microscale.integrations.hf.attention import triton_steps
+
 
 class Ahead:
     """Replays steps, one of them ahead.
@@ -32,6 +34,7 @@ class Ahead:
         self._stream: Any = torch.cuda.Stream(ids.device) if cuda else None
         self._guessed: Any = torch.cuda.Event() if cuda else None
         self._logits: Tensor | None = None
+        self._choose = _chooser(ids)
 
     def step(self, ids: Tensor, again: bool) -> Tensor:
         """Logits for the next token of each sequence, in memory of their own.
@@ -65,7 +68,7 @@ class Ahead:
             stream.wait_stream(torch.cuda.current_stream())
             aside = torch.cuda.stream(stream)
         with aside:
-            self.ids.copy_(logits[:, -1].argmax(-1, keepdim=True))
+            self._choose(logits[:, -1])
             if self._guessed is not None:
                 self._guessed.record()
             self.replay()
@@ -76,3 +79,12 @@ class Ahead:
         if self._stream is not None:
             torch.cuda.current_stream().wait_stream(self._stream)
         self.pending = False
+
+
+def _chooser(ids: Tensor) -> Callable[[Tensor], Any]:
+    """What writes the likeliest tokens by logits [B, V] to ids [B, 1]."""
+    if ids.is_cuda and triton_steps(ids.device):
+        from microscale.backends.triton.likeliest import Likeliest
+
+        return Likeliest(ids).choose
+    return lambda logits: ids.copy_(logits.argmax(-1, keepdim=True))

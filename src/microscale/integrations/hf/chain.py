@@ -1,8 +1,9 @@
 """A token through all layers of a model in few kernels: what `step.Step` captures instead of the forward.
 
-A layer of experts is nine kernels of ours, and a dense one eight. Each adds what the one before it gave to the stream
-as it takes the norm of it, and on Hopper each is launched before the one ahead has ended (see `backends.triton.small`).
-The slow twin is transformers' forward of the same token over the same cache. `chain_parts` says for which models.
+A layer is eight kernels of ours, and one of experts on Hopper seven. Each adds what the one before it gave to the
+stream as it takes the norm of it, and on Hopper each is launched before the one ahead has ended (see
+`backends.triton.small`). The slow twin is transformers' forward of the same token over the same cache. `chain_parts`
+says for which models.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from microscale.integrations.hf.architectures import Kind
 from microscale.integrations.hf.step_cache import StepCache
-from microscale.nn import QuantLinear
+from microscale.nn import QuantExperts, QuantLinear, runner_of
 
 
 def token(kind: Kind, model: Any, ids: Tensor, cache: StepCache) -> Any:
@@ -54,10 +55,13 @@ def token(kind: Kind, model: Any, ids: Tensor, cache: StepCache) -> Any:
 
 
 def _fed_forward(kind: Kind, layer: Any, x: Tensor, more: Tensor) -> tuple[Tensor, Tensor]:
-    """What stands behind attention, which gave `more`: x + more, and what is added to that next, all [B, H]."""
+    """What stands behind attention, which gave `more`: x + more, both [B, H], and what is added to that next.
+
+    That is [B, H], or of experts [B, T, H]: see `small.add_rms_norm`.
+    """
     from microscale.backends.triton import rows
     from microscale.backends.triton.router import norm_and_product, takes
-    from microscale.backends.triton.small import add_rms_norm, route, silu_gate
+    from microscale.backends.triton.small import Choice, add_rms_norm, silu_gate
 
     norm, mlp = layer.post_attention_layernorm, layer.mlp
     given = (x, more, norm.weight, norm.variance_epsilon, kind.twice)
@@ -73,8 +77,11 @@ def _fed_forward(kind: Kind, layer: Any, x: Tensor, more: Tensor) -> tuple[Tenso
     else:
         x, y = add_rms_norm(*given)
         (logits,) = products(y, (router,))
-    weights, chosen = route(logits, router.top_k, of_all, kind.shares)
-    found: Tensor = experts(y, chosen, weights)
+    runner, choice = runner_of(experts), Choice(logits, router.top_k, of_all, kind.shares)
+    found = runner.shares(y, choice) if isinstance(runner, QuantExperts) else None
+    if found is None:
+        weights, chosen = choice.routes()
+        found = experts(y, chosen, weights)
     return x, found.contiguous()
 
 
