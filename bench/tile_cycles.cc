@@ -1,8 +1,8 @@
 // Cycles that one thread needs for a tile of 16 columns x 32 k, weights in the L2 cache: decoding and multiplication
 // without memory, and so hardly any noise.
 //
-//   cmake -S . -B build/core -G Ninja -DMICROSCALE_MODULE=OFF && ninja -C build/core
-//   g++ -O2 -std=c++20 -Icsrc bench/tile_cycles.cc $(find build/core -name '*.o') -pthread -o tile_cycles
+//   cmake -S . -B build/bench -G Ninja -DMICROSCALE_MODULE=OFF && ninja -C build/bench
+//   g++ -O2 -std=c++20 -Icsrc bench/tile_cycles.cc $(find build/bench -name '*.o') -pthread -o tile_cycles
 //   ./tile_cycles 1 2 3 4        levels (enum ms_level) of AVX2, AVX-512 and AMX
 //
 // Cycles are the time beside that of a chain of multiplications, of three cycles each: additions of constants take none

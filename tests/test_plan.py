@@ -12,6 +12,7 @@ import torch
 
 from microscale import CheckpointError, FormatError, MicroscaleError
 from microscale.activations import GPT_OSS, Activation
+from microscale.backends import BACKENDS
 from microscale.backends.dense_rules import HOST
 from microscale.backends.triton_rules import refuse_steps
 from microscale.formats import FORMATS
@@ -290,6 +291,14 @@ def test_why_a_generated_token_is_its_modules(
     assert not any(p.chained for p in found.placed)
     said = why and f"a token's kernels are Triton's, for CUDA from sm_80 on, and {why}"
     assert found.why_modules == said
+
+
+def test_a_graph_holds_only_experts_that_do_not_wait(gpt_oss_20b: Outline) -> None:
+    for device in ("cuda", "cpu"):
+        forced = gpt_oss_20b.on(INVENTED["h200"], device=device, backend="emulation").why_no_graph
+        assert (forced is not None) == (device == "cuda")
+    assert gpt_oss_20b.on(INVENTED["h200"]).why_no_graph is None
+    assert {b.name for b in BACKENDS if not b.waits} == {"cpu", "triton"}
 
 
 SMALL = {

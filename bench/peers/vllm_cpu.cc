@@ -1,11 +1,11 @@
 // vLLM's CPU operator beside ours as vllm_cpu.py does it, in C++: for machines on which PyTorch 2.13 cannot be
 // installed, but four of its libraries can be put into a folder.
 //
-//   cmake -S . -B build/core -G Ninja -DMICROSCALE_MODULE=OFF && ninja -C build/core
+//   cmake -S . -B build/bench -G Ninja -DMICROSCALE_MODULE=OFF && ninja -C build/bench
 //   T=$(python -c 'import torch; print(torch.__path__[0])')      # 2.13.0+cpu
-//   g++ -O2 -std=c++20 -Icsrc -I$T/include -I$T/include/torch/csrc/api/include bench/peers/vllm_cpu.cc
-//     $(find build/core -name '*.o') -L$T/lib -ltorch_cpu -lc10 -Wl,--no-as-needed -ltorch -Wl,-z,lazy -pthread -ldl
-//     -o vllm_cpu
+//   I="-Icsrc -I$T/include -I$T/include/torch/csrc/api/include"
+//   L="-L$T/lib -ltorch_cpu -lc10 -Wl,--no-as-needed -ltorch -Wl,-z,lazy -pthread -ldl"
+//   g++ -O2 -std=c++20 $I bench/peers/vllm_cpu.cc $(find build/bench -name '*.o') $L -o vllm_cpu
 //   LD_LIBRARY_PATH=DIR ./vllm_cpu DIR/_C.abi3.so gpt-oss-20b 1,4,16,64,256,1024 15
 //
 // DIR holds libtorch_cpu.so, libtorch.so, libc10.so, libgomp.so.1 and libnuma.so.1, and _C.abi3.so of vllm-cpu 0.32.0.

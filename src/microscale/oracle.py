@@ -101,6 +101,7 @@ class Backend:
             stored codes), "decoded" (weights become numbers of the activations' dtype first) or "emulated" (all become
             float32 numbers, and PyTorch multiplies them).
         compared: how it was faster or slower than those behind it in a problem, in a sentence; None: not measured.
+        waits: its `moe` waits for the device, to know which experts have rows, and no CUDA graph can hold it.
     """
 
     name: str
@@ -112,6 +113,7 @@ class Backend:
     accumulation: Callable[[Problem], Accumulation] = _float32
     arithmetic: Callable[[Problem], str] = _unsaid
     compared: Callable[[Problem], str | None] = _not_compared
+    waits: bool = False
 
 
 @dataclass(frozen=True)

@@ -47,6 +47,19 @@ class Plan:
         return next((g.memory for g in self.machine.gpus if g.kind == self.device), self.machine.memory)
 
     @property
+    def why_no_graph(self) -> str | None:
+        """Of CUDA and ROCm: why a generated token is not replayed from a CUDA graph. None: it is, or no model."""
+        if not self.outline.steps or self.device not in ("cuda", "rocm"):
+            return None
+        waiting = [
+            p.choice.backend.name
+            for p in self.placed
+            if p.choice is not None and p.choice.problem.op == "moe" and p.choice.backend.waits
+        ]
+        by_experts = f"{waiting[0]} waits for the GPU to know which experts have rows" if waiting else None
+        return self.outline.unchained.replay or by_experts
+
+    @property
     def runs(self) -> bool:
         """Every quantised class has a backend."""
         return all(p.backend is not None for p in self.placed)

@@ -67,6 +67,13 @@ def test_the_json(cli: Cli) -> None:
     assert found["environment"].keys() == env.VARIABLES.keys()
 
 
+def test_a_compiler_that_is_not_there_is_null(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    for compiler, said in (("/usr/bin/g++", "/usr/bin/g++"), ("", None)):
+        monkeypatch.setattr(microscale.machine, "detect", lambda at=compiler: replace(detect(), compiler=at))
+        assert document(cli("doctor", "--json"))["compiler"] == said
+    assert "\ncompiler         none; " in cli("doctor").stdout
+
+
 def test_each_backend_says_what_it_lacks_and_what_to_install(
     cli: Cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:

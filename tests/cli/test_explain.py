@@ -33,7 +33,7 @@ def backends(monkeypatch: pytest.MonkeyPatch) -> None:
     made = (
         Backend("picky", "", lambda p: LONG.strip(), "nothing at all"),
         Backend("fast", "", no_gpu, "fast products", proven="NVIDIA H200"),
-        Backend("emulation", "", lambda p: None, "slow products", proven="x86 CPUs"),
+        Backend("emulation", "", lambda p: None, "slow products", proven="x86 CPUs", waits=True),
     )
     monkeypatch.setattr(microscale.backends, "table", lambda: made)
     monkeypatch.setattr(microscale.plan, "table", lambda: made)
@@ -89,6 +89,30 @@ def test_what_is_never_replayed_is_not_said_to_be(cli: Cli, tmp_path: Path) -> N
     said = cli("explain", tmp_path / "chunks", "--machine", "h200").stdout
     assert (
         "A generated token runs the model's modules: it has layers of chunked_attention, whose cache" in said
+    )
+
+
+def test_experts_that_wait_for_the_gpu_are_not_said_to_be_replayed(cli: Cli) -> None:
+    waiting = "(emulation waits for the GPU to know which experts have rows)"
+    forced = ("explain", "gpt-oss-20b", "--backend", "emulation")
+    said = cli(*forced, "--machine", "h200").stdout
+    assert (
+        f"one chain of kernels, not replayed from a CUDA graph {waiting}: experts as above, and Triton's"
+        in said
+    )
+    said = cli(*forced, "--machine", "mi300x").stdout
+    assert (
+        f"token runs the model's modules, not replayed from a CUDA graph {waiting}: a token's kernels" in said
+    )
+    assert "CUDA graph" not in cli(*forced, "--machine", "zen5").stdout
+    words = ("--machine", "h200", "--json")
+    (machine,) = document(cli(*forced, *words))["machines"]
+    assert (machine["why_modules"], machine["why_no_graph"]) == (None, waiting[1:-1])
+    (machine,) = document(cli("explain", "gpt-oss-20b", *words))["machines"]
+    assert machine["why_no_graph"] is None
+    assert (
+        "one chain of kernels, replayed from a CUDA graph: exp"
+        in cli("explain", "gpt-oss-20b", *words[:2]).stdout
     )
 
 

@@ -19,6 +19,7 @@ from microscale import Decoder, load
 from microscale.backends.cpu_rules import refuse_device
 from microscale.cli.generate import Settings, generate
 from microscale.cli.run import PROMPT, _waiting_on_stdin
+from microscale.cli.session import _proofs
 from microscale.machine import Gpu, detect
 
 Cli = Callable[..., Result]
@@ -52,6 +53,18 @@ def test_text_goes_to_stdout_and_timings_to_stderr(cli: Cli, tiny: Path) -> None
     assert "5 new at" in line
     assert "loaded in" in line
     assert "seed" not in line
+
+
+def test_of_canaries_that_differ_the_worst_is_said_and_of_how_many_layers() -> None:
+    """Equal sentences of several layers are one, so that sentences are no count of canaries."""
+    said = {
+        f"canary passed at 0.0{digit} of the permitted error": layers
+        for digit, layers in ((5, 1), (7, 2), (6, 3))
+    }
+    layer = {"name": "experts", "count": 6, "refused": [], "canary": said}
+    assert _proofs(layer) == "the worst of 6 layers: canary passed at 0.07 of the permitted error"
+    alike = layer | {"canary": {"canary passed at 0.05 of the permitted error": 6}}
+    assert _proofs(alike) == "canary passed at 0.05 of the permitted error"
 
 
 def test_a_model_generates_with_nobody_listening_in(tiny: Path) -> None:

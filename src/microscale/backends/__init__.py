@@ -59,6 +59,7 @@ BACKENDS: tuple[Backend, ...] = (
         proven="NVIDIA H200",
         accumulation=accumulation_torch_scaled,
         arithmetic=arithmetic.torch_scaled,
+        waits=True,
     ),
     Backend(
         "xpu_kernels",
@@ -66,6 +67,7 @@ BACKENDS: tuple[Backend, ...] = (
         refuse_xpu_kernels,
         "vllm-xpu-kernels: oneDNN's products of quantised activations; experts' weights decoded to bf16 in registers",
         arithmetic=arithmetic.xpu_kernels,
+        waits=True,
     ),
     Backend(
         "flashinfer",
@@ -73,6 +75,7 @@ BACKENDS: tuple[Backend, ...] = (
         refuse_flashinfer,
         "flashinfer-python: products of quantised activations on Blackwell; MXFP4 experts with MXFP8 rows in one call",
         arithmetic=arithmetic.flashinfer,
+        waits=True,
     ),
     Backend(
         "aiter",
@@ -80,6 +83,7 @@ BACKENDS: tuple[Backend, ...] = (
         refuse_aiter,
         "amd-aiter: its Triton products of MXFP4 or block FP8 with each other; experts one by one",
         arithmetic=arithmetic.aiter,
+        waits=True,
     ),
     Backend(
         "humming",
@@ -88,6 +92,7 @@ BACKENDS: tuple[Backend, ...] = (
         "humming-kernels: weights decoded in registers, activations multiplied in bf16, in batch-invariant kernels",
         arithmetic=arithmetic.humming,
         proven="NVIDIA H200",
+        waits=True,
     ),
     Backend(
         "emulation",
@@ -96,6 +101,7 @@ BACKENDS: tuple[Backend, ...] = (
         "dequantise a tile, multiply in float32; only the experts that are routed to",
         proven="x86 CPUs, NVIDIA H200",
         arithmetic=arithmetic.emulation,
+        waits=True,
     ),
 )
 

@@ -38,7 +38,7 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON 
         "machine": machine_document(machine),
         "amx": amx(machine),
         "core": core(machine),
-        "compiler": machine.compiler,
+        "compiler": machine.compiler or None,
         "requirements": requirements(),
         "packages": [_package(name, machine) for name in PACKAGES],
         "backends": [_backend(b, d, machine) for d in _devices(machine) for b in table()],

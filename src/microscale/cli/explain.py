@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 # What a generated token is where it is a chain of kernels, by the kind of device.
 _CHAIN = {
-    "cuda": "* in prompts; a generated token is one chain of kernels, replayed from a CUDA graph: experts as above, "
+    "cuda": "* in prompts; a generated token is one chain of kernels{replayed}: experts as above, "
     "and Triton's for norms, attention, routes, and products of few rows.",
     "cpu": "* in prompts; a generated token is one call of the C++ core for all layers: experts and linears as above, "
     "and its own embedding, norms, attention and routes.",
@@ -235,6 +235,7 @@ def _plan_document(plan: Plan) -> dict[str, Any]:
         "memory_bytes": plan.memory,
         "fits": plan.outline.stored <= plan.memory,
         "why_modules": plan.why_modules,
+        "why_no_graph": plan.why_no_graph,
         "layers": [_placed_document(p, plan) for p in plan.placed],
     }
 
@@ -303,12 +304,19 @@ def _show(plan: Plan, first: bool) -> None:
     show(rows)
     _show_reasons(plan)
     if any(p.chained for p in plan.placed):
-        say(_CHAIN[plan.device], hang=0)
+        say(_CHAIN[plan.device].format(replayed=_replayed(plan)), hang=0)
     elif plan.why_modules is not None:
-        once = plan.device == "cpu" or what.unchained.replay is not None
-        how = "" if once else ", replayed from a CUDA graph"
-        say(f"A generated token runs the model's modules{how}: {plan.why_modules}.", hang=0)
+        say(f"A generated token runs the model's modules{_replayed(plan)}: {plan.why_modules}.", hang=0)
     say(_memory_line(plan), hang=0)
+
+
+def _replayed(plan: Plan) -> str:
+    """What becomes of a generated token's steps, behind what they are; nothing where that says why already."""
+    if plan.device == "cpu" or plan.why_no_graph == plan.why_modules is not None:
+        return ""
+    if plan.why_no_graph is not None:
+        return f", not replayed from a CUDA graph ({plan.why_no_graph})"
+    return ", replayed from a CUDA graph"
 
 
 def _show_reasons(plan: Plan) -> None:

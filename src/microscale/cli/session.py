@@ -175,12 +175,12 @@ def _steps(result: Generation, device: str) -> str:
 
 
 def _proofs(layer: dict[str, Any]) -> str:
-    """What the canaries said; of many, how many they are and the last in order, which says the largest error."""
+    """What the canaries said; where they differ, of how many layers, and the last in order: the largest error."""
     said: list[str] = sorted(layer["canary"])
     failed = [str(r["reason"]) for r in layer["refused"] if layer["name"] == "linears"]
     if failed:  # by rule refused ones were never placed
         return failed[0]
-    return said[-1] if len(said) == 1 else f"{len(said)} canaries, the worst: {said[-1]}"
+    return said[-1] if len(said) == 1 else f"the worst of {layer['count']} layers: {said[-1]}"
 
 
 def open_session(
