@@ -2,10 +2,10 @@
 // cent, and for builds from which something was left out to see what it costs.
 //
 //   cmake -S . -B build/bench -G Ninja -DMICROSCALE_MODULE=OFF && ninja -C build/bench        in each tree
-//   g++ -O2 -std=c++20 -Icsrc -shared -fPIC -DAS_BUILD bench/builds.cc $(find build/bench -name '*.o') -pthread -o b.so
-//
+//   O=$(find build/bench -name '*.o')
+//   g++ -O2 -std=c++20 -Icsrc -shared -fPIC -DAS_BUILD bench/builds.cc $O -pthread -o now.so
 //   g++ -O2 -std=c++20 -Icsrc bench/builds.cc -ldl -pthread -o builds
-//   ./builds gpt-oss-20b 1,16,256 15 ./a.so ./b.so
+//   ./builds gpt-oss-20b 1,16,256 15 ./before.so ./now.so
 //
 // Two threads; pin them with taskset. Milliseconds: the median and the least; the median of the first build's time over
 // this one's in the same round; the median of the floor over the time; whether results are the first build's to the
