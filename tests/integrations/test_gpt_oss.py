@@ -69,6 +69,16 @@ def test_plain_from_pretrained_is_the_same_model(tmp_path: Path, tokens: torch.T
     assert [r.placement.choice.backend.name for _, r in runners(plain)] == [backend] * 3
 
 
+def test_load_is_ours_where_from_pretrained_is_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with MICROSCALE_TRANSFORMERS=off when microscale is imported."""
+    from transformers.quantizers import auto
+
+    write(tmp_path)
+    monkeypatch.setitem(auto.AUTO_QUANTIZER_MAPPING, "mxfp4", auto.Mxfp4HfQuantizer)
+    assert runners(microscale.load(tmp_path, device="cpu"))
+    assert auto.AUTO_QUANTIZER_MAPPING["mxfp4"] is auto.Mxfp4HfQuantizer
+
+
 def test_asking_transformers_to_dequantise_still_works(tmp_path: Path) -> None:
     reference = write(tmp_path)
     dense = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=Mxfp4Config(dequantize=True))

@@ -15,6 +15,7 @@ from microscale.checkpoints import Checkpoint, open_checkpoint
 from microscale.checkpoints.config import MAX_CONFIG_BYTES, read_config
 from microscale.checkpoints.strict import read_object
 from microscale.errors import CheckpointError, CheckpointWarning, SettingError
+from microscale.integrations.hf import taking_over
 from microscale.integrations.hf.options import Options, using
 from microscale.machine import detect
 from microscale.models import has_weights, resolve
@@ -84,7 +85,7 @@ def load(
     config = dummy_config(path, checkpoint.config, None)
     if (path / _GENERATION).exists():  # transformers would go on without one that it cannot read
         read_object(path / _GENERATION, MAX_CONFIG_BYTES, constants=True)
-    with using(Options(backend, act, canary, place=False, checkpoint=checkpoint)) as options:
+    with using(Options(backend, act, canary, place=False, checkpoint=checkpoint)) as options, taking_over():
         try:
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 path, dtype=dtype, output_loading_info=True, trust_remote_code=False, **kwargs
