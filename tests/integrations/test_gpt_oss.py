@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from original import write
 from transformers import AutoModelForCausalLM, Mxfp4Config
 
 import microscale
+from microscale.checkpoints import Source
 from microscale.errors import CheckpointError, NoBackendError
 from microscale.integrations.hf.quantizer import runners
 from microscale.machine import detect
@@ -150,6 +152,19 @@ def test_a_checkpoint_that_lies_is_refused_on_both_ways_in(tmp_path: Path, load:
     path.write_text(path.read_text().replace('"num_local_experts": 4', '"num_local_experts": 5'))
     with pytest.raises(CheckpointError, match=r"expected .*5.*found .*4"):
         load(tmp_path)
+
+
+@pytest.mark.parametrize("metadata", [{}, {"metadata": None}, {"metadata": 3}])
+def test_an_index_without_metadata_is_named(tmp_path: Path, metadata: dict[str, Any]) -> None:
+    write(tmp_path)
+    names = dict.fromkeys(Source.open(tmp_path).names(), "one.safetensors")
+    (tmp_path / "model.safetensors").rename(tmp_path / "one.safetensors")
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": names, **metadata}))
+    with pytest.raises(CheckpointError, match=r"index.json: metadata, .* .expected an object"):
+        microscale.load(tmp_path)
+    index.write_text(json.dumps({"weight_map": names, "metadata": {}}))
+    assert runners(microscale.load(tmp_path, device="cpu"))
 
 
 def test_config_alone_says_how_to_try_it() -> None:
