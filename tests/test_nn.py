@@ -253,6 +253,36 @@ def test_a_bias_that_is_trained_is_read_anew(placer: Placer) -> None:
     assert host.bias.grad.abs().sum() > 0
 
 
+def test_a_bias_that_is_replaced_is_read_anew(placer: Placer) -> None:
+    host, weights = experts(placer)
+    args = routed()
+    with torch.no_grad():
+        host.microscale(*args)
+        for put in (
+            lambda b: setattr(host, "bias", nn.Parameter(b)),
+            lambda b: setattr(host.bias, "data", b),
+        ):
+            bias = torch.randn(4, 64).bfloat16()
+            put(bias)
+            fresh = Host(*map(cloned, weights))
+            fresh.bias = nn.Parameter(bias.clone())
+            runner = QuantExperts(fresh, ExpertsHost(read, biases, parts), Activation("silu"), 2, placer)
+            assert torch.equal(host.microscale(*args), runner(*args))
+
+
+@pytest.mark.parametrize("aliases", [False, True])
+def test_a_linear_that_is_given_another_part_computes_with_it(placer: Placer, aliases: bool) -> None:
+    linear, _ = layer(Placer(detect(), (EMULATION,)) if aliases else placer, "nvfp4")
+    other, x = quantize(torch.randn(N, K), "nvfp4"), torch.randn(3, K)
+    linear(x)
+    for part in ("codes", "scales", "tensor_scale"):
+        setattr(linear, f"weight_{part}", getattr(other, part))
+        linear(x)
+    assert_same(linear.weight, other)
+    with torch.no_grad():
+        torch.testing.assert_close(linear(x), x @ dequantize(other).T + linear.bias, rtol=1e-4, atol=1e-4)
+
+
 def resident(t: Tensor) -> int:
     """Bytes of the mapping of `t` that are in memory."""
     with open("/proc/self/smaps", encoding="utf-8", errors="replace") as lines:
@@ -287,17 +317,16 @@ def test_pages_of_a_file_go_back_and_what_they_hold_stays(tmp_path: Path, shared
 def test_a_bias_whose_changes_leave_no_trace_is_never_a_copy() -> None:
     with torch.inference_mode():
         bias = torch.randn(8).to(torch.bfloat16)
-        held = _Bias(bias)
-        assert held.now() is bias
+        assert _Bias().now(bias) is bias
     traced = torch.randn(8).to(torch.bfloat16)
-    held = _Bias(traced)
+    held = _Bias()
     with torch.no_grad():
-        first = held.now()
+        first = held.now(traced)
         assert first is not None
         assert first.dtype == torch.float32
-        assert held.now() is first
+        assert held.now(traced) is first
         traced.add_(1)
-        assert torch.equal(held.now(), traced.float())
+        assert torch.equal(held.now(traced), traced.float())
 
 
 @pytest.mark.parametrize("name", ["mxfp4", "nvfp4", "fp8_block128"])
@@ -323,3 +352,12 @@ def test_a_placed_layer_is_one_graph_to_torch_compile() -> None:
         expected = layer(x)
         compiled = torch.compile(layer, fullgraph=True, backend="eager")
         assert torch.equal(compiled(x), expected)
+
+
+def test_torch_compile_of_a_layer_that_is_not_placed_yet(placer: Placer) -> None:
+    linear, w = layer(placer)
+    x = torch.randn(3, K)
+    with torch.no_grad():
+        found = torch.compile(linear, backend="eager")(x)
+    assert torch.equal(found, linear(x))
+    assert_same(linear.weight, w)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -216,6 +217,8 @@ REFUSED = [
     (lambda: quantize(X, "nvfp4", rule="floor"), ["'floor'", "nvfp4", "amax"]),
     (lambda: quantize(X.int(), "mxfp4"), ["torch.int32"]),
     (lambda: quantize(X.to(torch.complex64), "mxfp4"), ["torch.complex64"]),
+    (lambda: quantize(torch.zeros(2, 8, dtype=torch.float4_e2m1fn_x2), "mxfp4"), ["float4_e2m1fn_x2"]),
+    (lambda: quantize(X.to_sparse(), "nvfp4"), ["sparse_coo", "to_dense"]),
     (lambda: quantize(torch.tensor(1.0), "mxfp4"), ["mxfp4", "()"]),
     (lambda: quantize(torch.ones(40), "fp8_block128"), ["fp8_block128", "(40,)"]),
     (lambda: quantize(X, "mxfp4", tensor_scale=1.0), ["mxfp4", "tensor scale"]),
@@ -242,6 +245,8 @@ REFUSED = [
     (lambda: build("nvfp4", scales=(2, 4)), ["nvfp4", "needs tensor_scale"]),
     (lambda: build("nvfp4", scales=(2, 4), outer=torch.ones((), dtype=torch.float64)), ["torch.float64"]),
     (lambda: build("nvfp4", scales=(2, 4), outer=torch.ones(3)), ["(3,)", "(2,)"]),
+    (lambda: replace(NVFP4, scales=NVFP4.scales.to("meta")), ["scales", "meta", "cpu"]),
+    (lambda: replace(NVFP4, tensor_scale=NVFP4.tensor_scale.to("meta")), ["tensor_scale", "meta", "cpu"]),
     (lambda: BLOCK.rows(0, 100), ["0:100", "128", "fp8_block128"]),
     (lambda: BLOCK.rows(64, 128), ["64:128", "128"]),
     (lambda: BLOCK.rows(0, 384), ["300", "384"]),

@@ -22,7 +22,7 @@ VARIABLES = {
     "MICROSCALE_DENSE": "`off`: linears whose weights are not quantised stay with PyTorch on the CPU, too",
     "MICROSCALE_EMULATION_TILE": "bytes of dequantised weights that emulation may hold at a time; default 64MiB",
     "MICROSCALE_EMULATION_CACHE": "bytes of dequantised weights that emulation may keep for good; default 0",
-    "MICROSCALE_TRANSFORMERS": "`off`: `import microscale` leaves transformers' own quantisers in place",
+    "MICROSCALE_TRANSFORMERS": "`off`: `from_pretrained` keeps transformers' own quantisers; `load` has ours always",
 }
 
 _ON, _OFF = ("on", "1", "yes", "true"), ("off", "0", "no", "false")

@@ -38,6 +38,9 @@ def dtype_word(dtype: torch.dtype) -> str:
 ROUTER_NAMES = frozenset({"router", "gate", "shared_expert_gate"})
 
 
+_PARTS = ("weight_codes", "weight_scales", "weight_tensor_scale")
+
+
 class QuantLinear(nn.Module):
     """A linear layer whose weight stays packed.
 
@@ -91,6 +94,7 @@ class QuantLinear(nn.Module):
             bias=self.bias is not None,
         ).on(machine, device_kind(self.weight_codes.device))
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def place(self, dtype: torch.dtype) -> Placement:
         """Choose, pack and prove, for activations of `dtype`."""
         problem, weight = self.problem(dtype, self.placer.machine), self.weight
@@ -102,6 +106,12 @@ class QuantLinear(nn.Module):
             self._store(weight.codes, weight.scales, None)
         self.placement = placement
         return placement
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Given another part of a weight, the layer is placed anew."""
+        if name in _PARTS and name in self._buffers:
+            self._take_back()
+        super().__setattr__(name, value)
 
     def _store(self, codes: Tensor, scales: Tensor, held: Placement | None) -> None:
         self._buffers["weight_codes"], self._buffers["weight_scales"] = codes, scales
@@ -215,7 +225,7 @@ class QuantExperts:
         self.placement: Placement | None = None
         self._names = tuple(host.parts(module, w13, w2))
         self._placed_on: torch.device | None = None
-        self._biases = _Bias(None), _Bias(None)
+        self._biases = _Bias(), _Bias()
         if runner_of(module) is None:
             module.register_state_dict_post_hook(_complete_state)
             module.register_load_state_dict_pre_hook(_before_loading)
@@ -244,7 +254,7 @@ class QuantExperts:
     def __getstate__(self) -> dict[str, Any]:
         """Copies are placed anew: a packed layout may alias the weights it was made from."""
         held = None if self._held is None else self.weights[:2]
-        return self.__dict__ | {"placement": None, "_held": held}
+        return self.__dict__ | {"placement": None, "_held": held, "_biases": (_Bias(), _Bias())}
 
     def problem(self, dtype: torch.dtype, machine: Machine) -> Problem:
         """What the oracle is asked."""
@@ -276,15 +286,19 @@ class QuantExperts:
             self._store({name: _nothing(t) for name, t in whole.items()}, placement)
         else:
             self._store(whole, None)
-        self._biases = _Bias(weights.b13), _Bias(weights.b2)
+        self._biases = _Bias(), _Bias()
         self._placed_on = weights.w13.device
         self.placement = placement
         return placement
 
     def biases(self) -> tuple[Tensor | None, Tensor | None]:
-        """(b13, b2) as they are now, float32 where no gradient of them can be asked for."""
-        b13, b2 = self._biases
-        return b13.now(), b2.now()
+        """(b13, b2) as they are now, float32 where no gradient of them can be asked for.
+
+        A change in place behind torch's back (`bias.data.add_(...)`) leaves no trace that could be seen here.
+        """
+        kept13, kept2 = self._biases
+        b13, b2 = self.host.biases(self.module)
+        return kept13.now(b13), kept2.now(b2)
 
     def _store(self, parts: dict[str, Tensor], held: Placement | None) -> None:
         if held is not None or self._held is not None:
@@ -331,20 +345,21 @@ class QuantExperts:
 class _Bias:
     """A bias, and its float32 copy for inference: to convert all experts' takes longer than to add those of a few."""
 
-    def __init__(self, source: Tensor | None) -> None:
-        self.source = source
+    def __init__(self) -> None:
         self.copy: Tensor | None = None
-        self.version = -1
+        self.of: tuple[Tensor, Tensor, int] | None = None  # what was copied, its memory then, and its version
 
-    def now(self) -> Tensor | None:
+    def now(self, b: Tensor | None) -> Tensor | None:
         """The bias as it is, float32 where no gradient of it can be asked for."""
-        b = self.source
         if b is None or b.dtype == torch.float32 or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return b
-        if b.is_inference():  # changes leave no trace
+        if b.is_inference() or type(b) not in (Tensor, nn.Parameter):  # changes leave no trace
             return b
-        if self.copy is None or self.version != b._version:
-            self.copy, self.version = b.detach().float(), b._version
+        if self.of is not None:
+            source, memory, version = self.of
+            if source is b and version == b._version and memory.data_ptr() == b.data_ptr():
+                return self.copy
+        self.copy, self.of = b.detach().float(), (b, b.detach(), b._version)
         return self.copy
 
 

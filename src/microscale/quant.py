@@ -16,6 +16,12 @@ from microscale.scales import divide, e4m3_from_amax, e8m0_from_amax, f32_from_a
 # Elements worked on at a time: temporaries stay in a core's L2, and quantising never needs a second full copy.
 CHUNK = 1 << 18
 
+_NARROW = (
+    torch.float32,
+    torch.bfloat16,
+    torch.float16,
+)  # float32 holds their numbers, and torch has their abs
+
 _SCALE_DTYPES = {"e8m0": torch.uint8, "e4m3": torch.uint8, "f32": torch.float32}
 
 
@@ -58,6 +64,9 @@ class QuantTensor:
             if self.tensor_scale.dtype != torch.float32:
                 raise FormatError(f"tensor_scale is {self.tensor_scale.dtype}, not float32")
             _expect_broadcast(self.tensor_scale, shape[:-1])
+        for what, part in (("scales", self.scales), ("tensor_scale", self.tensor_scale)):
+            if part is not None and part.device != self.codes.device:
+                raise FormatError(f"{what} on {part.device}, codes on {self.codes.device}")
 
     @property
     def nbytes(self) -> int:
@@ -132,14 +141,16 @@ def quantize(
         row_ranges: NVFP4 only: lengths that sum to N; each range of rows (q, k, v of a fused weight) gets its
             own default tensor scale.
     Raises:
-        FormatError: unknown format or rule, not floating point, or an argument that the format has no use for.
+        FormatError: unknown format or rule, not dense floating point, or an argument that the format has no use for.
     """
     fmt = get_format(fmt)
     rule = fmt.rules[0] if rule is None else rule
     if rule not in fmt.rules:
         raise FormatError(f"unknown scale rule {rule!r} for {fmt.name}; known: {', '.join(fmt.rules)}")
-    if not x.is_floating_point():
+    if not x.is_floating_point() or x.dtype == torch.float4_e2m1fn_x2:  # two numbers an element
         raise FormatError(f"cannot quantize {x.dtype}")
+    if x.layout != torch.strided:
+        raise FormatError(f"cannot quantize a tensor in layout {x.layout}; x.to_dense() has all its numbers")
     if x.dim() == 0 or (x.dim() == 1 and fmt.block[0] > 1):
         raise FormatError(f"{fmt.name} cannot hold shape {tuple(x.shape)}")
     if not fmt.tensor_scale and (tensor_scale is not None or row_ranges is not None):
@@ -295,7 +306,7 @@ def _tensor_scale(
     if row_ranges is not None and (sum(row_ranges) != n or min(row_ranges, default=0) <= 0):
         raise FormatError(f"row_ranges {tuple(row_ranges)} do not divide {n} rows")
     # What is not finite (in float32) is marked by its own block's scale and must not touch the others.
-    finite = (x.float() if x.dtype == torch.float64 else x).abs().nan_to_num_(0.0, 0.0)
+    finite = (x.float() if x.dtype not in _NARROW else x).abs().nan_to_num_(0.0, 0.0)
     amax = finite.amax(dim=-1).float() if x.shape[-1] else x.new_zeros(x.shape[:-1], dtype=torch.float32)
     if x.dim() == 1:
         largest = amax

@@ -227,6 +227,8 @@ def test_missing_and_derived_sizes(tmp_path: Path) -> None:
         ({"num_key_value_heads": 3}, "num_key_value_heads .expected a divisor of 4"),
         ({"tie_word_embeddings": True}, "'lm_head.weight': unexpected"),
         ({"tie_word_embeddings": 1}, "tie_word_embeddings .expected true or false"),
+        ({"swiglu_limit": -7.0}, "swiglu_limit .expected a positive number, found -7.0"),
+        ({"swiglu_alpha": float("inf")}, "swiglu_alpha .expected a positive number, found inf"),
         ({"attention_bias": False}, "q_proj.bias': unexpected|k_proj.bias': unexpected"),
         (
             {"model_type": "mixtral"},

@@ -28,6 +28,8 @@ def test_write_refuses_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Mo
         ("file", CONFIG, state, "cannot be written"),
         ("m", CONFIG, {}, "holds no tensors"),
         ("m", CONFIG, {"c": torch.ones(1, dtype=torch.complex64)}, "cannot hold torch.complex64"),
+        ("m", CONFIG, {"s": torch.eye(2).to_sparse()}, "'s': a tensor in layout torch.sparse_coo"),
+        ("m", CONFIG, {"s": torch.eye(2, device="meta")}, "'s': a tensor on the meta device"),
         ("m", CONFIG, {"\ud800": torch.ones(1)}, "not UTF-8"),
         ("m", CONFIG, {"__metadata__": torch.ones(1)}, "__metadata__"),
     ):
@@ -40,6 +42,15 @@ def test_write_refuses_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Mo
         write(tmp_path / "m", CONFIG, state)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "full"]
     assert (tmp_path / "full" / "x").read_text() == (tmp_path / "file").read_text() == "precious"
+
+
+def test_what_is_written_is_what_torch_sees(tmp_path: Path) -> None:
+    t = torch.randn(3, 4)
+    write(tmp_path / "m", {}, {"negated": torch._neg_view(t), "turned": t.T, "spread": t[:1].expand(5, 4)})
+    found = Source.open(tmp_path / "m")
+    assert torch.equal(found.tensor("negated"), -t)
+    assert torch.equal(found.tensor("turned"), t.T)
+    assert torch.equal(found.tensor("spread"), t[:1].expand(5, 4))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_FSIZE stands in for a full disk")

@@ -113,6 +113,16 @@ def test_a_prompt_that_is_not_text(cli: Cli, tiny: Path) -> None:
     assert "not UTF-8 from character 1 on" in error_of(cli("run", tiny, "a\udcff"))
 
 
+def test_a_prompt_that_cannot_fit_is_refused_before_it_is_cut_into_tokens(
+    cli: Cli, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("microscale.cli.run._LONGEST", 5_000_000)
+    assert "the prompt has 5000000 characters, and the model's context is" in error_of(
+        cli("run", tiny, input="a" * 5_000_000)
+    )
+    assert "goes on behind 5000000 characters" in error_of(cli("run", tiny, input="a" * 5_000_001))
+
+
 @pytest.mark.parametrize("name", ["MICROSCALE_DENSE", "MICROSCALE_EMULATION_TILE"])
 def test_a_variable_that_says_nothing(
     cli: Cli, tiny: Path, name: str, monkeypatch: pytest.MonkeyPatch

@@ -56,6 +56,34 @@ def test_equals_eager_with_padding_and_a_cache(model: Any) -> None:
     assert torch.equal(model.generate(tokens, **options), wanted)
 
 
+@pytest.mark.parametrize("length", [7, 40, 200])
+@pytest.mark.parametrize("gradients", [False, True])
+def test_a_mask_of_numbers_is_added_as_eager_attention_adds_it(
+    model: Any, length: int, gradients: bool
+) -> None:
+    tokens = torch.randint(2, 160, (2, length))
+    mask = torch.zeros(2, 1, length, length).masked_fill(
+        torch.ones(length, length).triu(1).bool(), -torch.inf
+    )
+    mask[:, :, -1, ::2] = -1.5  # no mask of bools says this; sliding layers see as far as the others
+    with torch.set_grad_enabled(gradients):
+        wanted = model(tokens, attention_mask=mask).logits.detach()
+        fuse_sinks(model)
+        found = model(tokens, attention_mask=mask).logits.detach()
+    assert (found - wanted).abs().max() <= 1e-4 * wanted.abs().max()
+
+
+def test_a_mask_of_ones_own_may_reach_beyond_the_window_and_ahead() -> None:
+    q, k, v = (torch.randn(1, 2, 200, 16) for _ in range(3))
+    sinks = torch.randn(2)
+    mask = torch.rand(1, 1, 200, 200) < 0.5
+    with torch.no_grad():
+        found, _ = sink_attention(None, q, k, v, mask, 0.25, s_aux=sinks, sliding_window=8)
+    logits = (0.25 * q @ k.transpose(2, 3)).masked_fill(~mask, -torch.inf)
+    weights = torch.cat([logits, sinks.view(1, -1, 1, 1).expand(1, -1, 200, 1)], dim=3).softmax(dim=3)
+    torch.testing.assert_close(found, (weights[..., :-1] @ v).transpose(1, 2), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize(
     "length, window", [(2, None), (130, None), (72, 8), (73, 8), (300, 100), (1030, 300)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from original import write
 from transformers import AutoModelForCausalLM, Mxfp4Config
 
 import microscale
+from microscale.checkpoints import Source
 from microscale.errors import CheckpointError, NoBackendError
 from microscale.integrations.hf.quantizer import runners
 from microscale.machine import detect
@@ -67,6 +69,16 @@ def test_plain_from_pretrained_is_the_same_model(tmp_path: Path, tokens: torch.T
         assert f"model.layers.0.mlp.experts.{name}" not in packed
     backend = "cpu" if detect().core else "emulation"
     assert [r.placement.choice.backend.name for _, r in runners(plain)] == [backend] * 3
+
+
+def test_load_is_ours_where_from_pretrained_is_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with MICROSCALE_TRANSFORMERS=off when microscale is imported."""
+    from transformers.quantizers import auto
+
+    write(tmp_path)
+    monkeypatch.setitem(auto.AUTO_QUANTIZER_MAPPING, "mxfp4", auto.Mxfp4HfQuantizer)
+    assert runners(microscale.load(tmp_path, device="cpu"))
+    assert auto.AUTO_QUANTIZER_MAPPING["mxfp4"] is auto.Mxfp4HfQuantizer
 
 
 def test_asking_transformers_to_dequantise_still_works(tmp_path: Path) -> None:
@@ -140,6 +152,19 @@ def test_a_checkpoint_that_lies_is_refused_on_both_ways_in(tmp_path: Path, load:
     path.write_text(path.read_text().replace('"num_local_experts": 4', '"num_local_experts": 5'))
     with pytest.raises(CheckpointError, match=r"expected .*5.*found .*4"):
         load(tmp_path)
+
+
+@pytest.mark.parametrize("metadata", [{}, {"metadata": None}, {"metadata": 3}])
+def test_an_index_without_metadata_is_named(tmp_path: Path, metadata: dict[str, Any]) -> None:
+    write(tmp_path)
+    names = dict.fromkeys(Source.open(tmp_path).names(), "one.safetensors")
+    (tmp_path / "model.safetensors").rename(tmp_path / "one.safetensors")
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": names, **metadata}))
+    with pytest.raises(CheckpointError, match=r"index.json: metadata, .* .expected an object"):
+        microscale.load(tmp_path)
+    index.write_text(json.dumps({"weight_map": names, "metadata": {}}))
+    assert runners(microscale.load(tmp_path, device="cpu"))
 
 
 def test_config_alone_says_how_to_try_it() -> None:

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.autograd.function import once_differentiable
 
 
 def wanted(*args: Tensor | None) -> bool:
@@ -23,9 +25,18 @@ def watched(*args: Tensor | None) -> bool:
     """Whether somebody must see torch's own operators: autograd, a tracer, a mode, or a subclass of Tensor."""
     return (
         wanted(*args)
-        or any(t is not None and type(t) not in (Tensor, torch.nn.Parameter) for t in args)
+        or any(t is not None and (type(t) not in (Tensor, torch.nn.Parameter) or t.is_neg()) for t in args)
         or _traced()
+        or _transformed()
     )
+
+
+def plain(*args: Tensor | None) -> bool:
+    """Whether these are no more than the numbers at their addresses, so that a kernel alone gives all of a result.
+
+    Not so: a gradient is asked for, a transform of functions is under way, or a sign is still to be turned.
+    """
+    return not (wanted(*args) or _transformed() or any(t is not None and t.is_neg() for t in args))
 
 
 def _traced() -> bool:
@@ -33,8 +44,17 @@ def _traced() -> bool:
     return torch._C._get_tracing_state() is not None or torch._C._len_torch_dispatch_stack() > 0
 
 
+def _transformed() -> bool:
+    """By `torch.func` (vmap, jvp, grad ...), or by forward mode, whose tangents no kernel sees."""
+    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+
+
 def run(fast: Callable[..., Tensor], slow: Callable[..., Tensor], *args: Tensor | None) -> Tensor:
-    """`fast(*args)`; its gradient, where one is asked for, is that of `slow(*args)`."""
+    """`fast(*args)`; its gradient, where one is asked for, is that of `slow(*args)`. Transforms see `slow` itself."""
+    if not (torch.compiler.is_compiling() or plain(*args)):
+        if _transformed():
+            return slow(*args)
+        args = tuple(None if t is None else t.resolve_neg() for t in args)
     if wanted(*args):
         result: Tensor = _Recomputed.apply(fast, slow, *args)  # type: ignore[no-untyped-call]
         return result
@@ -42,7 +62,10 @@ def run(fast: Callable[..., Tensor], slow: Callable[..., Tensor], *args: Tensor 
 
 
 class _Recomputed(torch.autograd.Function):
-    """The kernel's result forwards; backwards the gradient of emulation's, on the same numbers."""
+    """The kernel's result forwards; backwards the gradient of emulation's, on the same numbers.
+
+    That gradient has none of its own, and says so where one is asked for.
+    """
 
     @staticmethod
     def forward(ctx: Any, fast: Callable[..., Tensor], slow: Callable[..., Tensor], *args: Any) -> Tensor:
@@ -51,6 +74,7 @@ class _Recomputed(torch.autograd.Function):
         return fast(*args)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:
         needed = ctx.needs_input_grad[2:]
         with torch.enable_grad():

@@ -76,7 +76,7 @@ def linear(x: Tensor, w: Packed, bias: Tensor | None = None, *, act: Format | No
     check_linear(x, w.shape, bias)
     _check(x, act)
     product: Callable[..., Tensor] = ops.linear if autograd.recorded() else cpu_core.linear
-    if torch.compiler.is_compiling() or not autograd.wanted(x, bias):
+    if torch.compiler.is_compiling() or autograd.plain(x, bias):
         return product(x, w.buffer, w.outer, w.shape[0], bias)
 
     def fast(x: Tensor, bias: Tensor | None) -> Tensor:

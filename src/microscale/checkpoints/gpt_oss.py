@@ -72,6 +72,7 @@ def read(source: Source, config: dict[str, Any]) -> list[Entry]:
     """
     path = source.path / CONFIG
     s = _sizes(config, path)
+    activation(config, path)
     listed = _unconverted(config, path)
     h, q_rows, kv_rows = s.hidden, s.heads * s.head_dim, s.kv_heads * s.head_dim
 

@@ -1,7 +1,7 @@
 """The header of one safetensors file, checked in full before anything is mapped.
 
 A file is the header's length (8 bytes, little endian), the header (a JSON object), then data, which the
-tensorsX
+tensors divide among them without overlap or hole. F4 counts numbers, not bytes, in its shape.
 """
 
 from __future__ import annotations

@@ -50,6 +50,9 @@ def write(
     for name, t in state.items():
         if t.dtype not in _NAMES:
             raise CheckpointError(directory, f"safetensors cannot hold {t.dtype}", tensor=name)
+        if t.layout != torch.strided or t.is_meta:
+            where = "on the meta device" if t.is_meta else f"in layout {t.layout}"
+            raise CheckpointError(directory, f"a tensor {where} has no bytes to write", tensor=name)
     partial = directory.parent / f".{directory.name}.{secrets.token_hex(4)}.partial"
     try:
         if directory.exists() and any(directory.iterdir()):
@@ -115,7 +118,9 @@ def _write_shard(path: Path, tensors: Mapping[str, Tensor]) -> None:
         file.write(raw)
         for _, t in ordered:
             if t.numel():
-                file.write(t.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+                file.write(
+                    t.detach().cpu().resolve_neg().contiguous().view(-1).view(torch.uint8).numpy().data
+                )
         _sync(file)
 
 

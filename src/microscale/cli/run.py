@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from microscale.cli.output import SEED
-from microscale.errors import MicroscaleError
+from microscale.errors import MicroscaleError, PromptError
 
 if TYPE_CHECKING:
     from microscale.cli.generate import Generation
     from microscale.cli.session import Session
+
+_LONGEST = 1 << 28  # characters that stdin is read for: it may have no end
 
 # What `microscale run` shows without arguments: a class that the bundled model can go on with in many ways.
 PROMPT = '''class Stack:
@@ -193,9 +195,12 @@ def _waiting_on_stdin() -> str | None:
 
 def _all_of_stdin() -> str:
     try:
-        return sys.stdin.read()
+        text = sys.stdin.read(_LONGEST + 1)
     except UnicodeDecodeError as error:
         raise MicroscaleError(f"the prompt on stdin is not {error.encoding}: {error.reason}") from None
+    if len(text) > _LONGEST:
+        raise PromptError(f"the prompt on stdin goes on behind {_LONGEST} characters")
+    return text
 
 
 def _document(session: Session, prompt: str, result: Generation) -> dict[str, Any]:

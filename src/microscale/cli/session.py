@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from microscale.cli.gpu_timing import GpuWatch
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
+_SHORT = 100_000  # characters that any tokenizer is done with at once
+_NORMALISED = 4  # a tokenizer may drop what says nothing, such as spaces; not nearly so much of a text
 _RANDOM_PROMPT = 16  # token ids
 
 
@@ -61,7 +63,7 @@ class Session:
         """A prompt as text and ids. Without a tokenizer, `prompt` is ids in words, or None for random ones.
 
         Raises:
-            PromptError: ids that are none, or a text that is not UTF-8.
+            PromptError: ids that are none, or a text that is not UTF-8, or so long that no context could hold it.
         """
         try:
             (prompt or "").encode()
@@ -70,6 +72,7 @@ class Session:
         if self.chat:
             return self.encode_chat([{"role": "user", "content": prompt or ""}])
         if self.tokenizer is not None:
+            self._check_length(prompt or "")
             return prompt or "", list(self.tokenizer(prompt or "").input_ids)
         vocabulary = self.model.config.get_text_config().vocab_size
         if prompt is None:
@@ -91,12 +94,25 @@ class Session:
 
         Raises:
             MicroscaleError: the template fails.
+            PromptError: as `encode`.
         """
         try:
             text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         except Exception as error:  # a template divides, indexes and calls: whatever that raises is its fault
             raise MicroscaleError(f"the chat template of {self.name} fails: {one_line(error)}") from error
+        self._check_length(text)
         return text, list(self.tokenizer(text, add_special_tokens=False).input_ids)
+
+    def _check_length(self, text: str) -> None:
+        """Before the tokenizer takes minutes over it: were each token the longest there is, it would still not fit."""
+        context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        if context is None or len(text) <= _SHORT:
+            return
+        longest = max(map(len, self.tokenizer.get_vocab()), default=1)
+        if len(text) > _NORMALISED * longest * context:
+            raise PromptError(
+                f"the prompt has {len(text)} characters, and the model's context is {context} tokens"
+            )
 
     def generate(
         self, ids: list[int], write: Callable[[str], None], interruptible: bool = False

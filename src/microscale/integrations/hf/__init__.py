@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -25,6 +27,19 @@ def install() -> None:
         _register(sys.modules[module])
     else:
         wrapt.register_post_import_hook(_register, module)
+
+
+@contextmanager
+def taking_over() -> Iterator[None]:
+    """For a while `quant_method: mxfp4` is ours, whatever MICROSCALE_TRANSFORMERS says: for `load`, which names us."""
+    from transformers.quantizers import auto
+
+    before = auto.AUTO_QUANTIZER_MAPPING["mxfp4"]
+    _register(auto)
+    try:
+        yield
+    finally:
+        auto.AUTO_QUANTIZER_MAPPING["mxfp4"] = before
 
 
 def _register(auto: Any) -> None:

@@ -84,7 +84,8 @@ def sink_attention(
     Args:
         query: [B, heads, Q, D].
         key, value: [B, key heads, K, D].
-        attention_mask: bool [B or 1, 1, Q, K], True: look at it. None: causal, or all keys for a single query.
+        attention_mask: bool [B or 1, 1 or heads, Q, K], True: look at it; or numbers that are added to the logits, as
+            callers of transformers may give them. None: causal, or all keys for a single query.
         s_aux: [heads].
         sliding_window: how many keys up to its own a query looks at, which the mask says, too; None: all.
     Returns:
@@ -100,7 +101,9 @@ def sink_attention(
             from microscale.backends import cpu_core
 
             return cpu_core.attend(query, key, value, attention_mask, s_aux, scaling), None
-    if not dropout and _one(query, key, value, s_aux):
+    if attention_mask is not None and attention_mask.dtype is not torch.bool:
+        attention_mask = attention_mask.to(query.dtype)
+    elif not dropout and _one(query, key, value, s_aux):
         from microscale.backends.triton.attend import attend
 
         return attend(query, key, value, attention_mask, s_aux, scaling), None
@@ -116,7 +119,9 @@ def sink_attention(
     query[..., width] = 1
     logits = torch.cat([s_aux.new_full((heads, _SLOTS - 1), _VOID), s_aux[:, None]], dim=1) / scaling
     key[:, :, :_SLOTS, width] = logits.to(key.dtype)
-    mask = None if attention_mask is None else F.pad(attention_mask, (_SLOTS, 0), value=True)
+    mask = attention_mask
+    if mask is not None:
+        mask = F.pad(mask, (_SLOTS, 0), value=True if mask.dtype is torch.bool else 0.0)
     out = F.scaled_dot_product_attention(query, key, value, mask, dropout, causal, scale=scaling)
     return out[:, :, _SLOTS if causal else 0 :, :width].transpose(1, 2).contiguous(), None
 
@@ -136,26 +141,39 @@ def _in_blocks(
         key, value = key[:, :, :length], value[:, :, :length]
         return _beside_sinks(query, key, value, None, sinks, scaling).contiguous()
     block = min(max(window or 0, _BLOCK[0]), _BLOCK[1])
-    if not window or key.shape[2] != length or length <= window + block:
+    parts = [
+        (slice(first, first + block), slice(max(first - (window or 0) + 1, 0), first + block))
+        for first in range(0, length, block)
+    ]
+    if not window or key.shape[2] != length or length <= window + block or _beyond(mask, parts):
         return _beside_sinks(query, key, value, mask, sinks, scaling).contiguous()
     out = query.new_empty(query.shape[0], length, query.shape[1], value.shape[3])
-    for first in range(0, length, block):
-        queries, keys = slice(first, first + block), slice(max(first - window + 1, 0), first + block)
+    for queries, keys in parts:
         part = (query[:, :, queries], key[:, :, keys], value[:, :, keys], mask[:, :, queries, keys])
         out[:, queries] = _beside_sinks(*part, sinks, scaling)
     return out
 
 
+def _beyond(mask: Tensor, parts: list[tuple[slice, slice]]) -> bool:
+    """Whether a caller's own mask lets queries look at keys that are none of their part's."""
+    if mask.dtype is not torch.bool:
+        return True
+    return any(
+        bool(mask[:, :, queries, : keys.start].any() or mask[:, :, queries, keys.stop :].any())
+        for queries, keys in parts
+    )
+
+
 def _beside_sinks(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, sinks: Tensor, scaling: float
 ) -> Tensor:
-    """Causal attention, or by a bool mask, -> [B, Q, heads, D], not contiguous.
+    """Causal attention, or by a mask, -> [B, Q, heads, D], not contiguous.
 
     A query's result without a sink, times what its keys have of the softmax's denominator: that, as a logarithm, is
     what PyTorch's kernel leaves for the backward pass.
     """
-    added = None
-    if mask is not None:
+    added = mask
+    if mask is not None and mask.dtype is torch.bool:
         added = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(~mask, float("-inf"))
     out, logarithm = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         query, key, value, 0.0, mask is None, attn_mask=added, scale=scaling

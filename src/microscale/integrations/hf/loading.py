@@ -13,8 +13,10 @@ import torch
 from microscale.canary import DTYPES
 from microscale.checkpoints import Checkpoint, open_checkpoint
 from microscale.checkpoints.config import MAX_CONFIG_BYTES, read_config
-from microscale.checkpoints.strict import read_object
+from microscale.checkpoints.source import INDEX, MAX_INDEX_BYTES, SINGLE
+from microscale.checkpoints.strict import brief, read_object
 from microscale.errors import CheckpointError, CheckpointWarning, SettingError
+from microscale.integrations.hf import taking_over
 from microscale.integrations.hf.options import Options, using
 from microscale.machine import detect
 from microscale.models import has_weights, resolve
@@ -84,7 +86,8 @@ def load(
     config = dummy_config(path, checkpoint.config, None)
     if (path / _GENERATION).exists():  # transformers would go on without one that it cannot read
         read_object(path / _GENERATION, MAX_CONFIG_BYTES, constants=True)
-    with using(Options(backend, act, canary, place=False, checkpoint=checkpoint)) as options:
+    _check_index(path)
+    with using(Options(backend, act, canary, place=False, checkpoint=checkpoint)) as options, taking_over():
         try:
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 path, dtype=dtype, output_loading_info=True, trust_remote_code=False, **kwargs
@@ -104,6 +107,18 @@ def load(
     host, info = loaded
     _check_complete(path, info)
     return _ready(host, target, options, progress, kwargs)
+
+
+def _check_index(path: Path) -> None:
+    """transformers writes into an index's `metadata`, which the shards do not need: it has to be there."""
+    index = path / INDEX
+    if (path / SINGLE).exists() or not index.exists():
+        return
+    metadata = read_object(index, MAX_INDEX_BYTES).get("metadata")
+    if not isinstance(metadata, dict):
+        raise CheckpointError(
+            index, "metadata, which transformers asks for", expected="an object", found=brief(metadata)
+        )
 
 
 def _check_shapes(checkpoint: Checkpoint, host: Any) -> None:

@@ -1,0 +1,72 @@
+"""What a kernel cannot see in a tensor's memory: signs still to be turned, tangents, transforms, second gradients."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.autograd import forward_ad
+
+from microscale import reference
+from microscale.activations import GPT_OSS
+from microscale.canary import Placer
+from microscale.dense import DenseLinear, place_dense
+from microscale.quant import dequantize, quantize
+
+
+def lazily_negated(t: torch.Tensor) -> torch.Tensor:
+    """-t, as torch has it behind `z.conj().imag`: t's memory, and a note."""
+    negated = torch.complex(torch.zeros_like(t), t).conj().imag
+    assert negated.is_neg()
+    return negated
+
+
+def test_a_sign_that_is_still_to_be_turned(cpu: Any) -> None:
+    q = quantize(torch.randn(24, 64), "nvfp4")
+    w, x, bias = cpu.pack(q), torch.randn(5, 64), torch.randn(24)
+    wanted = cpu.linear(-x, w, -bias)
+    assert torch.equal(cpu.linear(torch._neg_view(x), w, torch._neg_view(bias)), wanted)
+    assert torch.equal(cpu.linear(lazily_negated(x), w, lazily_negated(bias)), wanted)
+    w13, w2 = (cpu.pack(quantize(torch.randn(4, n, 64), "mxfp4")) for n in (128, 64))
+    ids, weights = torch.randint(4, (5, 2)), torch.rand(5, 2)
+    b13, b2 = torch.randn(4, 128), torch.randn(4, 64)
+    wanted = cpu.moe(-x, ids, -weights, w13, w2, GPT_OSS, b13=-b13, b2=-b2)
+    x, weights, b13, b2 = map(torch._neg_view, (x, weights, b13, b2))
+    assert torch.equal(cpu.moe(x, ids, weights, w13, w2, GPT_OSS, b13=b13, b2=b2), wanted)
+
+
+def test_a_sign_that_is_still_to_be_turned_before_dense_weights(cpu: Any) -> None:
+    layer = nn.Linear(96, 40, dtype=torch.bfloat16)
+    placer = Placer()
+    place_dense(layer, DenseLinear, torch.bfloat16, placer)
+    x = torch.randn(1, 96).bfloat16()
+    with torch.no_grad():
+        y = layer(torch._neg_view(x))
+        assert torch.equal(y, F.linear(-x, layer.weight, layer.bias))
+
+
+def test_tangents_of_forward_mode(cpu: Any) -> None:
+    q = quantize(torch.randn(24, 64), "nvfp4")
+    w, x, direction = cpu.pack(q), torch.randn(5, 64), torch.randn(5, 64)
+    with forward_ad.dual_level():
+        y = cpu.linear(forward_ad.make_dual(x, direction), w)
+        tangent = forward_ad.unpack_dual(y).tangent
+    torch.testing.assert_close(tangent, direction @ dequantize(q).T, rtol=1e-4, atol=1e-4)
+
+
+def test_vmap(cpu: Any) -> None:
+    q = quantize(torch.randn(24, 64), "nvfp4")
+    w, x = cpu.pack(q), torch.randn(5, 3, 64)
+    found = torch.vmap(lambda rows: cpu.linear(rows, w))(x)
+    torch.testing.assert_close(found, reference.linear(x, q), rtol=1e-4, atol=1e-4)
+
+
+def test_a_gradient_of_a_gradient_is_refused_and_not_left_out(cpu: Any) -> None:
+    w, x = cpu.pack(quantize(torch.randn(24, 64), "nvfp4")), torch.randn(5, 64, requires_grad=True)
+    (gradient,) = torch.autograd.grad(cpu.linear(x, w).square().sum(), x, create_graph=True)
+    penalty = gradient.square().sum() + x.sum()
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        penalty.backward()
