@@ -10,8 +10,10 @@ import torch
 from microscale.activations import Activation
 from microscale.backends import emulation
 from microscale.formats import FORMATS
+from microscale.operands import stored
 from microscale.quant import QuantTensor, quantize
-from microscale.tolerance import Budget, dense_budget, linear_budget, moe_budget
+from microscale.reference import activate
+from microscale.tolerance import Budget, _through, dense_budget, linear_budget, moe_budget
 
 INF, NAN = math.inf, math.nan
 
@@ -111,3 +113,25 @@ def test_emulation_computes_what_float32_cannot_hold(name: str) -> None:
         y = emulation.linear(x, emulation.pack(w))
         assert torch.isfinite(y[:, 1]).all()
         assert linear_budget(x, w).worst(y) <= 1.0
+
+
+@pytest.mark.parametrize("name", ["nvfp4", "mxfp4", "mxfp6_e2m3", "mxfp8_e4m3", "mxfp8_e5m2"])
+def test_a_quantised_intermediate_moves_no_further_than_permitted(name: str, seed: int) -> None:
+    """Each number by as much as its own error, up or down by chance, so that now and then scales take other codes."""
+    generator = torch.Generator().manual_seed(seed)
+    act, relu = FORMATS[name], Activation("relu2", gated=False)
+    h = torch.randn(400, 80, generator=generator, dtype=torch.float64)
+    error = 0.002 * h.abs()
+    middle, moved = _through(h, error, relu, act, torch.float32)
+    found = torch.zeros_like(moved)
+    for _ in range(60):
+        sign = torch.randint(0, 2, h.shape, generator=generator) * 2 - 1
+        found = torch.maximum(
+            found, (stored(activate(h + sign * error, relu), act, torch.float64) - middle).abs()
+        )
+    assert (found > 0).any(), "nothing moved: the test shows nothing"
+    # Of two numbers that may be a row's largest one goes up and one down: a tensor scale between those that are tried.
+    beyond = found > 1.15 * moved
+    assert not beyond.any(), (
+        f"{int(beyond.sum())} numbers, e.g. {found[beyond][0]:.3g} for {moved[beyond][0]:.3g}"
+    )

@@ -12,6 +12,7 @@ import math
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from microscale.accumulation import FLOAT32, Accumulation
@@ -191,16 +192,30 @@ def _through(
     if act is None:
         return middle, moved
     rounded = stored(middle, act, torch.float64)
+    # The largest number of a block makes its scale, and a row's the tensor scale. Where these move against each other,
+    # or against the rest, numbers meet the neighbouring scale, which moving all of them together never shows.
     together = torch.ones_like(middle)
-    trials = [together, -together]
-    if act.tensor_scale and middle.shape[-1]:
-        # The row's largest number makes its tensor scale. Where it moves against the others, the scales of their
-        # blocks may take the neighbouring code, which moving all of them together never shows.
-        peak = middle.abs() == middle.abs().amax(dim=-1, keepdim=True)
-        against = torch.where(peak, -together, together) * torch.where(middle < 0, -together, together)
-        trials += [against, -against]
+    outward = torch.where(middle < 0, -together, together)
+    trials = [together, outward]
+    for peak in _peaks(middle.abs(), moved, act):
+        trials += [torch.where(peak, -sign, sign) for sign in trials[1:]]
+    trials += [-sign for sign in trials]
     moves = [(stored(middle + sign * moved, act, torch.float64) - rounded).abs() for sign in trials]
     return rounded, torch.stack(moves).amax(dim=0)
+
+
+def _peaks(size: Tensor, moved: Tensor, act: Format) -> list[Tensor]:
+    """Where the numbers are that may make a block's scale, and those that may make a tensor scale, in [..., K]."""
+    k, block = size.shape[-1], act.block[1]
+    if k == 0:
+        return []
+
+    def largest(least: Tensor, most: Tensor) -> Tensor:
+        return most >= least.amax(dim=-1, keepdim=True)
+
+    parts = [F.pad(end, (0, -k % block)).unflatten(-1, (-1, block)) for end in (size - moved, size + moved)]
+    of_block = largest(*parts).flatten(-2)[..., :k]
+    return [of_block, largest(size - moved, size + moved)] if act.tensor_scale else [of_block]
 
 
 def _leaves(x: Tensor, dtype: torch.dtype) -> Tensor:
