@@ -126,12 +126,16 @@ def test_a_quantised_intermediate_moves_no_further_than_permitted(name: str, see
     found = torch.zeros_like(moved)
     for _ in range(60):
         sign = torch.randint(0, 2, h.shape, generator=generator) * 2 - 1
-        found = torch.maximum(
-            found, (stored(activate(h + sign * error, relu), act, torch.float64) - middle).abs()
-        )
+        there = stored(activate(h + sign * error, relu), act, torch.float64)
+        found = torch.maximum(found, (there - middle).abs())
+    # Of two numbers that may be the largest one can go up and one down: a scale between those that are tried.
+    size = activate(h, relu)
+    ties = [
+        (two[..., 1] > 0.98 * two[..., 0])
+        for two in (size.topk(2).values, size.unflatten(-1, (-1, 16)).topk(2).values)
+    ]
+    beyond = (found > 1.001 * moved) & ~(ties[0] | ties[1].any(-1))[:, None]
     assert (found > 0).any(), "nothing moved: the test shows nothing"
-    # Of two numbers that may be a row's largest one goes up and one down: a tensor scale between those that are tried.
-    beyond = found > 1.15 * moved
     assert not beyond.any(), (
         f"{int(beyond.sum())} numbers, e.g. {found[beyond][0]:.3g} for {moved[beyond][0]:.3g}"
     )
