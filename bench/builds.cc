@@ -27,11 +27,9 @@ const Build microscale_build = {ms_moe, ms_pack, ms_packed_bytes, ms_read_rate, 
 #else
 
 #include <dlfcn.h>
-#include <sys/mman.h>
 #include <unistd.h>
 
 #include <algorithm>
-#include <chrono>
 #include <cmath>
 #include <cstdio>
 #include <cstring>
@@ -40,32 +38,12 @@ const Build microscale_build = {ms_moe, ms_pack, ms_packed_bytes, ms_read_rate, 
 #include <string>
 #include <vector>
 
+#include "cold_experts.h"
 #include "pages.h"
 
 namespace {
 
-constexpr int kThreads = 2;
-constexpr int64_t kCold = int64_t{1200} << 20;  // bytes of weights: several times a large cache
 constexpr int64_t kWindow = 64 << 20, kMemory = 20 * kWindow;
-
-struct Shape {
-  std::string name;
-  int64_t experts, top_k, hidden, inner;
-  bool oai;  // clamped swiglu with interleaved gates and ups, and biases
-};
-const Shape kShapes[] = {{"qwen3-30b-a3b", 128, 8, 2048, 768, false}, {"gpt-oss-20b", 32, 4, 2880, 2880, true}};
-
-double now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
-double median(std::vector<double> v) {
-  std::sort(v.begin(), v.end());
-  return v[v.size() / 2];
-}
-// Untouched memory, so that packing can ask for large pages.
-uint8_t *room(int64_t bytes) {
-  void *p = mmap(nullptr, static_cast<size_t>(bytes), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-  if (p == MAP_FAILED) throw std::bad_alloc();
-  return static_cast<uint8_t *>(p);
-}
 
 class Bench {
  public:
@@ -73,13 +51,13 @@ class Bench {
     const int64_t n[2] = {2 * s_.inner, s_.hidden}, k[2] = {s_.hidden, s_.inner};
     const Build &b = *builds_[0];
     for (int j = 0; j < 2; ++j) bytes_ += b.packed_bytes(MS_MXFP4, s_.experts, n[j], k[j]);
-    layers_ = static_cast<size_t>(std::max<int64_t>(1, (kCold + bytes_ - 1) / bytes_));
+    layers_ = static_cast<size_t>(std::max<int64_t>(1, (static_cast<int64_t>(kCold) + bytes_ - 1) / bytes_));
     for (int j = 0; j < 2; ++j) {
       std::vector<uint8_t> codes(static_cast<size_t>(s_.experts * n[j] * k[j] / 2)), scales(codes.size() / 16);
       for (uint8_t &c : codes) c = static_cast<uint8_t>(random_());
       for (uint8_t &c : scales) c = static_cast<uint8_t>(118 + random_() % 4);
       for (size_t l = 0; l < layers_; ++l) {
-        packed_[j].push_back(room(b.packed_bytes(MS_MXFP4, s_.experts, n[j], k[j])));
+        packed_[j].push_back(room(static_cast<size_t>(b.packed_bytes(MS_MXFP4, s_.experts, n[j], k[j]))));
         b.pack(MS_MXFP4, s_.experts, n[j], k[j], codes.data(), scales.data(), packed_[j][l], kThreads);
       }
       biases_[j].assign(static_cast<size_t>(s_.experts * n[j]), 0.1f);

@@ -12,12 +12,10 @@
 // Its symbols of Python stay unresolved, which is why everything is bound late. Two threads; pin them with taskset.
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <dlfcn.h>
-#include <sys/mman.h>
 #include <torch/torch.h>
 #include <unistd.h>
 
 #include <algorithm>
-#include <chrono>
 #include <cmath>
 #include <cstdio>
 #include <cstring>
@@ -26,38 +24,17 @@
 #include <string>
 #include <vector>
 
+#include "../cold_experts.h"
 #include "microscale.h"
 #include "pages.h"
 
 namespace {
 
-constexpr int kThreads = 2;
-constexpr size_t kCold = size_t{1200} << 20;  // bytes of weights: several times a large cache
-
-struct Shape {
-  std::string name;
-  int64_t experts, top_k, hidden, inner;
-  bool oai;  // clamped swiglu with interleaved gates and ups, and biases
-};
-const Shape kShapes[] = {{"qwen3-30b-a3b", 128, 8, 2048, 768, false}, {"gpt-oss-20b", 32, 4, 2880, 2880, true}};
-
-double now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
-double median(std::vector<double> v) {
-  std::sort(v.begin(), v.end());
-  return v[v.size() / 2];
-}
 float from_bf16(uint16_t v) {
   const uint32_t bits = static_cast<uint32_t>(v) << 16;
   float f;
   std::memcpy(&f, &bits, 4);
   return f;
-}
-
-// Untouched memory, so that packing can ask for large pages.
-uint8_t *room(size_t bytes) {
-  void *p = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-  if (p == MAP_FAILED) throw std::bad_alloc();
-  return static_cast<uint8_t *>(p);
 }
 
 at::Tensor converted(const char *name, const at::Tensor &t) {

@@ -50,6 +50,11 @@ class Activation:
         if not self.gated and self.kind in ("swiglu_oai", "situ", "swiglu_step"):
             raise FormatError(f"{self.kind} needs a gate")
 
+    @property
+    def apart(self) -> bool:
+        """Whether w13 has all gates, and then all ups."""
+        return self.gated and not self.interleaved
+
     def rows(self, intermediate: int) -> int:
         """Rows of w13 for an intermediate size."""
         return 2 * intermediate if self.gated else intermediate

@@ -144,7 +144,6 @@ void products_wait() {
   }
 }
 static void not_before(float &) {}
-static void known_here(int &) {}
 template <int COUNT>
 void fewer_registers() {}
 template <int COUNT>

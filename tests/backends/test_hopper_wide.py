@@ -188,11 +188,10 @@ def test_experts_are_within_the_permitted_error(
     # The last expert has no token, the first about two thirds: more than a tile.
     ids = (random(generator, tokens, top_k) > 0.5).long()
     ids[0] = -1
-    apart = activation.gated and not activation.interleaved
     cuts = [cut("m48t4c1w12s3x"), cut("m80t3c1w16s4x")]
     results = []
     for c13, c2 in zip(cuts, cuts[::-1], strict=True):
-        c13 = c13.of_experts(packed(w13), apart)
+        c13 = c13.of_experts(packed(w13), activation.apart)
         h = emulated.first(x, share, packed(w13), b13, activation, table_of(ids, experts, c13.block_m), c13)
         shares = emulated.second(h, share, packed(w2), b2, table_of(ids, experts, c2.block_m), c2)
         there = (ids >= 0)[..., None]

@@ -267,7 +267,7 @@ def tune_moe(name: str, say: Callable[[str], None]) -> Iterator[dict[str, Any]]:
                 routes = tokens * model.top_k
                 each = routes / min(model.experts, routes) if tokens > 1 else 1
                 cell = gpu.moe_cell(model, layers[what], tokens)
-                apart = model.activation.gated and not model.activation.interleaved
+                apart = model.activation.apart
                 size = max(each, 8)
                 tried = [
                     c for c in candidates(fmt, 2 ** (int(size) - 1).bit_length(), tail=True) if checked.moe(c)

@@ -155,23 +155,18 @@ def shares(
         return _experts(x, ids, weights, w13, w2, activation, b13, b2, None, False, add_up=False)
 
     found = None
-    if isinstance(w13, Fragments) and isinstance(w2, Fragments) and x.shape[0] == 1:
-        from microscale.backends.triton import hopper, hopper_moe, hopper_token
+    own = _hopper(x, top_k, w13, w2, activation) if x.shape[0] == 1 else None
+    if own is not None:
+        from microscale.backends.triton import hopper_token
 
-        if not hopper_moe.refuse(w13, activation):
-            first, second = cuts.moe_cuts(
-                (w13.format, w2.format), 1, top_k, w13.shape[0], hopper.PARTS[x.dtype]
+        fragments, (first, second) = own
+        pair = first.of_experts(fragments[0], activation.apart), second.of_experts(fragments[1])
+        if hopper_token.takes(x, choice, pair):
+            found = attempt(
+                lambda: hopper_token.shares(x, choice, *fragments, activation, b13, b2, pair),
+                usual,
+                *("shares", w13.format.name, w13.shape, activation, choice.block, *pair),
             )
-            pair = (
-                first.of_experts(w13, activation.gated and not activation.interleaved),
-                second.of_experts(w2),
-            )
-            if hopper_token.takes(x, choice, pair):
-                found = attempt(
-                    lambda: hopper_token.shares(x, choice, w13, w2, activation, b13, b2, pair),
-                    usual,
-                    *("shares", w13.format.name, w13.shape, activation, choice.block, *pair),
-                )
     return (usual() if found is None else found).view(x.shape[0], top_k, -1)
 
 
@@ -194,17 +189,29 @@ def _experts(
     def plain() -> Tensor:
         return experts.moe(x, topk_ids, topk_weights, _plain(w13), _plain(w2), *rest, add_up)
 
-    if isinstance(w13, Fragments) and isinstance(w2, Fragments):
-        from microscale.backends.triton import hopper, hopper_moe
+    own = _hopper(x, topk_ids.shape[1], w13, w2, activation)
+    if own is None:
+        return plain()
+    from microscale.backends.triton import hopper_moe
 
-        if not hopper_moe.refuse(w13, activation):
-            tokens, top_k = topk_ids.shape
-            formats = (w13.format, w2.format)
-            pair = cuts.moe_cuts(formats, tokens, top_k, w13.shape[0], hopper.PARTS[x.dtype])
-            given = (x, topk_ids, topk_weights, w13, w2, *rest, pair)
-            own = partial(hopper_moe.moe, *given, add_up=add_up)
-            return attempt(own, plain, "moe", w13.format.name, w13.shape, activation, x.dtype, *pair)
-    return plain()
+    fragments, pair = own
+    given = (x, topk_ids, topk_weights, *fragments, *rest, pair)
+    fast = partial(hopper_moe.moe, *given, add_up=add_up)
+    return attempt(fast, plain, "moe", w13.format.name, w13.shape, activation, x.dtype, *pair)
+
+
+def _hopper(
+    x: Tensor, top_k: int, w13: Packed | Fragments, w2: Packed | Fragments, activation: Activation
+) -> tuple[tuple[Fragments, Fragments], tuple[cuts.Cut, cuts.Cut]] | None:
+    """The weights, and the cuts for x's tokens, where Hopper's kernels take these experts."""
+    if not (isinstance(w13, Fragments) and isinstance(w2, Fragments)):
+        return None
+    from microscale.backends.triton import hopper, hopper_moe
+
+    if hopper_moe.refuse(w13, activation):
+        return None
+    formats = (w13.format, w2.format)
+    return (w13, w2), cuts.moe_cuts(formats, x.shape[0], top_k, w13.shape[0], hopper.PARTS[x.dtype])
 
 
 def _contiguous(t: Tensor | None) -> Tensor | None:

@@ -31,6 +31,12 @@ def split(block_m: int) -> tuple[int, int]:
     return main, block_m - main
 
 
+def wide_stages(stages: int, most: int, weights: int) -> int:
+    """With `wide`: bytes of so many stages, each with `most` tokens, copied 16 at a time, and so many bytes of weights,
+    from a multiple of 1024 on; and room to find one."""
+    return 1024 * (stages * -(-(-(-most // 16) * 2048 + weights) // 1024) + 1)
+
+
 def tail_of(block_m: int) -> int:
     """The smaller number of tokens of a cut with `tail`."""
     main, rest = split(block_m)
@@ -164,9 +170,9 @@ class Cut:
         """
         scales = 256 if fmt.scale == "e4m3" else 128
         if self.wide:  # and barriers, and of every group experts' routes and shares
-            stage = -(-self.block_m // 16) * 2048 + self.tiles * (512 * fmt.element.bits + scales)
-            return 1024 * (self.stages * -(-stage // 1024) + 1) + 16 * (
-                3 * self.stages + 4 + self.users * self.block_m
+            rest = 16 * (3 * self.stages + 4 + self.users * self.block_m)
+            return (
+                wide_stages(self.stages, self.block_m, self.tiles * (512 * fmt.element.bits + scales)) + rest
             )
         if self.few:
             return 512 * self.block_m * self.room(columns)

@@ -251,7 +251,7 @@ def _second_kernel(
 
 def refuse(w13: Fragments, activation: Activation) -> bool:
     """Gates and ups that lie apart must both begin at a tile."""
-    return activation.gated and not activation.interleaved and w13.shape[1] // 2 % ROWS != 0
+    return activation.apart and w13.shape[1] // 2 % ROWS != 0
 
 
 def first(
@@ -378,7 +378,7 @@ def moe(
     if cut13.wide or cut2.wide:
         others = (topk_weights, b13, b2)
         cut13, cut2 = hopper_wide.taken((cut13, cut2), (w13, w2), activation, others, weight_on_input)
-    cut13 = cut13.of_experts(w13, activation.gated and not activation.interleaved)
+    cut13 = cut13.of_experts(w13, activation.apart)
     cut2 = cut2.of_experts(w2)
     # These need tokens in the order that routing finds, or where each expert's begin.
     direct = (m == 1 if direct is None else direct) and not (

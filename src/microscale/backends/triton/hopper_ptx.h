@@ -73,9 +73,6 @@ DEVICE void products_wait() {
 // A sum that is read after what stands above.
 DEVICE void not_before(float &v) { asm volatile("" : "+f"(v)::"memory"); }
 
-// A number that nothing ahead of here is worked out from, as that would take registers.
-DEVICE void known_here(int &v) { asm volatile("" : "+r"(v)); }
-
 template <int COUNT>
 DEVICE void fewer_registers() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COUNT));

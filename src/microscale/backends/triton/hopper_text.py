@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from importlib import resources
 
+from microscale.backends.triton.cuts import wide_stages
 from microscale.backends.triton.hopper_decode import assembly
 from microscale.backends.triton.placement import LANDS
 
@@ -68,8 +69,7 @@ class Spec:
     def shared(self) -> int:
         """Bytes of dynamic shared memory."""
         tile = 512 * len(LANDS[self.element]) + (256 if self.scale == "e4m3" else 128)
-        stage = -(-self.most // 16) * 2048 + self.users * self.each * tile
-        return 1024 * (self.stages * -(-stage // 1024) + 1)
+        return wide_stages(self.stages, self.most, self.users * self.each * tile)
 
 
 def constants(spec: Spec) -> str:

@@ -5,6 +5,8 @@ constexpr int kTileScales = E4M3_SCALES ? 256 : 128;  // and of their scales
 constexpr bool kGated = GATED;
 
 enum Mode { kLinear, kFirst, kSecond };
+constexpr bool kInTurn = MODE == kFirst && kGated && !APART;  // a tile's rows are gates and ups in turn,
+constexpr int kResults = kInTurn ? 32 : 64;                   // and so many columns of y come of it
 
 struct Given {
   u64 y, x, codes, scales, ratios, row_scale, bias, tile_experts, tile_starts, ends, order, weights;
@@ -178,10 +180,8 @@ DEVICE void scaled(float (&c)[4], const Rows &r) {
 }
 
 // Sums of a unit to y: `routes` and `shares` are those of its tokens, in the second product of experts.
-DEVICE void store(const Sums &d, const Given &a, Tile t, int side, const int *routes, const float *shares) {
-  int thread = threadIdx.x % 128;
-  known_here(thread), known_here(side), known_here(t.block);
-  const int warp = thread / 32, g = thread % 32 / 4, t4 = thread % 4;
+DEVICE void store(const Sums &d, const Given &a, const Tile &t, int side, const int *routes, const float *shares) {
+  const int thread = threadIdx.x % 128, warp = thread / 32, g = thread % 32 / 4, t4 = thread % 4;
   u8 *y = reinterpret_cast<u8 *>(a.y);
   Rows rows[EACH];
 #pragma unroll
@@ -196,9 +196,9 @@ DEVICE void store(const Sums &d, const Given &a, Tile t, int side, const int *ro
       const float *v = &d[e][4 * j];
       float c[4] = {v[0], v[1], v[2], v[3]};
       scaled(c, rows[e]);
-      if (MODE == kFirst && kGated && !APART) {
+      if (kInTurn) {
         const u32 two = transposed(packed(activate(a, c[0], c[2]), activate(a, c[1], c[3])));
-        const int n = tile * 32 + 8 * warp + 2 * t4;
+        const int n = tile * kResults + 8 * warp + 2 * t4;
         if (token < t.count && n < a.width)
           *reinterpret_cast<u32 *>(y + 2 * (static_cast<long long>(t.start + token) * a.width + n)) = two;
         continue;
@@ -218,7 +218,7 @@ DEVICE void store(const Sums &d, const Given &a, Tile t, int side, const int *ro
       }
       const u32 even = transposed(packed(c[0], c[1])), odd = transposed(packed(c[2], c[3]));
       const uint2 both = make_uint2(__byte_perm(even, odd, 0x5410), __byte_perm(even, odd, 0x7632));
-      const int n = tile * 64 + 16 * warp + 4 * t4;
+      const int n = tile * kResults + 16 * warp + 4 * t4;
       if (token < t.count && n < a.width) *reinterpret_cast<uint2 *>(y + 2 * (to * a.width + n)) = both;
     }
   }

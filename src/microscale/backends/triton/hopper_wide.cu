@@ -45,10 +45,12 @@ DEVICE Tile next_unit(Units &n) {
   return t;
 }
 
-// Where the first step of a tile of a unit's weights lies, in tiles and steps.
+// A tile of a unit's weights, or the last one.
+DEVICE int tile_there(const Given &a, const Tile &t, int i) { return min(row_tile(a, t.block, i), a.tiles - 1); }
+
+// Where the first step of that lies, in tiles and steps.
 DEVICE u32 first_step(const Given &a, const Tile &t, int i) {
-  const int tile = min(row_tile(a, t.block, i), a.tiles - 1);
-  return (static_cast<u32>(t.expert) * a.tiles + tile) * a.chunks;
+  return (static_cast<u32>(t.expert) * a.tiles + tile_there(a, t, i)) * a.chunks;
 }
 
 // N tokens, 16 at a time, and the weights of all groups, all columns.
@@ -151,8 +153,7 @@ DEVICE void rescale(Sums &d, const float (&ratio)[EACH]) {
 }
 
 DEVICE const float *ratios_of(const Given &a, const Tile &t, int i) {
-  const int tile = min(row_tile(a, t.block, i), a.tiles - 1);
-  const long long row = static_cast<long long>(t.expert) * ((a.tiles + 1) / 2) + tile / 2;
+  const long long row = static_cast<long long>(t.expert) * ((a.tiles + 1) / 2) + tile_there(a, t, i) / 2;
   return reinterpret_cast<const float *>(a.ratios) + row * ((a.chunks + 1) / 2 + 1);
 }
 
@@ -255,7 +256,7 @@ DEVICE void use(const Given &a, Ring r, Units n, int (*routes)[USERS][MOST], flo
   // Groups begin one after the other, and so they end: the matrix unit is never without one.
   if (t.expert >= 0) barrier_wait(r.full + min(side * STAGES / (2 * USERS - 2), a.chunks - 1) * 8, 0);
   for (int turn = 0; t.expert >= 0; t = next_unit(n)) {
-    if (row_tile(a, t.block, side * EACH) * (MODE == kFirst && kGated && !APART ? 32 : 64) >= a.width) {
+    if (row_tile(a, t.block, side * EACH) * kResults >= a.width) {
       leave_out(a, r);
       continue;
     }

@@ -79,11 +79,10 @@ def taken(
         others: routing weights and biases.
     """
     dtypes = tuple(t.dtype for t in others if t is not None)
-    apart = activation.gated and not activation.interleaved
     if (
         weight_on_input
         or cuts[0].wide != cuts[1].wide
-        or (apart and cuts[0].block_m > MOST_OF_TWO)
+        or (activation.apart and cuts[0].block_m > MOST_OF_TWO)
         or any(refuse(w, activation, dtypes) for w in weights)
     ):
         cuts = tuple(cut.usual(tail=True) if cut.wide else cut for cut in cuts)  # type: ignore[assignment]
@@ -152,9 +151,8 @@ def first(
     cut: Cut,
 ) -> Tensor:
     """As `hopper_moe.first`, with the tokens in their own order; the table's tiles have the cut's `block_m` tokens."""
-    gated = activation.gated
+    gated, apart = activation.gated, activation.apart
     inner = w.shape[1] // 2 if gated else w.shape[1]
-    apart = gated and not activation.interleaved
     spec = _spec(
         "first", w, cut, bias=_kind(bias), kind=activation.kind, gated=gated, apart=apart,
         limit=activation.limit is not None,

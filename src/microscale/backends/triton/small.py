@@ -19,8 +19,6 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from microscale.backends.triton import tiles
 from microscale.backends.triton.keys import keys_of, logit_of, place_of
 
-_WARPS = 8  # of a norm
-
 
 @triton.jit
 def _rms_norm_kernel(
@@ -78,7 +76,7 @@ def _norm(x: Tensor, more: Tensor | None, weight: Tensor, eps: float, twice: boo
     with tiles.on(x.device):
         _rms_norm_kernel[(x.numel() // n,)](
             y, total, x, more, weight, eps, n, BLOCK=triton.next_power_of_2(n), SHARES=shares, TWICE=twice, PDL=pdl,
-            num_warps=_WARPS, **tiles.launch(pdl),
+            num_warps=8, **tiles.launch(pdl),
         )  # fmt: skip
     return total, y
 
