@@ -125,6 +125,8 @@ T __ldg(const T *p) {
   return *p;
 }
 static int load(const int *p) { return __ldg(p); }
+static void store4(u64 to, u32 v) { std::memcpy(reinterpret_cast<void *>(to), &v, 4); }
+static void store8(u64 to, uint2 v) { std::memcpy(reinterpret_cast<void *>(to), &v, 8); }
 
 // ---- products -----------------------------------------------------------------------------------------------------
 static std::deque<std::vector<std::function<void()>>> under_way_[1024];  // of each thread, groups of products

@@ -179,47 +179,60 @@ DEVICE void scaled(float (&c)[4], const Rows &r) {
 #endif
 }
 
+constexpr int kTogether = 3;  // pieces of 8 tokens whose results are worked out side by side: one alone mostly waits
+
+// The results of 8 tokens that a thread stores: two of one token and two of the next, or, of gates and ups in turn,
+// two of one. `tile` is the first or only one of the thread's `e`th pair.
+DEVICE uint2 results(const Sums &d, const Given &a, const Rows (&rows)[EACH], int e, int j, const float *shares) {
+  const float *v = &d[e][4 * j];
+  float c[4] = {v[0], v[1], v[2], v[3]};
+  scaled(c, rows[e]);
+  if (kInTurn) return make_uint2(transposed(packed(activate(a, c[0], c[2]), activate(a, c[1], c[3]))), 0);
+  if (MODE == kFirst) {
+    const float *other = &d[EACH - 1][4 * j];
+    float u[4] = {other[0], other[1], other[2], other[3]};
+    scaled(u, rows[EACH - 1]);
+#pragma unroll
+    for (int i = 0; i < 4; i++) c[i] = activate(a, c[i], APART ? u[i] : c[i]);
+  }
+  if (MODE == kSecond) {
+    const float2 s = *reinterpret_cast<const float2 *>(&shares[8 * j + threadIdx.x % 4 * 2]);
+    c[0] *= s.x, c[1] *= s.y, c[2] *= s.x, c[3] *= s.y;
+  }
+  const u32 even = transposed(packed(c[0], c[1])), odd = transposed(packed(c[2], c[3]));
+  return make_uint2(__byte_perm(even, odd, 0x5410), __byte_perm(even, odd, 0x7632));
+}
+
 // Sums of a unit to y: `routes` and `shares` are those of its tokens, in the second product of experts.
 DEVICE void store(const Sums &d, const Given &a, const Tile &t, int side, const int *routes, const float *shares) {
-  const int thread = threadIdx.x % 128, warp = thread / 32, g = thread % 32 / 4, t4 = thread % 4;
-  u8 *y = reinterpret_cast<u8 *>(a.y);
+  const int warp = threadIdx.x % 128 / 32, g = threadIdx.x % 32 / 4, t4 = threadIdx.x % 4;
   Rows rows[EACH];
 #pragma unroll
   for (int e = 0; e < EACH; e++) rows[e] = rows_of(a, t, row_tile(a, t.block, side * EACH + e));
 #pragma unroll
   for (int e = 0; e < (APART ? 1 : EACH); e++) {
     const int tile = row_tile(a, t.block, side * EACH + e);
+    const int n = tile * kResults + (kInTurn ? 8 * warp + 2 * t4 : 16 * warp + 4 * t4);
+    const bool there = n < a.width;
+    const u64 y = a.y + 2 * static_cast<u64>(n);
 #pragma unroll
-    for (int j = 0; j < MOST / 8; j++) {
-      if (8 * j >= t.count) break;
-      const int token = 8 * j + g;
-      const float *v = &d[e][4 * j];
-      float c[4] = {v[0], v[1], v[2], v[3]};
-      scaled(c, rows[e]);
-      if (kInTurn) {
-        const u32 two = transposed(packed(activate(a, c[0], c[2]), activate(a, c[1], c[3])));
-        const int n = tile * kResults + 8 * warp + 2 * t4;
-        if (token < t.count && n < a.width)
-          *reinterpret_cast<u32 *>(y + 2 * (static_cast<long long>(t.start + token) * a.width + n)) = two;
-        continue;
-      }
-      if (MODE == kFirst) {
-        const float *other = &d[EACH - 1][4 * j];
-        float u[4] = {other[0], other[1], other[2], other[3]};
-        scaled(u, rows[EACH - 1]);
+    for (int first = 0; first < MOST / 8; first += kTogether) {
+      if (8 * first >= t.count) break;
+      constexpr int kLast = MOST / 8;
+      uint2 c[kTogether];
 #pragma unroll
-        for (int i = 0; i < 4; i++) c[i] = activate(a, c[i], APART ? u[i] : c[i]);
+      for (int i = 0; i < kTogether; i++)
+        if (first + i < kLast) c[i] = results(d, a, rows, e, first + i, shares);
+#pragma unroll
+      for (int i = 0; i < kTogether; i++) {
+        const int token = 8 * (first + i) + g;
+        if (first + i >= kLast || token >= t.count || !there) continue;
+        const u64 at = y + 2 * static_cast<u64>(MODE == kSecond ? routes[token] : t.start + token) * a.width;
+        if (kInTurn)
+          store4(at, c[i].x);
+        else
+          store8(at, c[i]);
       }
-      long long to = t.start + token;
-      if (MODE == kSecond) {
-        const float2 s = *reinterpret_cast<const float2 *>(&shares[8 * j + 2 * t4]);
-        c[0] *= s.x, c[1] *= s.y, c[2] *= s.x, c[3] *= s.y;
-        to = routes[token];
-      }
-      const u32 even = transposed(packed(c[0], c[1])), odd = transposed(packed(c[2], c[3]));
-      const uint2 both = make_uint2(__byte_perm(even, odd, 0x5410), __byte_perm(even, odd, 0x7632));
-      const int n = tile * kResults + 16 * warp + 4 * t4;
-      if (token < t.count && n < a.width) *reinterpret_cast<uint2 *>(y + 2 * (to * a.width + n)) = both;
     }
   }
 }

@@ -131,9 +131,10 @@ constexpr int kGroups = 2 * EACH;     // of products in a step: 32 columns of a 
 constexpr int kAhead = EACH;          // groups that are decoded ahead of the one that is asked for
 constexpr int kDecoded = 2 * kAhead;  // that there are registers for
 
-// A thread's codes of a step, once they are there.
+// A thread's codes of a step, once they are there; and products of its tokens may be asked for behind this.
 DEVICE void next_codes(Codes (&c)[EACH], const Ring &r, int side) {
   barrier_wait(r.bar, r.parity);
+  products_see_copies();
 #pragma unroll
   for (int e = 0; e < EACH; e++)
     c[e] = load_codes(r.stage + kCodes + (side * EACH + e) * kTile, r.stage + kScales + (side * EACH + e) * kTileScales,
@@ -162,16 +163,16 @@ template <int N>
 DEVICE void multiply(Sums &d, const Given &a, const Tile &t, int side, Ring &r) {
   const bool speaks = threadIdx.x % 32 == 0;
   u32 pairs[kDecoded][8], before = 0;
-  Codes c[EACH];
+  Codes c[EACH], next[EACH];
 #if BLOCKS
 #pragma unroll
   for (int e = 0; e < EACH; e++)
 #pragma unroll
     for (int i = 0; i < N / 2; i++) d[e][i] = 0.0f;
 #endif
-  next_codes(c, r, side);
+  next_codes(next, r, side);
 #pragma unroll
-  for (int g = 0; g < kAhead; g++) decode_half(c[g], 0, pairs[g]);
+  for (int g = 0; g < kAhead; g++) decode_half(next[g], 0, pairs[g]);
 #if BLOCKS
   const float *ratios[EACH];
   float ratio[EACH];
@@ -180,8 +181,10 @@ DEVICE void multiply(Sums &d, const Given &a, const Tile &t, int side, Ring &r) 
 #endif
 #pragma unroll 1
   for (int step = 0; step < a.chunks; step++) {
-    products_see_copies();
     const u64 x = descriptor(r.stage);
+    const u32 empty = r.bar + kEmpty;
+#pragma unroll
+    for (int e = 0; e < EACH; e++) c[e] = next[e];
 #if BLOCKS
     if (step % 2 == 0) {  // two steps are a block
       products_wait<0>();
@@ -196,16 +199,19 @@ DEVICE void multiply(Sums &d, const Given &a, const Tile &t, int side, Ring &r) 
       Product<N>::add(d[g % EACH], &pairs[g % kDecoded][0], x + 4 * (g / EACH), BLOCKS || g >= EACH || step);
       Product<N>::add(d[g % EACH], &pairs[g % kDecoded][4], x + 4 * (g / EACH) + 2, true);
       products_end();
+      if (g == 0) {  // the next step's codes, long before they are decoded: products keep shared memory busy
+        advance(r);
+        if (step + 1 < a.chunks) next_codes(next, r, side);
+      }
       // All but kAhead groups are done, and with the registers that are decoded into next.
       products_wait<kAhead>();
-      if (g == kAhead - 1 && step && speaks) barrier_arrive(before);
-      const int next = (g + kAhead) % kGroups;  // behind the last step its first ones are decoded once more
-      decode_half(c[next % EACH], next / EACH, pairs[(g + kAhead) % kDecoded]);
-      if (g == kGroups - 1 - kAhead) {  // the last of these codes
-        before = r.bar + kEmpty;
-        advance(r);
-        if (step + 1 < a.chunks) next_codes(c, r, side);
+      if (g == kAhead - 1) {
+        if (step && speaks) barrier_arrive(before);
+        before = empty;
       }
+      // Behind the last step its own first ones are decoded once more.
+      const int then = g + kAhead;
+      decode_half(then < kGroups ? c[then % EACH] : next[then % EACH], then % kGroups / EACH, pairs[then % kDecoded]);
     }
   }
   products_wait<0>();

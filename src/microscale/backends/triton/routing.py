@@ -156,15 +156,17 @@ def _place_kernel(
         gdc_launch_dependents()
     block = tl.program_id(0)
     e = tl.arange(0, BLOCK_E)
-    before = tl.zeros((BLOCK_E,), tl.int32)
-    counted = tl.zeros((BLOCK_E,), tl.int32)
+    some_before = tl.zeros((ROWS, BLOCK_E), tl.int32)
+    some = tl.zeros((ROWS, BLOCK_E), tl.int32)
     first = 0
     while first < blocks:
-        row = first + tl.arange(0, ROWS)[:, None]  # [ROWS, BLOCK_E]
+        row = first + tl.arange(0, ROWS)[:, None]
         c = tl.load(counts + row * BLOCK_E + e[None, :], mask=row < blocks, other=0)
-        counted += tl.sum(c, 0)
-        before += tl.sum(tl.where(row < block, c, 0), 0)
+        some += c
+        some_before += tl.where(row < block, c, 0)
         first += ROWS
+    before = tl.sum(some_before, 0)
+    counted = tl.sum(some, 0)
     starts = tl.cumsum(counted, 0) - counted
     of_each = (counted + BLOCK_M - 1) // BLOCK_M
     last = tl.cumsum(of_each, 0)
@@ -178,18 +180,17 @@ def _place_kernel(
     expert = tl.where(used, tl.sum(tl.where(of, e[None, :], 0), 1), -1)
     tl.store(tile_experts + tile, expert, mask=tile < count)
     tl.store(tile_starts + tile, tl.sum(tl.where(of, start, 0), 1), mask=used & (tile < count))
-    # A route comes after the routes of its expert in earlier blocks, and after those before it in this one.
-    lane = tl.arange(0, BLOCK)
-    i = block * BLOCK + lane
+    # A route comes after the routes of its expert in earlier blocks, and after those before it in this one. Sorted by
+    # expert and place, a block's routes lie as they do in `order`; those without an expert come last.
+    i = block * BLOCK + tl.arange(0, BLOCK)
     key = key_of(ids, expert_map, i, routes, experts, known, HAS_MAP)
     there = (i < routes) & (key < experts)
-    rank = tl.zeros((BLOCK,), tl.int32)
-    for part in range(BLOCK // PART):
-        j = part * PART + tl.arange(0, PART)
-        other = key_of(ids, expert_map, block * BLOCK + j, routes, experts, known, HAS_MAP)
-        rank += tl.sum(((other[None, :] == key[:, None]) & (j[None, :] < lane[:, None])).to(tl.int32), 1)
-    place = tl.gather(starts + before, tl.where(there, key, 0), 0)
-    tl.store(order + place + rank, i, mask=there)
+    mixed = tl.sort(tl.where(there, key, BLOCK_E) * BLOCK + tl.arange(0, BLOCK))
+    key = mixed // BLOCK
+    mine = tl.load(counts + block * BLOCK_E + e)
+    at = starts + before - (tl.cumsum(mine, 0) - mine)
+    place = tl.gather(at, tl.minimum(key, BLOCK_E - 1), 0) + tl.arange(0, BLOCK)
+    tl.store(order + place, block * BLOCK + mixed % BLOCK, mask=key < BLOCK_E)
 
 
 def route(
