@@ -125,6 +125,17 @@ T __ldg(const T *p) {
   return *p;
 }
 static int load(const int *p) { return __ldg(p); }
+static const int *tiles_used(u64 progress) { return reinterpret_cast<const int *>(progress) + 1; }
+static u64 tile_done(u64 progress, int tile) { return progress + 4 * (2 + tile); }
+static int left_;  // units that the program may still claim: programs run one after the other, and others want some
+static int claim(u64 progress) {
+  reads();
+  return left_-- > 0 ? (*reinterpret_cast<int *>(progress))++ : 1 << 30;
+}
+static void add_one(u64 to) { ++*reinterpret_cast<int *>(to), progress_++; }
+static void wait_until(u64 at, int least) {
+  while (*reinterpret_cast<volatile const int *>(at) < least) give_way();
+}
 static void store4(u64 to, u32 v) { std::memcpy(reinterpret_cast<void *>(to), &v, 4); }
 static void store8(u64 to, uint2 v) { std::memcpy(reinterpret_cast<void *>(to), &v, 8); }
 

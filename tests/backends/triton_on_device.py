@@ -273,6 +273,7 @@ def test_routes_are_sorted_by_expert(
     unused = [-1] * (table.count - len(pieces))
     assert table.tile_experts[: table.count].tolist() == [e for e, _ in pieces] + unused
     assert table.tile_starts[: len(pieces)].tolist() == [s for _, s in pieces]
+    assert table.progress[: 2 + len(pieces)].tolist() == [0, len(pieces)] + [0] * len(pieces)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="needs a GPU")

@@ -274,8 +274,6 @@ def first(
         x: for a cut with `bulk` [routes, H] in that order.
         direct: there is one token, and the table's `tile_experts` are its ids; or, with `logits`, so many logits.
     """
-    if cut.wide:
-        return hopper_wide.first(as_parts(x), weights, w, bias, activation, table, cut)
     experts, rows, hidden = w.shape
     inner = rows // 2 if activation.gated else rows
     h = torch.empty(weights.numel(), inner, dtype=x.dtype, device=x.device)
@@ -323,8 +321,6 @@ def second(
     logits: int = 0,
 ) -> Tensor:
     """[routes, I] in the table's order -> [routes, N] in the tokens' order, in h's dtype."""
-    if cut.wide:
-        return hopper_wide.second(h, weights, w, bias, table, cut)
     experts, n, inner = w.shape
     shares = torch.empty(weights.numel(), n, dtype=h.dtype, device=h.device)
     programs = table.count * -(-w.tiles // cut.tiles)
@@ -381,19 +377,22 @@ def moe(
     cut13 = cut13.of_experts(w13, activation.apart)
     cut2 = cut2.of_experts(w2)
     # These need tokens in the order that routing finds, or where each expert's begin.
-    direct = (m == 1 if direct is None else direct) and not (
-        cut13.bulk or cut2.bulk or cut13.wide or cut2.wide
-    )
+    direct = (m == 1 if direct is None else direct) and not (cut13.bulk or cut2.bulk or cut13.wide)
     # Between float16 and wider activations and the kernels that read them stand others, which do not start early.
     pdl = pdl and x.dtype == torch.bfloat16
     ids, weights = topk_ids.contiguous(), topk_weights.contiguous()
     with tiles.on(x.device):
         if direct:
-            table = Table(ids, ids, ids, ids, top_k)
+            table = Table(ids, ids, ids, ids, ids, top_k)
         else:
             table = routing.route(ids, expert_map, experts, cut13.block_m, pdl)
         if cut13.bulk:
             x = tokens_in_order(table, x, top_k, experts, pdl)
-        h = first(x, weights, w13, b13, activation, table, cut13, weight_on_input, pdl, expert_map, direct)
-        shares = second(h, weights, w2, b2, table, cut2, weight_on_input, pdl, expert_map, direct)
+        if cut13.wide:
+            shares = hopper_wide.experts(as_parts(x), weights, w13, w2, (b13, b2), activation, table, cut13)
+        else:
+            h = first(
+                x, weights, w13, b13, activation, table, cut13, weight_on_input, pdl, expert_map, direct
+            )
+            shares = second(h, weights, w2, b2, table, cut2, weight_on_input, pdl, expert_map, direct)
         return total(shares, ids, expert_map, experts, x.dtype, pdl) if add_up else shares

@@ -63,6 +63,27 @@ DEVICE int load(const int *p) {
   asm volatile("ld.global.b32 %0, [%1];" : "=r"(v) : "l"(p));
   return v;
 }
+// How far experts are: [0] units that are claimed, [1] tiles of tokens that there are, and of each tile behind these how
+// many groups are done with w13.
+DEVICE const int *tiles_used(u64 progress) { return reinterpret_cast<const int *>(progress) + 1; }
+DEVICE u64 tile_done(u64 progress, int tile) { return progress + 4 * (2 + static_cast<u64>(tile)); }
+DEVICE int claim(u64 progress) {
+  int v;
+  asm volatile("atom.relaxed.gpu.global.add.s32 %0, [%1], 1;" : "=r"(v) : "l"(progress) : "memory");
+  return v;
+}
+// What this thread has written, and those it has met, is there for whoever sees the number.
+DEVICE void add_one(u64 to) {
+  asm volatile("fence.acq_rel.gpu;\nred.relaxed.gpu.global.add.s32 [%0], 1;" ::"l"(to) : "memory");
+}
+DEVICE void wait_until(u64 at, int least) {
+  for (;;) {
+    int v;
+    asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(v) : "l"(at) : "memory");
+    if (v >= least) return;
+    asm volatile("nanosleep.u32 100;");
+  }
+}
 DEVICE void store4(u64 to, u32 v) { asm volatile("st.global.b32 [%0], %1;" ::"l"(to), "r"(v) : "memory"); }
 DEVICE void store8(u64 to, uint2 v) {
   asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(to), "r"(v.x), "r"(v.y) : "memory");

@@ -14,7 +14,6 @@ STEP = 8  # what numbers of tokens are multiples of
 MOST_OF_TWO = 144  # tokens that a group has registers for which has two tiles of weights
 PARTS = (8, 7, 6, 5, 3)  # eighths of the most
 KINDS = ("silu", "swiglu_oai", "swiglu_step")
-_MODES = {"linear": "kLinear", "first": "kFirst", "second": "kSecond"}
 
 
 @dataclass(frozen=True)
@@ -22,18 +21,19 @@ class Spec:
     """What the text is compiled for.
 
     Attributes:
-        mode: "linear", "first" or "second" of experts.
+        experts: both of their products, or a linear.
         element, scale: of the format, as in `hopper_decode`.
         most: tokens of a unit at most, a multiple of 16 up to 256; with two tiles each, or three users, up to 144.
         users: groups of warps that multiply, 2 or 3.
         each: tiles of 64 rows of weights that each has, 1 or 2.
         stages: of shared memory.
-        bias, weights: 0 none, 1 bfloat16, 2 float32.
-        row_scale: whether rows have a factor.
+        bias: of w13 and w2, or of a linear; 0 none, 1 bfloat16, 2 float32.
+        weights: of routes, 1 or 2 as there.
+        row_scale: as `bias`, whether rows have a factor.
         kind, gated, apart, limit: of the activation; apart: gates and ups are not interleaved; two tiles each.
     """
 
-    mode: str
+    experts: bool
     element: str
     scale: str
     most: int
@@ -41,9 +41,9 @@ class Spec:
     users: int = 2
     each: int = 1
     even: bool = False
-    bias: int = 0
+    bias: tuple[int, ...] = (0, 0)
     weights: int = 0
-    row_scale: bool = False
+    row_scale: tuple[bool, ...] = (False, False)
     kind: str = "silu"
     gated: bool = False
     apart: bool = False
@@ -75,7 +75,7 @@ class Spec:
 def constants(spec: Spec) -> str:
     """The lines that define what the text has in capitals."""
     given = {
-        "MODE": _MODES[spec.mode],
+        "EXPERTS": int(spec.experts),
         "BITS": len(LANDS[spec.element]),
         "E4M3_SCALES": int(spec.scale == "e4m3"),
         "BLOCKS": int(spec.scale == "f32"),
@@ -87,9 +87,9 @@ def constants(spec: Spec) -> str:
         "COPY_REGISTERS": spec.registers[0],
         "USE_REGISTERS": spec.registers[1],
         "EVEN": int(spec.even),
-        "BIAS": spec.bias,
+        "BIAS": ", ".join(map(str, spec.bias)),
         "WEIGHTS": spec.weights,
-        "ROW_SCALE": int(spec.row_scale),
+        "ROW_SCALE": ", ".join(str(int(scaled)) for scaled in spec.row_scale),
         "KIND": KINDS.index(spec.kind),
         **{kind.upper(): i for i, kind in enumerate(KINDS)},
         "GATED": int(spec.gated),

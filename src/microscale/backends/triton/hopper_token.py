@@ -34,7 +34,7 @@ def shares(
         cuts: of w13 and w2, as `of_experts` gave them for these matrices.
     """
     logits = choice.logits
-    table = Table(logits, logits, logits, logits, choice.top_k)
+    table = Table(logits, logits, logits, logits, logits, choice.top_k)
     weights = logits.new_empty(1, choice.top_k, dtype=choice.dtype)  # for its dtype; nothing is written
     rest = (False, True, None, True, choice.block)
     with tiles.on(x.device):

@@ -4,25 +4,37 @@ constexpr int kTile = 512 * BITS;                     // bytes of 64 rows by 64 
 constexpr int kTileScales = E4M3_SCALES ? 256 : 128;  // and of their scales
 constexpr bool kGated = GATED;
 
-enum Mode { kLinear, kFirst, kSecond };
-constexpr bool kInTurn = MODE == kFirst && kGated && !APART;  // a tile's rows are gates and ups in turn,
-constexpr int kResults = kInTurn ? 32 : 64;                   // and so many columns of y come of it
+// A linear, or one of the two products of experts.
+enum Kind { kLinear, kFirst, kSecond };
+constexpr bool kInTurn = EXPERTS && kGated && !APART;  // of the first, a tile's rows are gates and ups in turn
+constexpr int kBiases[2] = {BIAS};                      // of w13 and w2, or of a linear: 0 none, 1 bfloat16, 2 float32
+constexpr bool kRowScales[2] = {ROW_SCALE};
+
+struct Operands {
+  u64 y, x, codes, scales, ratios, row_scale, bias;
+  int rows, width, columns, tiles, chunks;  // N, of y, K, and how many times 64 of N and of K
+  int blocks;                               // units of one tile of tokens
+};
 
 struct Given {
-  u64 y, x, codes, scales, ratios, row_scale, bias, tile_experts, tile_starts, ends, order, weights;
-  int units, blocks, group;  // units in all; those of one tile of tokens; tiles of tokens that take turns
-  int tokens, tokens_each;   // of a linear: all, and of a tile
-  int rows, width, columns, tiles, chunks;  // N, of y, K, and how many times 64 of N and of K
+  Operands of[2];  // a linear has the first
+  u64 tile_experts, tile_starts, ends, order, progress, weights;
+  int units, group;         // of a linear: all units; tiles of tokens that take turns
+  int tokens, tokens_each;  // of a linear: all, and of a tile
   int top_k;
   float alpha, beta, limit;
 };
 
 struct Tile {
-  int expert;  // -1: none, nor of the units that follow
-  int start;   // of its tokens: the first place
-  int count;   // how many
-  int block;   // of weight rows
+  int expert;   // -1: none, nor of the units that follow
+  int start;    // of its tokens: the first place
+  int count;    // how many
+  int block;    // of weight rows
+  int product;  // of experts: 0 or 1
+  int tile;     // of tokens
 };
+
+DEVICE const Operands &operands(const Given &a, const Tile &t) { return a.of[EXPERTS ? t.product : 0]; }
 
 // The least of SIZES that so many tokens fit in.
 DEVICE int rounded(int n) {
@@ -34,42 +46,48 @@ DEVICE int rounded(int n) {
   return found;
 }
 
-DEVICE Tile unit(const Given &a, int u) {
-  Tile t;
-  if (MODE == kLinear) {
-    const int whole = a.blocks * a.group, of = u / whole, in = u - of * whole;
-    const int height = min((a.tokens + a.tokens_each - 1) / a.tokens_each - of * a.group, a.group);
-    t.block = in / height;
-    t.start = (of * a.group + in - t.block * height) * a.tokens_each;
-    t.count = min(a.tokens_each, a.tokens - t.start);
-    t.expert = 0;
-    return t;
-  }
-  const int tile = u / a.blocks;
-  t.block = u - tile * a.blocks;
-  t.expert = load(reinterpret_cast<const int *>(a.tile_experts) + tile);
-  if (t.expert < 0) return t;
+DEVICE Tile linear_unit(const Given &a, int u) {
+  Tile t = {-1};
+  if (u >= a.units) return t;
+  const int whole = a.of[0].blocks * a.group, of = u / whole, in = u - of * whole;
+  const int height = min((a.tokens + a.tokens_each - 1) / a.tokens_each - of * a.group, a.group);
+  t.block = in / height;
+  t.start = (of * a.group + in - t.block * height) * a.tokens_each;
+  t.count = min(a.tokens_each, a.tokens - t.start);
+  t.expert = 0;
+  return t;
+}
+
+// Of experts: all of w13, then all of w2, whose tokens are done long before by then.
+DEVICE Tile experts_unit(const Given &a, int u) {
+  const int used = load(tiles_used(a.progress)), ahead = used * a.of[0].blocks;
+  Tile t = {-1};
+  t.product = u >= ahead;
+  if (t.product) u -= ahead;
+  const int blocks = a.of[t.product].blocks;
+  t.tile = u / blocks;
+  t.block = u - t.tile * blocks;
+  if (t.tile >= used) return t;
+  t.expert = load(reinterpret_cast<const int *>(a.tile_experts) + t.tile);
   // The expert's tokens in equal parts, instead of full tiles and what is left.
   const int *ends = reinterpret_cast<const int *>(a.ends);
   const int first = t.expert ? load(ends + t.expert - 1) : 0, all = load(ends + t.expert) - first;
   const int parts = (all + MOST - 1) / MOST, each = (all + parts - 1) / parts + 7 & ~7;
-  const int part = (load(reinterpret_cast<const int *>(a.tile_starts) + tile) - first) / MOST;
+  const int part = (load(reinterpret_cast<const int *>(a.tile_starts) + t.tile) - first) / MOST;
   t.start = first + part * each;
   t.count = min(each, all - part * each);
   return t;
 }
 
-DEVICE Tile unit_or_none(const Given &a, int u) {
-  Tile none;
-  none.expert = -1;
-  return u < a.units ? unit(a, u) : none;
-}
-
 // The tiles of 64 rows that a group takes: EACH that follow one another, or a tile of gates and one of ups that lie
 // apart.
-DEVICE int row_tile(const Given &a, int block, int i) {
-  return APART ? USERS * block + i / 2 + i % 2 * (a.width / 64) : TILES * block + i;
+DEVICE int row_tile(const Given &a, const Tile &t, int i) {
+  if (APART && t.product == 0) return USERS * t.block + i / 2 + i % 2 * (a.of[0].width / 64);
+  return TILES * t.block + i;
 }
+
+// Columns of y that come of a tile.
+DEVICE int results_of(const Tile &t) { return kInTurn && t.product == 0 ? 32 : 64; }
 
 struct Codes {
   uint4 four;
@@ -135,15 +153,12 @@ DEVICE float activate(const Given &a, float gate, float up) {
   return kGated ? h * up : h;
 }
 
-#if BIAS
-DEVICE float bias_at(const Given &a, long long i) {
-#if BIAS == 1
-  return __uint_as_float(static_cast<u32>(__ldg(reinterpret_cast<const unsigned short *>(a.bias) + i)) << 16);
-#elif BIAS == 2
-  return __ldg(reinterpret_cast<const float *>(a.bias) + i);
-#endif
+template <int BIAS_KIND>
+DEVICE float bias_at(u64 bias, long long i) {
+  if (BIAS_KIND == 1)
+    return __uint_as_float(static_cast<u32>(__ldg(reinterpret_cast<const unsigned short *>(bias) + i)) << 16);
+  return __ldg(reinterpret_cast<const float *>(bias) + i);
 }
-#endif
 
 // A thread's sums of EACH tiles.
 typedef float Sums[EACH][MOST / 2];
@@ -153,49 +168,48 @@ struct Rows {
   float bias0, bias1, scale0, scale1;
 };
 
+template <Kind KIND_OF>
 DEVICE Rows rows_of(const Given &a, const Tile &t, int tile) {
+  constexpr int which = KIND_OF == kSecond;
+  const Operands &o = a.of[which];
   Rows r = {0.0f, 0.0f, 1.0f, 1.0f};
-#if BIAS || ROW_SCALE
   const int row = 64 * tile + threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4 * 2;
-  const long long row0 = static_cast<long long>(t.expert) * a.rows + min(row, a.rows - 1);
-  const long long row1 = static_cast<long long>(t.expert) * a.rows + min(row + 1, a.rows - 1);
-#endif
-#if BIAS
-  r.bias0 = bias_at(a, row0), r.bias1 = bias_at(a, row1);
-#endif
-#if ROW_SCALE
-  r.scale0 = __ldg(reinterpret_cast<const float *>(a.row_scale) + row0);
-  r.scale1 = __ldg(reinterpret_cast<const float *>(a.row_scale) + row1);
-#endif
+  const long long row0 = static_cast<long long>(t.expert) * o.rows + min(row, o.rows - 1);
+  const long long row1 = static_cast<long long>(t.expert) * o.rows + min(row + 1, o.rows - 1);
+  if constexpr (kBiases[which] != 0)
+    r.bias0 = bias_at<kBiases[which]>(o.bias, row0), r.bias1 = bias_at<kBiases[which]>(o.bias, row1);
+  if constexpr (kRowScales[which]) {
+    r.scale0 = __ldg(reinterpret_cast<const float *>(o.row_scale) + row0);
+    r.scale1 = __ldg(reinterpret_cast<const float *>(o.row_scale) + row1);
+  }
   return r;
 }
 
+template <Kind KIND_OF>
 DEVICE void scaled(float (&c)[4], const Rows &r) {
-#if ROW_SCALE
-  c[0] *= r.scale0, c[1] *= r.scale0, c[2] *= r.scale1, c[3] *= r.scale1;
-#endif
-#if BIAS
-  c[0] += r.bias0, c[1] += r.bias0, c[2] += r.bias1, c[3] += r.bias1;
-#endif
+  constexpr int which = KIND_OF == kSecond;
+  if constexpr (kRowScales[which]) c[0] *= r.scale0, c[1] *= r.scale0, c[2] *= r.scale1, c[3] *= r.scale1;
+  if constexpr (kBiases[which] != 0) c[0] += r.bias0, c[1] += r.bias0, c[2] += r.bias1, c[3] += r.bias1;
 }
 
 constexpr int kTogether = 3;  // pieces of 8 tokens whose results are worked out side by side: one alone mostly waits
 
-// The results of 8 tokens that a thread stores: two of one token and two of the next, or, of gates and ups in turn,
-// two of one. `tile` is the first or only one of the thread's `e`th pair.
+// What a thread stores of 8 tokens and its `e`th tile: four results of one of them, or, of gates and ups in turn, two.
+template <Kind KIND_OF>
 DEVICE uint2 results(const Sums &d, const Given &a, const Rows (&rows)[EACH], int e, int j, const float *shares) {
   const float *v = &d[e][4 * j];
   float c[4] = {v[0], v[1], v[2], v[3]};
-  scaled(c, rows[e]);
-  if (kInTurn) return make_uint2(transposed(packed(activate(a, c[0], c[2]), activate(a, c[1], c[3]))), 0);
-  if (MODE == kFirst) {
+  scaled<KIND_OF>(c, rows[e]);
+  if (KIND_OF == kFirst && kInTurn)
+    return make_uint2(transposed(packed(activate(a, c[0], c[2]), activate(a, c[1], c[3]))), 0);
+  if (KIND_OF == kFirst) {
     const float *other = &d[EACH - 1][4 * j];
     float u[4] = {other[0], other[1], other[2], other[3]};
-    scaled(u, rows[EACH - 1]);
+    scaled<KIND_OF>(u, rows[EACH - 1]);
 #pragma unroll
     for (int i = 0; i < 4; i++) c[i] = activate(a, c[i], APART ? u[i] : c[i]);
   }
-  if (MODE == kSecond) {
+  if (KIND_OF == kSecond) {
     const float2 s = *reinterpret_cast<const float2 *>(&shares[8 * j + threadIdx.x % 4 * 2]);
     c[0] *= s.x, c[1] *= s.y, c[2] *= s.x, c[3] *= s.y;
   }
@@ -204,31 +218,33 @@ DEVICE uint2 results(const Sums &d, const Given &a, const Rows (&rows)[EACH], in
 }
 
 // Sums of a unit to y: `routes` and `shares` are those of its tokens, in the second product of experts.
+template <Kind KIND_OF>
 DEVICE void store(const Sums &d, const Given &a, const Tile &t, int side, const int *routes, const float *shares) {
+  constexpr bool in_turn = KIND_OF == kFirst && kInTurn;
+  const Operands &o = a.of[KIND_OF == kSecond];
   const int warp = threadIdx.x % 128 / 32, g = threadIdx.x % 32 / 4, t4 = threadIdx.x % 4;
   Rows rows[EACH];
 #pragma unroll
-  for (int e = 0; e < EACH; e++) rows[e] = rows_of(a, t, row_tile(a, t.block, side * EACH + e));
+  for (int e = 0; e < EACH; e++) rows[e] = rows_of<KIND_OF>(a, t, row_tile(a, t, side * EACH + e));
 #pragma unroll
-  for (int e = 0; e < (APART ? 1 : EACH); e++) {
-    const int tile = row_tile(a, t.block, side * EACH + e);
-    const int n = tile * kResults + (kInTurn ? 8 * warp + 2 * t4 : 16 * warp + 4 * t4);
-    const bool there = n < a.width;
-    const u64 y = a.y + 2 * static_cast<u64>(n);
+  for (int e = 0; e < (KIND_OF == kFirst && APART ? 1 : EACH); e++) {
+    const int tile = row_tile(a, t, side * EACH + e);
+    const int n = in_turn ? 32 * tile + 8 * warp + 2 * t4 : 64 * tile + 16 * warp + 4 * t4;
+    const bool there = n < o.width;
+    const u64 y = o.y + 2 * static_cast<u64>(n);
 #pragma unroll
     for (int first = 0; first < MOST / 8; first += kTogether) {
       if (8 * first >= t.count) break;
-      constexpr int kLast = MOST / 8;
       uint2 c[kTogether];
 #pragma unroll
       for (int i = 0; i < kTogether; i++)
-        if (first + i < kLast) c[i] = results(d, a, rows, e, first + i, shares);
+        if (first + i < MOST / 8) c[i] = results<KIND_OF>(d, a, rows, e, first + i, shares);
 #pragma unroll
       for (int i = 0; i < kTogether; i++) {
         const int token = 8 * (first + i) + g;
-        if (first + i >= kLast || token >= t.count || !there) continue;
-        const u64 at = y + 2 * static_cast<u64>(MODE == kSecond ? routes[token] : t.start + token) * a.width;
-        if (kInTurn)
+        if (first + i >= MOST / 8 || token >= t.count || !there) continue;
+        const u64 at = y + 2 * static_cast<u64>(KIND_OF == kSecond ? routes[token] : t.start + token) * o.width;
+        if (in_turn)
           store4(at, c[i].x);
         else
           store8(at, c[i]);
@@ -245,7 +261,7 @@ struct Route {
 
 DEVICE Route route_of(const Given &a, const Tile &t, int token) {
   Route r = {0, 0.0f};
-  if (MODE != kSecond) return r;
+  if (!EXPERTS || t.product == 0) return r;
   r.to = load(reinterpret_cast<const int *>(a.order) + t.start + min(token, t.count - 1));
 #if WEIGHTS == 1
   const unsigned short bits = __ldg(reinterpret_cast<const unsigned short *>(a.weights) + r.to);

@@ -2,10 +2,12 @@
 // others decode 64 or 128 rows of weights each into registers and multiply. `hopper_text.py` writes the constants in
 // capitals, `decode_group` and `Product` above this text, and `hopper_ptx.h` and `hopper_unit.h` come before it.
 //
-// A program stays on its multiprocessor and takes every gridDim-th unit: TILES of 64 rows times one tile of at most
-// MOST tokens, whose number is fitted to what is there: one of SIZES. No barrier holds the groups together: the one
-// that copies runs ahead, also into the next unit, and while one group decodes, activates or stores, another
-// multiplies.
+// A program stays on its multiprocessor and takes units: TILES of 64 rows times one tile of at most MOST tokens, whose
+// number is fitted to what is there: one of SIZES. No barrier holds the groups together: the one that copies runs
+// ahead, also into the next unit, and while one group decodes, activates or stores, another multiplies.
+//
+// Of a linear a program takes every gridDim-th unit. Both products of experts are one list, from which programs claim:
+// a unit of w2 waits until its tokens are done with w13, and whoever has claimed that runs and waits for nobody.
 
 constexpr int kCodes = (MOST + 15) / 16 * 2048;  // behind 64 columns of all tokens, which come 16 at a time,
 constexpr int kScales = kCodes + TILES * kTile;  // as many columns of the weights, and behind these their scales:
@@ -46,16 +48,20 @@ DEVICE Tile next_unit(Units &n) {
 }
 
 // A tile of a unit's weights, or the last one.
-DEVICE int tile_there(const Given &a, const Tile &t, int i) { return min(row_tile(a, t.block, i), a.tiles - 1); }
+DEVICE int tile_there(const Given &a, const Tile &t, int i) {
+  return min(row_tile(a, t, i), operands(a, t).tiles - 1);
+}
 
 // Where the first step of that lies, in tiles and steps.
 DEVICE u32 first_step(const Given &a, const Tile &t, int i) {
-  return (static_cast<u32>(t.expert) * a.tiles + tile_there(a, t, i)) * a.chunks;
+  const Operands &o = operands(a, t);
+  return (static_cast<u32>(t.expert) * o.tiles + tile_there(a, t, i)) * o.chunks;
 }
 
 // N tokens, 16 at a time, and the weights of all groups, all columns.
 template <int N>
 DEVICE void copy_unit(const Given &a, Ring &r, const Tile &t) {
+  const Operands &o = operands(a, t);
   const int piece = threadIdx.x % 8, token = threadIdx.x / 8;
   const u32 copy_at = token * 128 + ((piece ^ (token % 8)) << 4), mine = threadIdx.x * 16;
   // Where each token's 16 bytes of the first step lie, in units of them. Those past the end repeat the last.
@@ -65,8 +71,9 @@ DEVICE void copy_unit(const Given &a, Ring &r, const Tile &t) {
   for (int j = 0; j < kCopies; j++) {
     const int place = t.start + min(token + 16 * j, t.count - 1);
     u32 which = place;
-    if (MODE == kFirst) which = static_cast<u32>(load(reinterpret_cast<const int *>(a.order) + place)) / a.top_k;
-    from[j] = which * static_cast<u32>(a.columns / 8) + piece;
+    if (EXPERTS && t.product == 0)
+      which = static_cast<u32>(load(reinterpret_cast<const int *>(a.order) + place)) / a.top_k;
+    from[j] = which * static_cast<u32>(o.columns / 8) + piece;
   }
   u32 codes_from[kPieces];
 #pragma unroll
@@ -79,9 +86,10 @@ DEVICE void copy_unit(const Given &a, Ring &r, const Tile &t) {
   if (scales_too)
     scales_from =
         first_step(a, t, threadIdx.x / (kTileScales / 16)) * (kTileScales / 16) + threadIdx.x % (kTileScales / 16);
-  u64 x = a.x, codes = a.codes, scales = a.scales;
+  u64 x = o.x, codes = o.codes, scales = o.scales;
+  const int chunks = o.chunks;
 #pragma unroll 1
-  for (int step = 0; step < a.chunks; step++, x += 128, codes += kTile, scales += kTileScales) {
+  for (int step = 0; step < chunks; step++, x += 128, codes += kTile, scales += kTileScales) {
     barrier_wait(r.bar + kEmpty, r.parity);
 #pragma unroll
     for (int j = 0; j < kPieces; j++)
@@ -92,8 +100,8 @@ DEVICE void copy_unit(const Given &a, Ring &r, const Tile &t) {
     const int bytes = 16;
     const u64 xs = x;
 #else
-    const int bytes = step * 64 + piece * 8 < a.columns ? 16 : 0;
-    const u64 xs = bytes ? x : a.x;
+    const int bytes = step * 64 + piece * 8 < o.columns ? 16 : 0;
+    const u64 xs = bytes ? x : o.x;
 #endif
 #pragma unroll
     for (int j = 0; j < kCopies; j++) copy16(r.stage + copy_at + j * 2048, xs + u64{from[j]} * 16, bytes);
@@ -102,17 +110,29 @@ DEVICE void copy_unit(const Given &a, Ring &r, const Tile &t) {
   }
 }
 
+// The next unit, for all threads that copy, and for those that multiply. `claimed`: of experts what the first thread has
+// claimed, one ahead, so that it need not wait for the number.
+DEVICE Tile publish(const Given &a, Units &n, int &claimed) {
+  const int slot = n.slot;
+  if (threadIdx.x == 0) {
+    n.tiles[slot] = EXPERTS ? experts_unit(a, claimed) : linear_unit(a, claimed);
+    barrier_arrive(n.bars + slot * 8);
+    claimed = EXPERTS ? claim(a.progress) : claimed + gridDim.x;
+  }
+  meet(USERS);
+  advance(n);
+  return n.tiles[slot];
+}
+
 // The first group of warps.
 DEVICE void copy(const Given &a, Ring r, Units n) {
   r.parity = 1;
-  for (int u = blockIdx.x;; u += gridDim.x) {
-    const Tile t = unit_or_none(a, u);
-    if (threadIdx.x == 0) {
-      n.tiles[n.slot] = t;
-      barrier_arrive(n.bars + n.slot * 8);
-    }
-    advance(n);
+  int claimed = blockIdx.x;
+  if (EXPERTS && threadIdx.x == 0) claimed = claim(a.progress);
+  for (;;) {
+    const Tile t = publish(a, n, claimed);
     if (t.expert < 0) break;
+    if (EXPERTS && t.product == 1) wait_until(tile_done(a.progress, t.tile), a.of[0].blocks * USERS);
     switch (rounded(t.count)) {
 #define COPY(n) \
   case n: copy_unit<n>(a, r, t); break;
@@ -154,14 +174,16 @@ DEVICE void rescale(Sums &d, const float (&ratio)[EACH]) {
 }
 
 DEVICE const float *ratios_of(const Given &a, const Tile &t, int i) {
-  const long long row = static_cast<long long>(t.expert) * ((a.tiles + 1) / 2) + tile_there(a, t, i) / 2;
-  return reinterpret_cast<const float *>(a.ratios) + row * ((a.chunks + 1) / 2 + 1);
+  const Operands &o = operands(a, t);
+  const long long row = static_cast<long long>(t.expert) * ((o.tiles + 1) / 2) + tile_there(a, t, i) / 2;
+  return reinterpret_cast<const float *>(o.ratios) + row * ((o.chunks + 1) / 2 + 1);
 }
 
 // d = w @ x of all columns. ptxas gives the loop of every size registers of its own for decoded weights.
 template <int N>
 DEVICE void multiply(Sums &d, const Given &a, const Tile &t, int side, Ring &r) {
   const bool speaks = threadIdx.x % 32 == 0;
+  const int chunks = operands(a, t).chunks;
   u32 pairs[kDecoded][8], before = 0;
   Codes c[EACH], next[EACH];
 #if BLOCKS
@@ -180,7 +202,7 @@ DEVICE void multiply(Sums &d, const Given &a, const Tile &t, int side, Ring &r) 
   for (int e = 0; e < EACH; e++) ratios[e] = ratios_of(a, t, side * EACH + e), ratio[e] = __ldg(ratios[e]);
 #endif
 #pragma unroll 1
-  for (int step = 0; step < a.chunks; step++) {
+  for (int step = 0; step < chunks; step++) {
     const u64 x = descriptor(r.stage);
     const u32 empty = r.bar + kEmpty;
 #pragma unroll
@@ -201,7 +223,7 @@ DEVICE void multiply(Sums &d, const Given &a, const Tile &t, int side, Ring &r) 
       products_end();
       if (g == 0) {  // the next step's codes, long before they are decoded: products keep shared memory busy
         advance(r);
-        if (step + 1 < a.chunks) next_codes(next, r, side);
+        if (step + 1 < chunks) next_codes(next, r, side);
       }
       // All but kAhead groups are done, and with the registers that are decoded into next.
       products_wait<kAhead>();
@@ -222,12 +244,19 @@ DEVICE void multiply(Sums &d, const Given &a, const Tile &t, int side, Ring &r) 
 }
 
 // The steps of a group that has no rows in a unit.
-DEVICE void leave_out(const Given &a, Ring &r) {
-  for (int step = 0; step < a.chunks; step++) {
+DEVICE void leave_out(const Given &a, const Tile &t, Ring &r) {
+  const int chunks = operands(a, t).chunks;
+  for (int step = 0; step < chunks; step++) {
     barrier_wait(r.bar, r.parity);
     if (threadIdx.x % 32 == 0) barrier_arrive(r.bar + kEmpty);
     advance(r);
   }
+}
+
+// A group is done with a unit of w13.
+DEVICE void tell(const Given &a, const Tile &t, int side) {
+  meet(side);
+  if (threadIdx.x % 128 == 0) add_one(tile_done(a.progress, t.tile));
 }
 
 DEVICE void use_unit(const Given &a, const Tile &t, int side, Ring &r, int *routes, float *shares) {
@@ -246,13 +275,18 @@ DEVICE void use_unit(const Given &a, const Tile &t, int side, Ring &r, int *rout
   for (int e = 0; e < EACH; e++)
 #pragma unroll
     for (int i = 0; i < MOST / 2; i++) not_before(d[e][i]);
-  if (MODE == kSecond) {
+  if (!EXPERTS) {
+    store<kLinear>(d, a, t, side, routes, shares);
+  } else if (t.product == 0) {
+    store<kFirst>(d, a, t, side, routes, shares);
+    tell(a, t, side);
+  } else {
 #pragma unroll
     for (int i = 0; i < kRounds; i++)
       if (thread + 128 * i < MOST) routes[thread + 128 * i] = route[i].to, shares[thread + 128 * i] = route[i].share;
     meet(side);
+    store<kSecond>(d, a, t, side, routes, shares);
   }
-  store(d, a, t, side, routes, shares);
 }
 
 // All groups but the first.
@@ -260,10 +294,11 @@ DEVICE void use(const Given &a, Ring r, Units n, int (*routes)[USERS][MOST], flo
   const int side = __shfl_sync(~0u, threadIdx.x / 128, 0) - 1;
   Tile t = next_unit(n);
   // Groups begin one after the other, and so they end: the matrix unit is never without one.
-  if (t.expert >= 0) barrier_wait(r.full + min(side * STAGES / (2 * USERS - 2), a.chunks - 1) * 8, 0);
+  if (t.expert >= 0) barrier_wait(r.full + min(side * STAGES / (2 * USERS - 2), operands(a, t).chunks - 1) * 8, 0);
   for (int turn = 0; t.expert >= 0; t = next_unit(n)) {
-    if (row_tile(a, t.block, side * EACH) * kResults >= a.width) {
-      leave_out(a, r);
+    if (row_tile(a, t, side * EACH) * results_of(t) >= operands(a, t).width) {
+      leave_out(a, t, r);
+      if (EXPERTS && t.product == 0) tell(a, t, side);
       continue;
     }
     use_unit(a, t, side, r, routes[turn][side], shares[turn][side]);

@@ -23,26 +23,27 @@ _FLOATS = {torch.bfloat16: 1, torch.float32: 2}  # as `Spec.bias` says it
 _GROUP = 8  # tiles of tokens that take turns with the rows, so that both are found in the cache
 
 
+class Operands(ctypes.Structure):
+    """Of a product, as the text has it."""
+
+    _fields_ = [
+        *[(n, ctypes.c_uint64) for n in ("y", "x", "codes", "scales", "ratios", "row_scale", "bias")],
+        *[(n, ctypes.c_int) for n in ("rows", "width", "columns", "tiles", "chunks", "blocks")],
+    ]
+
+
 class Given(ctypes.Structure):
     """The kernel's argument, as the text has it."""
 
     _fields_ = [
+        ("of", Operands * 2),
         *[
             (n, ctypes.c_uint64)
-            for n in (
-                "y", "x", "codes", "scales", "ratios", "row_scale", "bias",
-                "tile_experts", "tile_starts", "ends", "order", "weights",
-            )
+            for n in ("tile_experts", "tile_starts", "ends", "order", "progress", "weights")
         ],
-        *[
-            (n, ctypes.c_int)
-            for n in (
-                "units", "blocks", "group", "tokens", "tokens_each",
-                "rows", "width", "columns", "tiles", "chunks", "top_k",
-            )
-        ],
+        *[(n, ctypes.c_int) for n in ("units", "group", "tokens", "tokens_each", "top_k")],
         *[(n, ctypes.c_float) for n in ("alpha", "beta", "limit")],
-    ]  # fmt: skip
+    ]
 
 
 @cache
@@ -73,26 +74,30 @@ def taken(
     others: tuple[Tensor | None, ...],
     weight_on_input: bool,
 ) -> tuple[Cut, Cut]:
-    """These cuts of w13 and w2, or Gluon's for as many tokens: both are wide, or none is.
+    """These cuts of w13 and w2, or Gluon's for as many tokens. A wide one is for both, in one kernel.
 
     Args:
         others: routing weights and biases.
     """
     dtypes = tuple(t.dtype for t in others if t is not None)
+    cut = cuts[0].of_experts(weights[0], activation.apart)
     if (
         weight_on_input
-        or cuts[0].wide != cuts[1].wide
-        or (activation.apart and cuts[0].block_m > MOST_OF_TWO)
+        or cuts[0] != cuts[1]
+        or weights[0].format != weights[1].format
+        or (activation.apart and cut.block_m > MOST_OF_TWO)
         or any(refuse(w, activation, dtypes) for w in weights)
     ):
-        cuts = tuple(cut.usual(tail=True) if cut.wide else cut for cut in cuts)  # type: ignore[assignment]
-    return cuts
+        return tuple(cut.usual(tail=True) if cut.wide else cut for cut in cuts)  # type: ignore[return-value]
+    return cut, cut
 
 
-def _spec(mode: str, w: Fragments, cut: Cut, **rest: object) -> Spec:
+def _spec(experts: bool, matrices: tuple[Fragments, ...], cut: Cut, **rest: object) -> Spec:
+    element, scale = matrices[0].format.element.name, matrices[0].format.scale
     return Spec(
-        mode, w.format.element.name, w.format.scale, cut.block_m, cut.stages, cut.users, cut.tiles // cut.users,
-        even=w.shape[-1] % 64 == 0, row_scale=w.row_scale is not None, **rest,  # type: ignore[arg-type]
+        experts, element, scale, cut.block_m, cut.stages, cut.users, cut.tiles // cut.users,
+        even=all(w.shape[-1] % 64 == 0 for w in matrices),
+        row_scale=tuple(w.row_scale is not None for w in matrices), **rest,  # type: ignore[arg-type]
     )  # fmt: skip
 
 
@@ -100,25 +105,12 @@ def _address(t: Tensor | None) -> int:
     return 0 if t is None else t.data_ptr()
 
 
-def _run(
-    spec: Spec,
-    w: Fragments,
-    y: Tensor,
-    x: Tensor,
-    bias: Tensor | None,
-    blocks: int,
-    of_tokens: int,
-    **rest: float,
-) -> Tensor:
-    """`y`, of so many blocks of rows times tiles of tokens; `rest`: what else `Given` has."""
-    given = Given(
-        y=y.data_ptr(), x=x.data_ptr(), codes=w.codes.data_ptr(), scales=w.scales.data_ptr(),
-        ratios=_address(w.ratios),
-        row_scale=_address(w.row_scale), bias=_address(bias), units=blocks * of_tokens, blocks=blocks,
-        rows=w.shape[-2], width=y.shape[-1], columns=w.shape[-1], tiles=w.tiles, chunks=w.chunks, **rest,
+def _operands(w: Fragments, y: Tensor, x: Tensor, bias: Tensor | None, blocks: int) -> Operands:
+    """`blocks`: of rows, that a tile of tokens has."""
+    return Operands(
+        y.data_ptr(), x.data_ptr(), w.codes.data_ptr(), w.scales.data_ptr(), _address(w.ratios),
+        _address(w.row_scale), _address(bias), w.shape[-2], y.shape[-1], w.shape[-1], w.tiles, w.chunks, blocks,
     )  # fmt: skip
-    launch(spec, x.device, blocks * of_tokens, given)
-    return y
 
 
 def _kind(t: Tensor | None) -> int:
@@ -128,46 +120,47 @@ def _kind(t: Tensor | None) -> int:
 def linear(x: Tensor, w: Fragments, bias: Tensor | None, cut: Cut) -> Tensor:
     """[M, K] bfloat16, contiguous and at a multiple of 16 bytes -> [M, N]."""
     m, n = x.shape[0], w.shape[-2]
-    each = cut.each(m, w.tiles)
-    return _run(
-        _spec("linear", w, cut, bias=_kind(bias)), w, torch.empty(m, n, dtype=x.dtype, device=x.device), x, bias,
-        -(-w.tiles // cut.tiles), -(-m // each), group=_GROUP, tokens=m, tokens_each=each,
-    )  # fmt: skip
+    each, blocks = cut.each(m, w.tiles), -(-w.tiles // cut.tiles)
+    units = blocks * -(-m // each)
+    y = torch.empty(m, n, dtype=x.dtype, device=x.device)
+    operands = (Operands * 2)(_operands(w, y, x, bias, blocks))
+    given = Given(operands, units=units, group=_GROUP, tokens=m, tokens_each=each)
+    launch(_spec(False, (w,), cut, bias=(_kind(bias),)), x.device, units, given)
+    return y
 
 
-def _routes(table: Table) -> dict[str, int]:
-    return {
-        name: getattr(table, name).data_ptr() for name in ("tile_experts", "tile_starts", "ends", "order")
-    }
-
-
-def first(
+def experts(
     x: Tensor,
     weights: Tensor,
-    w: Fragments,
-    bias: Tensor | None,
+    w13: Fragments,
+    w2: Fragments,
+    biases: tuple[Tensor | None, Tensor | None],
     activation: Activation,
     table: Table,
     cut: Cut,
 ) -> Tensor:
-    """As `hopper_moe.first`, with the tokens in their own order; the table's tiles have the cut's `block_m` tokens."""
+    """[M, H] bfloat16 and [M, T] routing weights -> [M * T, H], each route's share.
+
+    Args:
+        biases: of w13 and w2.
+        table: whose tiles have the cut's `block_m` tokens; a call of its own, as `progress` is counted up.
+    """
     gated, apart = activation.gated, activation.apart
-    inner = w.shape[1] // 2 if gated else w.shape[1]
+    inner = w13.shape[1] // 2 if gated else w13.shape[1]
+    h = torch.empty(weights.numel(), inner, dtype=x.dtype, device=x.device)
+    y = torch.empty(weights.numel(), w2.shape[1], dtype=x.dtype, device=x.device)
+    blocks = -(-inner // (64 * cut.users)) if apart else -(-w13.tiles // cut.tiles), -(-w2.tiles // cut.tiles)
     spec = _spec(
-        "first", w, cut, bias=_kind(bias), kind=activation.kind, gated=gated, apart=apart,
-        limit=activation.limit is not None,
+        True, (w13, w2), cut, bias=tuple(map(_kind, biases)), weights=_kind(weights), kind=activation.kind,
+        gated=gated, apart=apart, limit=activation.limit is not None,
     )  # fmt: skip
-    return _run(
-        spec, w, torch.empty(weights.numel(), inner, dtype=x.dtype, device=x.device), x, bias,
-        -(-inner // (64 * cut.users)) if apart else -(-w.tiles // cut.tiles), table.count, top_k=weights.shape[1],
-        alpha=activation.alpha, beta=activation.beta, limit=activation.limit or 0.0, **_routes(table),
+    given = Given(
+        (Operands * 2)(
+            _operands(w13, h, x, biases[0], blocks[0]), _operands(w2, y, h, biases[1], blocks[1])
+        ),
+        *(t.data_ptr() for t in (table.tile_experts, table.tile_starts, table.ends, table.order)),
+        table.progress.data_ptr(), weights.data_ptr(), top_k=weights.shape[1],
+        alpha=activation.alpha, beta=activation.beta, limit=activation.limit or 0.0,
     )  # fmt: skip
-
-
-def second(h: Tensor, weights: Tensor, w: Fragments, bias: Tensor | None, table: Table, cut: Cut) -> Tensor:
-    """As `hopper_moe.second`."""
-    return _run(
-        _spec("second", w, cut, bias=_kind(bias), weights=_kind(weights)), w,
-        torch.empty(weights.numel(), w.shape[1], dtype=h.dtype, device=h.device), h, bias,
-        -(-w.tiles // cut.tiles), table.count, weights=weights.data_ptr(), **_routes(table),
-    )  # fmt: skip
+    launch(spec, x.device, table.count * sum(blocks), given)
+    return y

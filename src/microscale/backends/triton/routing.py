@@ -30,6 +30,8 @@ class Table:
         order: [routes] the routes that have an expert, by expert.
         ends: [E] where each expert's routes end in `order`.
         tile_experts, tile_starts: [count] of each tile; expert -1: no tile.
+        progress: [2 + count] for a kernel that counts in it: how many tiles there are stands in [1], and 0 in all
+            others but those of no tile.
         count: room for the worst case, since the counts stay on the device.
     """
 
@@ -37,6 +39,7 @@ class Table:
     ends: Tensor
     tile_experts: Tensor
     tile_starts: Tensor
+    progress: Tensor
     count: int
 
 
@@ -59,6 +62,7 @@ def _route_kernel(
     ends,
     tile_experts,
     tile_starts,
+    progress,
     ids,
     expert_map,
     routes,
@@ -93,10 +97,14 @@ def _route_kernel(
         here = (tile >= before) & (tile < before + (mine + BLOCK_M - 1) // BLOCK_M)
         tl.store(tile_experts + tile, tl.zeros((BLOCK,), tl.int32) + expert, mask=here)
         tl.store(tile_starts + tile, start + (tile - before) * BLOCK_M, mask=here)
+        tl.store(progress + 2 + tile, tl.zeros((BLOCK,), tl.int32), mask=here)
         if expert == 0:
             unused = (tile >= tl.sum(of_each, 0)) & (tile < count)
             tl.store(tile_experts + tile, tl.full((BLOCK,), -1, tl.int32), mask=unused)
         first += BLOCK
+    if expert == 0:
+        tl.store(progress, 0)
+        tl.store(progress + 1, tl.sum(of_each, 0))
     if mine > 0:
         here = (key == expert) & (lane < routes)
         rank = tl.cumsum(here.to(tl.int32), 0)
@@ -133,6 +141,7 @@ def _place_kernel(
     ends,
     tile_experts,
     tile_starts,
+    progress,
     counts,
     ids,
     expert_map,
@@ -172,6 +181,8 @@ def _place_kernel(
     last = tl.cumsum(of_each, 0)
     if block == 0:
         tl.store(ends + e, starts + counted, mask=e < experts)
+        tl.store(progress, 0)
+        tl.store(progress + 1, tl.sum(of_each, 0))
     # An expert's tiles are those from last - of_each to last.
     tile = block * TILES + tl.arange(0, TILES)
     of = (tile[:, None] >= (last - of_each)[None, :]) & (tile[:, None] < last[None, :])  # [TILES, BLOCK_E]
@@ -180,6 +191,7 @@ def _place_kernel(
     expert = tl.where(used, tl.sum(tl.where(of, e[None, :], 0), 1), -1)
     tl.store(tile_experts + tile, expert, mask=tile < count)
     tl.store(tile_starts + tile, tl.sum(tl.where(of, start, 0), 1), mask=used & (tile < count))
+    tl.store(progress + 2 + tile, tl.zeros((TILES,), tl.int32), mask=tile < count)
     # A route comes after the routes of its expert in earlier blocks, and after those before it in this one. Sorted by
     # expert and place, a block's routes lie as they do in `order`; those without an expert come last.
     i = block * BLOCK + tl.arange(0, BLOCK)
@@ -207,7 +219,7 @@ def route(
     block_e = max(triton.next_power_of_2(experts), 32)
     blocks = -(-routes // _BLOCK) if routes > ONE_LAUNCH else 0
     # One allocation; parts begin at multiples of 16 bytes, which the compiler is told of.
-    sizes = [-(-n // 4) * 4 for n in (routes, experts, count, count, blocks * block_e)]
+    sizes = [-(-n // 4) * 4 for n in (routes, experts, count, count, 2 + count, blocks * block_e)]
     *table, counts = torch.empty(sum(sizes), dtype=torch.int32, device=device).split(sizes)
     ids = (topk_ids.contiguous(), expert_map, routes, experts)
     known = experts if expert_map is None else expert_map.numel()
@@ -225,5 +237,5 @@ def route(
                 *table, counts, *ids, known, count, blocks, BLOCK_M=block_m, BLOCK=_BLOCK,
                 TILES=triton.next_power_of_2(-(-count // blocks)), num_warps=8, **constants, **launch,
             )  # fmt: skip
-    order, ends, tile_experts, tile_starts = table
-    return Table(order, ends, tile_experts, tile_starts, count)
+    order, ends, tile_experts, tile_starts, progress = table
+    return Table(order, ends, tile_experts, tile_starts, progress, count)
