@@ -99,6 +99,7 @@ static void barrier_arrive(u32 bar) {
 static void barrier_wait(u32 bar, u32 parity) {
   while (barriers_.at(bar).phase == parity) give_way();
 }
+static bool barrier_passed(u32 bar, u32 parity) { return barriers_.at(bar).phase != parity; }
 static bool waited_[1024], early_;  // of each thread; any thread
 static void wait_ahead() { waited_[threadIdx.x] = true; }
 static void reads() { early_ |= !waited_[threadIdx.x]; }
@@ -157,6 +158,7 @@ void products_wait() {
   }
 }
 static void not_before(float &) {}
+static void unknown(u64 &) {}
 template <int COUNT>
 void fewer_registers() {}
 template <int COUNT>

@@ -25,6 +25,18 @@ DEVICE void barrier_wait(u32 bar, u32 parity) {
       "r"(parity)
       : "memory");
 }
+// Whether a wait would end at once, perhaps: no is not certain.
+DEVICE bool barrier_passed(u32 bar, u32 parity) {
+  u32 yes;
+  asm volatile(
+      "{\n.reg .pred done;\n"
+      "mbarrier.test_wait.parity.shared::cta.b64 done, [%1], %2;\n"
+      "selp.u32 %0, 1, 0, done;\n}"
+      : "=r"(yes)
+      : "r"(bar), "r"(parity)
+      : "memory");
+  return yes;
+}
 // Of a group of warps.
 DEVICE void meet(int group) { asm volatile("bar.sync %0, 128;" ::"r"(group + 1) : "memory"); }
 
@@ -63,8 +75,8 @@ DEVICE int load(const int *p) {
   asm volatile("ld.global.b32 %0, [%1];" : "=r"(v) : "l"(p));
   return v;
 }
-// How far experts are: [0] units that are claimed, [1] tiles of tokens that there are, and of each tile behind these how
-// many groups are done with w13.
+// How far experts are: [0] units that are claimed, [1] tiles of tokens that there are, and of each tile behind these
+// how many groups are done with w13.
 DEVICE const int *tiles_used(u64 progress) { return reinterpret_cast<const int *>(progress) + 1; }
 DEVICE u64 tile_done(u64 progress, int tile) { return progress + 4 * (2 + static_cast<u64>(tile)); }
 DEVICE int claim(u64 progress) {
@@ -97,6 +109,9 @@ DEVICE void products_wait() {
 }
 // A sum that is read after what stands above.
 DEVICE void not_before(float &v) { asm volatile("" : "+f"(v)::"memory"); }
+
+// An address that the compiler takes apart no more: what it would keep of its parts takes more registers than there are.
+DEVICE void unknown(u64 &v) { asm volatile("" : "+l"(v)); }
 
 template <int COUNT>
 DEVICE void fewer_registers() {

@@ -9,7 +9,7 @@ from microscale.backends.triton.cuts import wide_stages
 from microscale.backends.triton.hopper_decode import assembly
 from microscale.backends.triton.placement import LANDS
 
-COPY_REGISTERS = 56
+COPY_REGISTERS = (56, 72)  # up to 144 tokens, and of more: addresses of a step
 STEP = 8  # what numbers of tokens are multiples of
 MOST_OF_TWO = 144  # tokens that a group has registers for which has two tiles of weights
 PARTS = (8, 7, 6, 5, 3)  # eighths of the most
@@ -29,6 +29,7 @@ class Spec:
         stages: of shared memory.
         bias: of w13 and w2, or of a linear; 0 none, 1 bfloat16, 2 float32.
         weights: of routes, 1 or 2 as there.
+        top_k: experts of a token.
         row_scale: as `bias`, whether rows have a factor.
         kind, gated, apart, limit: of the activation; apart: gates and ups are not interleaved; two tiles each.
     """
@@ -43,6 +44,7 @@ class Spec:
     even: bool = False
     bias: tuple[int, ...] = (0, 0)
     weights: int = 0
+    top_k: int = 1
     row_scale: tuple[bool, ...] = (False, False)
     kind: str = "silu"
     gated: bool = False
@@ -63,7 +65,8 @@ class Spec:
     def registers(self) -> tuple[int, int]:
         """Of a thread that copies, and of one that multiplies: more than there are would wait for ever."""
         launched = 65536 // self.threads & -8
-        return COPY_REGISTERS, launched + (launched - COPY_REGISTERS) // self.users & -8
+        copies = COPY_REGISTERS[self.most > 144]
+        return copies, launched + (launched - copies) // self.users & -8
 
     @property
     def shared(self) -> int:
@@ -89,6 +92,7 @@ def constants(spec: Spec) -> str:
         "EVEN": int(spec.even),
         "BIAS": ", ".join(map(str, spec.bias)),
         "WEIGHTS": spec.weights,
+        "TOP_K": spec.top_k,
         "ROW_SCALE": ", ".join(str(int(scaled)) for scaled in spec.row_scale),
         "KIND": KINDS.index(spec.kind),
         **{kind.upper(): i for i, kind in enumerate(KINDS)},

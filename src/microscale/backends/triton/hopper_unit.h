@@ -7,7 +7,7 @@ constexpr bool kGated = GATED;
 // A linear, or one of the two products of experts.
 enum Kind { kLinear, kFirst, kSecond };
 constexpr bool kInTurn = EXPERTS && kGated && !APART;  // of the first, a tile's rows are gates and ups in turn
-constexpr int kBiases[2] = {BIAS};                      // of w13 and w2, or of a linear: 0 none, 1 bfloat16, 2 float32
+constexpr int kBiases[2] = {BIAS};                     // of w13 and w2, or of a linear: 0 none, 1 bfloat16, 2 float32
 constexpr bool kRowScales[2] = {ROW_SCALE};
 
 struct Operands {
@@ -21,7 +21,6 @@ struct Given {
   u64 tile_experts, tile_starts, ends, order, progress, weights;
   int units, group;         // of a linear: all units; tiles of tokens that take turns
   int tokens, tokens_each;  // of a linear: all, and of a tile
-  int top_k;
   float alpha, beta, limit;
 };
 

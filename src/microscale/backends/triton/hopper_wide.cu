@@ -48,9 +48,7 @@ DEVICE Tile next_unit(Units &n) {
 }
 
 // A tile of a unit's weights, or the last one.
-DEVICE int tile_there(const Given &a, const Tile &t, int i) {
-  return min(row_tile(a, t, i), operands(a, t).tiles - 1);
-}
+DEVICE int tile_there(const Given &a, const Tile &t, int i) { return min(row_tile(a, t, i), operands(a, t).tiles - 1); }
 
 // Where the first step of that lies, in tiles and steps.
 DEVICE u32 first_step(const Given &a, const Tile &t, int i) {
@@ -58,60 +56,71 @@ DEVICE u32 first_step(const Given &a, const Tile &t, int i) {
   return (static_cast<u32>(t.expert) * o.tiles + tile_there(a, t, i)) * o.chunks;
 }
 
+constexpr int kUnrolled =
+    4;  // steps whose addresses are constants apart: a new one waits until the last copy has read it
+
 // N tokens, 16 at a time, and the weights of all groups, all columns.
 template <int N>
 DEVICE void copy_unit(const Given &a, Ring &r, const Tile &t) {
   const Operands &o = operands(a, t);
   const int piece = threadIdx.x % 8, token = threadIdx.x / 8;
   const u32 copy_at = token * 128 + ((piece ^ (token % 8)) << 4), mine = threadIdx.x * 16;
-  // Where each token's 16 bytes of the first step lie, in units of them. Those past the end repeat the last.
+  // Where each token's 16 bytes of the first step lie. Those past the end repeat the last.
   constexpr int kCopies = (N + 15) / 16;
-  u32 from[kCopies];
+  u32 which[kCopies];
+#pragma unroll
+  for (int j = 0; j < kCopies; j++) which[j] = t.start + min(token + 16 * j, t.count - 1);
+  if (EXPERTS && t.product == 0)
+#pragma unroll
+    for (int j = 0; j < kCopies; j++)
+      which[j] = static_cast<u32>(load(reinterpret_cast<const int *>(a.order) + which[j])) / TOP_K;
+  u64 x[kCopies];
 #pragma unroll
   for (int j = 0; j < kCopies; j++) {
-    const int place = t.start + min(token + 16 * j, t.count - 1);
-    u32 which = place;
-    if (EXPERTS && t.product == 0)
-      which = static_cast<u32>(load(reinterpret_cast<const int *>(a.order) + place)) / a.top_k;
-    from[j] = which * static_cast<u32>(o.columns / 8) + piece;
+    x[j] = o.x + static_cast<u64>(which[j]) * static_cast<u32>(o.columns * 2) + 16 * piece;
+    unknown(x[j]);
   }
-  u32 codes_from[kPieces];
+  u64 codes[kPieces];
 #pragma unroll
   for (int j = 0; j < kPieces; j++) {
-    const int at = min(j * 128 + static_cast<int>(threadIdx.x), TILES * kTile / 16 - 1);
-    codes_from[j] = first_step(a, t, at / (kTile / 16)) * (kTile / 16) + at % (kTile / 16);
+    const u32 at = min(j * 128 + threadIdx.x, TILES * kTile / 16 - 1u);
+    codes[j] = o.codes + static_cast<u64>(first_step(a, t, at / (kTile / 16))) * kTile + at % (kTile / 16) * 16;
+    unknown(codes[j]);
   }
   const bool scales_too = threadIdx.x < TILES * kTileScales / 16;
-  u32 scales_from = 0;
+  u64 scales = o.scales;
   if (scales_too)
-    scales_from =
-        first_step(a, t, threadIdx.x / (kTileScales / 16)) * (kTileScales / 16) + threadIdx.x % (kTileScales / 16);
-  u64 x = o.x, codes = o.codes, scales = o.scales;
+    scales += static_cast<u64>(first_step(a, t, threadIdx.x / (kTileScales / 16))) * kTileScales +
+              threadIdx.x % (kTileScales / 16) * 16;
+  unknown(scales);
   const int chunks = o.chunks;
 #pragma unroll 1
-  for (int step = 0; step < chunks; step++, x += 128, codes += kTile, scales += kTileScales) {
-    barrier_wait(r.bar + kEmpty, r.parity);
+  for (int done = 0; done < chunks; done += kUnrolled) {
 #pragma unroll
-    for (int j = 0; j < kPieces; j++)
-      if (TILES * kTile % 2048 == 0 || j * 2048 + mine < TILES * kTile)
-        copy16(r.stage + kCodes + mine + j * 2048, codes + u64{codes_from[j]} * 16, 16);
-    if (scales_too) copy16(r.stage + kScales + mine, scales + u64{scales_from} * 16, 16);
-#if EVEN
-    const int bytes = 16;
-    const u64 xs = x;
-#else
-    const int bytes = step * 64 + piece * 8 < o.columns ? 16 : 0;
-    const u64 xs = bytes ? x : o.x;
-#endif
+    for (int s = 0; s < kUnrolled; s++) {
+      if (done + s >= chunks) break;
+      barrier_wait(r.bar + kEmpty, r.parity);
 #pragma unroll
-    for (int j = 0; j < kCopies; j++) copy16(r.stage + copy_at + j * 2048, xs + u64{from[j]} * 16, bytes);
-    barrier_arrive_copied(r.bar);
-    advance(r);
+      for (int j = 0; j < kPieces; j++)
+        if (TILES * kTile % 2048 == 0 || j * 2048 + mine < TILES * kTile)
+          copy16(r.stage + kCodes + mine + j * 2048, codes[j] + s * kTile, 16);
+      if (scales_too) copy16(r.stage + kScales + mine, scales + s * kTileScales, 16);
+      const int bytes = EVEN || (done + s) * 64 + piece * 8 < o.columns ? 16 : 0;
+#pragma unroll
+      for (int j = 0; j < kCopies; j++) copy16(r.stage + copy_at + j * 2048, x[j] + s * 128, bytes);
+      barrier_arrive_copied(r.bar);
+      advance(r);
+    }
+#pragma unroll
+    for (int j = 0; j < kCopies; j++) x[j] += kUnrolled * 128;
+#pragma unroll
+    for (int j = 0; j < kPieces; j++) codes[j] += kUnrolled * kTile;
+    scales += kUnrolled * kTileScales;
   }
 }
 
-// The next unit, for all threads that copy, and for those that multiply. `claimed`: of experts what the first thread has
-// claimed, one ahead, so that it need not wait for the number.
+// The next unit, for all threads that copy, and for those that multiply. `claimed`: of experts what the first thread
+// has claimed, one ahead, so that it need not wait for the number.
 DEVICE Tile publish(const Given &a, Units &n, int &claimed) {
   const int slot = n.slot;
   if (threadIdx.x == 0) {
@@ -151,14 +160,23 @@ constexpr int kGroups = 2 * EACH;     // of products in a step: 32 columns of a 
 constexpr int kAhead = EACH;          // groups that are decoded ahead of the one that is asked for
 constexpr int kDecoded = 2 * kAhead;  // that there are registers for
 
-// A thread's codes of a step, once they are there; and products of its tokens may be asked for behind this.
-DEVICE void next_codes(Codes (&c)[EACH], const Ring &r, int side) {
-  barrier_wait(r.bar, r.parity);
+// A step in shared memory: its tokens, for products, and the barrier of those who are done with it.
+struct Step {
+  u64 x;
+  u32 empty;
+};
+
+// A thread's codes of the next step, once it is there; products of its tokens may be asked for behind this.
+DEVICE Step next_step(Codes (&c)[EACH], Ring &r, int side, bool there) {
+  if (!there) barrier_wait(r.bar, r.parity);
   products_see_copies();
 #pragma unroll
   for (int e = 0; e < EACH; e++)
     c[e] = load_codes(r.stage + kCodes + (side * EACH + e) * kTile, r.stage + kScales + (side * EACH + e) * kTileScales,
                       threadIdx.x % 128);
+  const Step s = {descriptor(r.stage), r.bar + kEmpty};
+  advance(r);
+  return s;
 }
 
 // Sums that nothing is added to at the moment, times what block FP8 has between two blocks, see `fragments.Fragments`.
@@ -180,19 +198,25 @@ DEVICE const float *ratios_of(const Given &a, const Tile &t, int i) {
 }
 
 // d = w @ x of all columns. ptxas gives the loop of every size registers of its own for decoded weights.
+//
+// Whoever begins products waits for all that is loaded. So a step's codes are loaded a step before they are decoded,
+// and behind products that others are decoded after.
 template <int N>
 DEVICE void multiply(Sums &d, const Given &a, const Tile &t, int side, Ring &r) {
   const bool speaks = threadIdx.x % 32 == 0;
   const int chunks = operands(a, t).chunks;
   u32 pairs[kDecoded][8], before = 0;
-  Codes c[EACH], next[EACH];
+  Codes c[EACH], next[EACH], after[EACH];  // of this step, the next one, and that after it
 #if BLOCKS
 #pragma unroll
   for (int e = 0; e < EACH; e++)
 #pragma unroll
     for (int i = 0; i < N / 2; i++) d[e][i] = 0.0f;
 #endif
-  next_codes(next, r, side);
+  Step now = next_step(next, r, side, false), then = now;
+#pragma unroll
+  for (int e = 0; e < EACH; e++) after[e] = next[e];
+  if (chunks > 1) then = next_step(after, r, side, false);
 #pragma unroll
   for (int g = 0; g < kAhead; g++) decode_half(next[g], 0, pairs[g]);
 #if BLOCKS
@@ -203,10 +227,11 @@ DEVICE void multiply(Sums &d, const Given &a, const Tile &t, int side, Ring &r) 
 #endif
 #pragma unroll 1
   for (int step = 0; step < chunks; step++) {
-    const u64 x = descriptor(r.stage);
-    const u32 empty = r.bar + kEmpty;
+    const bool more = step + 2 < chunks;
+    const bool there = more && barrier_passed(r.bar, r.parity);  // asked long before it is looked at
+    Step last = then;
 #pragma unroll
-    for (int e = 0; e < EACH; e++) c[e] = next[e];
+    for (int e = 0; e < EACH; e++) c[e] = next[e], next[e] = after[e];
 #if BLOCKS
     if (step % 2 == 0) {  // two steps are a block
       products_wait<0>();
@@ -218,23 +243,18 @@ DEVICE void multiply(Sums &d, const Given &a, const Tile &t, int side, Ring &r) 
 #pragma unroll
     for (int g = 0; g < kGroups; g++) {
       products_begin();
-      Product<N>::add(d[g % EACH], &pairs[g % kDecoded][0], x + 4 * (g / EACH), BLOCKS || g >= EACH || step);
-      Product<N>::add(d[g % EACH], &pairs[g % kDecoded][4], x + 4 * (g / EACH) + 2, true);
+      Product<N>::add(d[g % EACH], &pairs[g % kDecoded][0], now.x + 4 * (g / EACH), BLOCKS || g >= EACH || step);
+      Product<N>::add(d[g % EACH], &pairs[g % kDecoded][4], now.x + 4 * (g / EACH) + 2, true);
       products_end();
-      if (g == 0) {  // the next step's codes, long before they are decoded: products keep shared memory busy
-        advance(r);
-        if (step + 1 < chunks) next_codes(next, r, side);
-      }
+      if (g == kGroups - 1 && more) last = next_step(after, r, side, there);
       // All but kAhead groups are done, and with the registers that are decoded into next.
       products_wait<kAhead>();
-      if (g == kAhead - 1) {
-        if (step && speaks) barrier_arrive(before);
-        before = empty;
-      }
-      // Behind the last step its own first ones are decoded once more.
-      const int then = g + kAhead;
-      decode_half(then < kGroups ? c[then % EACH] : next[then % EACH], then % kGroups / EACH, pairs[then % kDecoded]);
+      if (g == kAhead - 1 && step && speaks) barrier_arrive(before);
+      // Behind the last step its own first ones, or such as were never there, are decoded once more.
+      const int ahead = g + kAhead;
+      decode_half(ahead < kGroups ? c[ahead % EACH] : next[ahead % EACH], ahead % kGroups / EACH, pairs[ahead % kDecoded]);
     }
+    before = now.empty, now = then, then = last;
   }
   products_wait<0>();
   if (speaks) barrier_arrive(before);

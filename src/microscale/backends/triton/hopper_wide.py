@@ -41,7 +41,7 @@ class Given(ctypes.Structure):
             (n, ctypes.c_uint64)
             for n in ("tile_experts", "tile_starts", "ends", "order", "progress", "weights")
         ],
-        *[(n, ctypes.c_int) for n in ("units", "group", "tokens", "tokens_each", "top_k")],
+        *[(n, ctypes.c_int) for n in ("units", "group", "tokens", "tokens_each")],
         *[(n, ctypes.c_float) for n in ("alpha", "beta", "limit")],
     ]
 
@@ -151,7 +151,7 @@ def experts(
     y = torch.empty(weights.numel(), w2.shape[1], dtype=x.dtype, device=x.device)
     blocks = -(-inner // (64 * cut.users)) if apart else -(-w13.tiles // cut.tiles), -(-w2.tiles // cut.tiles)
     spec = _spec(
-        True, (w13, w2), cut, bias=tuple(map(_kind, biases)), weights=_kind(weights), kind=activation.kind,
+        True, (w13, w2), cut, bias=tuple(map(_kind, biases)), weights=_kind(weights), top_k=weights.shape[1], kind=activation.kind,
         gated=gated, apart=apart, limit=activation.limit is not None,
     )  # fmt: skip
     given = Given(
@@ -159,7 +159,7 @@ def experts(
             _operands(w13, h, x, biases[0], blocks[0]), _operands(w2, y, h, biases[1], blocks[1])
         ),
         *(t.data_ptr() for t in (table.tile_experts, table.tile_starts, table.ends, table.order)),
-        table.progress.data_ptr(), weights.data_ptr(), top_k=weights.shape[1],
+        table.progress.data_ptr(), weights.data_ptr(),
         alpha=activation.alpha, beta=activation.beta, limit=activation.limit or 0.0,
     )  # fmt: skip
     launch(spec, x.device, table.count * sum(blocks), given)
