@@ -87,15 +87,19 @@ static u8 *at(u32 address) { return raw + static_cast<int32_t>(address); }
 
 struct Barrier {
   u32 count, pending, phase;
+  int64_t bytes;  // that are still to come
 };
 static std::map<u32, Barrier> barriers_;
-static void barrier_init(u32 bar, u32 count) { barriers_[bar] = {count, count, 0}; }
+static void barrier_init(u32 bar, u32 count) { barriers_[bar] = {count, count, 0, 0}; }
 static void barriers_are_there() {}
-static void barrier_arrive(u32 bar) {
+static void barrier_changes(u32 bar, u32 arrivals, int64_t bytes) {
   Barrier &b = barriers_.at(bar);
-  if (--b.pending == 0) b.pending = b.count, b.phase ^= 1;
+  b.pending -= arrivals, b.bytes += bytes;
+  if (b.pending == 0 && b.bytes == 0) b.pending = b.count, b.phase ^= 1;
   progress_++;
 }
+static void barrier_arrive(u32 bar) { barrier_changes(bar, 1, 0); }
+static void barrier_expect(u32 bar, u32 bytes) { barrier_changes(bar, 1, bytes); }
 static void barrier_wait(u32 bar, u32 parity) {
   while (barriers_.at(bar).phase == parity) give_way();
 }
@@ -109,6 +113,33 @@ static void copy16(u32 to, u64 from, int bytes) {
   std::memcpy(at(to), reinterpret_cast<const void *>(from), bytes);
 }
 static void barrier_arrive_copied(u32 bar) { barrier_arrive(bar); }
+static void copy_bytes(u32 to, u64 from, u32 bytes, u32 bar) {
+  reads();
+  std::memcpy(at(to), reinterpret_cast<const void *>(from), bytes);
+  barrier_changes(bar, 0, -static_cast<int64_t>(bytes));
+}
+// As the test says it, in the place of the driver's description.
+struct Box {
+  u64 x;
+  int all, columns, rows;
+};
+static void copy_box(u32 to, const void *map, int column, int row, u32 bar) {
+  reads();
+  Box box;
+  std::memcpy(&box, map, sizeof box);
+  for (int i = 0; i < box.rows; i++)
+    for (int j = 0; j < 8; j++) {
+      u8 *piece = at((to + i * 128 + j * 16) ^ (i % 8 << 4));
+      std::memset(piece, 0, 16);
+      if (row + i < box.all && column + 8 * j < box.columns) {
+        const u64 first = u64(row + i) * box.columns + column + 8 * j;
+        std::memcpy(piece, reinterpret_cast<const u8 *>(box.x) + 2 * first, 16);
+      }
+    }
+  barrier_changes(bar, 0, -int64_t{128} * box.rows);
+}
+static void fetch_bytes(u64, u32) {}
+static bool elected() { return threadIdx.x % 32 == 0; }
 static void copies_wait() {}
 static void products_see_copies() {}
 template <typename T>

@@ -21,7 +21,7 @@ def test_every_number_of_tokens_has_a_cut_that_fits(layout: Any) -> None:
         assert cut.warps == 4 or cut.tiles >= 2
         assert parts == 1 or cut.chunks == 1
         assert not cut.bulk or (parts == 1 and cut.overlap)
-        assert cut.bulk or cuts.split(cut.block_m)[1] == 0
+        assert cut.bulk or cut.wide or cuts.split(cut.block_m)[1] == 0
 
     for fmt in FORMATS.values():
         for tokens in (1, 2, 8, 9, 31, 64, 127, 300, 2048, 20000):
@@ -89,12 +89,19 @@ def test_of_many_tokens_the_sizes_decide_which_cut(layout: Any) -> None:
     def block(tokens: int, rows: int) -> int:
         return int(cuts.linear_cut(fmt, tokens, rows // 64, 1).block_m)
 
-    # Programs of 128 rows: 40 of them for each block of tokens, or 64, and 132 multiprocessors.
-    assert [block(m, 5120) for m in (512, 576, 768, 960, 1152, 2048)] == [192, 192, 256, 320, 384, 128]
-    assert [block(m, 8192) for m in (384, 512, 640, 768, 1024, 2048)] == [192, 256, 320, 384, 256, 256]
+    # 80 and 128 tiles of rows, of which programs have two or four, and 132 multiprocessors.
+    assert [block(m, 5120) for m in (200, 256, 384, 512, 640, 768)] == [88, 88, 128, 176, 216, 128]
+    assert [block(m, 5120) for m in (1024, 1152, 1280, 2048, 3072, 8192)] == [176, 384, 104, 160, 120, 128]
+    assert [block(m, 8192) for m in (256, 512, 768, 1024, 2048, 8192)] == [128, 128, 384, 128, 128, 128]
+    # Few tiles of rows: more programs, each with one.
+    assert str(cuts.linear_cut(fmt, 256, 16, 1)) == "m128t1c2w4s3ob4"
     row = cuts.table()["4 bits"][0][-1]
-    assert cuts.rounds(row.cut, 768, 80) == 2 * (256 + cuts.START)  # 120 programs
-    assert cuts.rounds(row.cut, 769, 80) == 4 * (256 + cuts.START)  # 160
+    assert str(row.cut) == "m128t4c1w12s8x"
+    assert cuts.rounds(row.cut, 768, 80) == 4 * (128 + cuts.START[2])  # 120 programs
+    assert cuts.rounds(row.cut, 769, 80) == 2 * 4 * (128 + cuts.START[2])  # 140
+    # Fewer tokens than what is decoded in their time.
+    narrow = cuts.Cut.parse("m88t2c1w12s13x")
+    assert cuts.rounds(narrow, 88, 80) == 2 * (cuts.DECODING[1] + cuts.START[1])
     for tokens in (257, 1000, 5000, 100_000):
         for tiles in (1, 45, 80, 128, 1000):
             taken = cuts.rounds(row.fit(tokens, tiles), tokens, tiles)

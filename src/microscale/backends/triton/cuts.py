@@ -20,8 +20,10 @@ from microscale.formats import Format
 HOPPER_SHARED = 227 << 10  # bytes that a program may use
 REGISTERS = 1 << 16  # of a multiprocessor
 MULTIPROCESSORS = 132  # of an H100 or H200
-# What a program's beginning and end take, in tokens of its block: 2 us, whatever K is.
-START = 12
+# What a program's beginning and end take, in tokens of its block and whatever K is: of Gluon's kernels, and of `wide`
+# ones whose groups of warps have one tile, or two. And as many tokens' products as take what decoding takes there.
+START = {0: 22, 1: 16, 2: 12}
+DECODING = {0: 0, 1: 112, 2: 94}
 _WORD = re.compile(r"m(\d+)t(\d+)c(\d+)w(\d+)s(\d+)(o?)(h?)(f?)(?:b(\d+))?(?:p(\d))?(x?)")
 
 
@@ -61,7 +63,7 @@ class Cut:
             `few` no more fit, so that early programs do not crowd where the kernel ahead has left room.
         few: of experts, by `hopper_few`, whose stages are steps with codes in registers. Activations of one part only.
         wide: by `hopper_wide`, in which a group of four warps copies and `users` multiply, each one or two of `tiles`;
-            block_m is the most tokens of a program, whose number is fitted to an expert's, and a linear's by `each`.
+            block_m is the most tokens of a program, whose number is fitted to an expert's; a linear's all have so many.
             Activations of one part only.
     """
 
@@ -139,17 +141,13 @@ class Cut:
         """With `wide`: groups of warps that multiply."""
         return self.warps // 4 - 1
 
-    def each(self, tokens: int, tiles: int) -> int:
-        """With `wide`: tokens of a linear's programs, so that the busiest multiprocessor has the least to multiply."""
-        return _busiest(self.block_m, self.tiles, tokens, tiles)
-
     def usual(self, tail: bool) -> Cut:
         """With `wide`: Gluon's kernels for as many tokens, where there is no compiler for CUDA C++.
 
         Args:
             tail: of experts.
         """
-        m = split(self.block_m)[0]
+        m = split(self.block_m)[0] if tail else 128
         if m <= 64:
             return Cut(m, 2, 1, 4, 6, overlap=True, tail=tail)
         return Cut(m, 2, 1, 8, 3, overlap=True, tail=tail, bulk=1, programs=2 if m == 128 else 0)
@@ -220,9 +218,10 @@ class LinearRow:
         return tokens <= self.tokens and tiles >= self.tiles
 
     def fit(self, tokens: int, tiles: int) -> Cut:
-        """The cut that keeps the multiprocessors busiest: another than the first if it saves more than 3 %."""
-        best = min((self.cut, *self.others), key=lambda cut: rounds(cut, tokens, tiles))
-        return best if rounds(best, tokens, tiles) < 0.97 * rounds(self.cut, tokens, tiles) else self.cut
+        """The first cut that keeps the multiprocessors as busy as any does, but for 3 %."""
+        cuts = (self.cut, *self.others)
+        least = min(rounds(cut, tokens, tiles) for cut in cuts)
+        return next(cut for cut in cuts if rounds(cut, tokens, tiles) <= least / 0.97)
 
 
 def rounds(cut: Cut, tokens: int, tiles: int) -> int:
@@ -230,18 +229,10 @@ def rounds(cut: Cut, tokens: int, tiles: int) -> int:
 
     A multiprocessor multiplies programs one after the other, also if it holds two.
     """
-    return _rounds(cut.block_m, cut.tiles, tokens, tiles)
-
-
-def _rounds(block_m: int, of_program: int, tokens: int, tiles: int) -> int:
-    programs = -(-tiles // of_program) * -(-tokens // block_m)
-    return -(-programs // MULTIPROCESSORS) * of_program * (block_m + START)
-
-
-@lru_cache(1024)  # asked at every call of a linear
-def _busiest(most: int, of_program: int, tokens: int, tiles: int) -> int:
-    """See `Cut.each`."""
-    return min(range(16, most + 1, 16), key=lambda each: (_rounds(each, of_program, tokens, tiles), -each))
+    programs = -(-tiles // cut.tiles) * -(-tokens // cut.block_m)
+    of_group = cut.tiles // cut.users if cut.wide else 0
+    of_program = max(cut.block_m, DECODING[of_group]) + START[of_group]
+    return -(-programs // MULTIPROCESSORS) * cut.tiles * of_program
 
 
 @dataclass(frozen=True)
@@ -284,10 +275,13 @@ def table(arch: str = "sm_90") -> dict[str, tuple[tuple[LinearRow, ...], tuple[M
 
 def linear_cut(fmt: Format, tokens: int, tiles: int, parts: int) -> Cut:
     """For `tokens` tokens and a matrix of `tiles` times 64 rows; `parts`: of the activations, see `hopper`."""
-    if parts > 1:
-        return _in_parts(tokens).fitted(fmt, parts)
-    rows = table()[group(fmt)][0]
-    return next(row for row in rows if row.holds(tokens, tiles)).fit(tokens, tiles).fitted(fmt, parts)
+    cut = _in_parts(tokens) if parts > 1 else _linear_cut(group(fmt), tokens, tiles)
+    return cut.fitted(fmt, parts)
+
+
+@lru_cache(4096)  # asked at every call of a linear
+def _linear_cut(name: str, tokens: int, tiles: int) -> Cut:
+    return next(row for row in table()[name][0] if row.holds(tokens, tiles)).fit(tokens, tiles)
 
 
 def moe_cuts(

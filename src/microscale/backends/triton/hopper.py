@@ -16,7 +16,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from microscale.backends.triton import cuts, hopper_bulk, hopper_wide, tiles
+from microscale.backends.triton import cuts, hopper_bulk, hopper_linear, hopper_wide, tiles
 from microscale.backends.triton.cuts import Cut, split, tail_of
 from microscale.backends.triton.fragments import Fragments
 from microscale.backends.triton.hopper_bulk import main_of, rest_of
@@ -101,7 +101,7 @@ def linear(x: Tensor, w: Fragments, bias: Tensor | None, cut: Cut | None = None)
     if cut.wide:
         if not hopper_wide.refuse(w, None, () if bias is None else (bias.dtype,)):
             with tiles.on(x.device):
-                return hopper_wide.linear(as_parts(x), w, bias, cut)
+                return hopper_linear.linear(as_parts(x), w, bias, cut)
         cut = cut.usual(tail=False)
     y = torch.empty(m, n, dtype=x.dtype, device=x.device)
     tokens, _, rest = read_as(x, cut)

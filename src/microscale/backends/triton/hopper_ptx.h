@@ -48,6 +48,33 @@ DEVICE void copy16(u32 to, u64 from, int bytes) {
 DEVICE void barrier_arrive_copied(u32 bar) {
   asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(bar) : "memory");
 }
+// Of a warp whose threads are all here, one: what it says to the copying engine needs no loop over threads.
+DEVICE bool elected() {
+  u32 me;
+  asm volatile("{\n.reg .pred p;\nelect.sync _|p, 0xFFFFFFFF;\nselp.u32 %0, 1, 0, p;\n}" : "=r"(me));
+  return me;
+}
+// Arrives, and the phase does not end before so many bytes have come.
+DEVICE void barrier_expect(u32 bar, u32 bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(bar), "r"(bytes) : "memory");
+}
+// Of a matrix in the memory of bfloat16, so many rows as `map` says of 64 columns each, swizzled; zeros past its ends.
+DEVICE void copy_box(u32 to, const void *map, int column, int row, u32 bar) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(to),
+      "l"(map), "r"(column), "r"(row), "r"(bar)
+      : "memory");
+}
+// A multiple of 16 bytes.
+DEVICE void copy_bytes(u32 to, u64 from, u32 bytes, u32 bar) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
+               "l"(from), "r"(bytes), "r"(bar)
+               : "memory");
+}
+// What will be read soon may come nearer: it may still be written, too.
+DEVICE void fetch_bytes(u64 from, u32 bytes) {
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
+}
 DEVICE void copies_wait() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 DEVICE void products_see_copies() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 

@@ -1,4 +1,4 @@
-"""The text of `hopper_wide.cu` for a problem: constants, and the instructions that depend on them."""
+"""The text of `hopper_wide.cu` or `hopper_linear.cu` for a problem: constants, and the instructions that depend on them."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from microscale.backends.triton.cuts import wide_stages
 from microscale.backends.triton.hopper_decode import assembly
 from microscale.backends.triton.placement import LANDS
 
+BOX_REGISTERS = 24  # of who has a linear's copied
 COPY_REGISTERS = (56, 72)  # up to 144 tokens, and of more: addresses of a step
 STEP = 8  # what numbers of tokens are multiples of
 MOST_OF_TWO = 144  # tokens that a group has registers for which has two tiles of weights
@@ -23,7 +24,8 @@ class Spec:
     Attributes:
         experts: both of their products, or a linear.
         element, scale: of the format, as in `hopper_decode`.
-        most: tokens of a unit at most, a multiple of 16 up to 256; with two tiles each, or three users, up to 144.
+        most: tokens of a unit at most, a multiple of 16 up to 256; with two tiles each, or three users, up to 144. Of a
+            linear a multiple of 8, and with two tiles each up to 176.
         users: groups of warps that multiply, 2 or 3.
         each: tiles of 64 rows of weights that each has, 1 or 2.
         stages: of shared memory.
@@ -53,7 +55,10 @@ class Spec:
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        """Tokens that there is a loop for, the greatest first: as many as ptxas finds registers for."""
+        """Tokens that there is a loop for, the greatest first: as many as ptxas finds registers for. All programs of a
+        linear have equally many, and with one loop ptxas lets more tokens' products be under way."""
+        if not self.experts:
+            return (self.most,)
         loops = (208 - self.most) // 32 if self.each == 2 else len(PARTS)
         return tuple(dict.fromkeys(-(-self.most * p // 8 // STEP) * STEP for p in PARTS[:loops]))
 
@@ -65,7 +70,7 @@ class Spec:
     def registers(self) -> tuple[int, int]:
         """Of a thread that copies, and of one that multiplies: more than there are would wait for ever."""
         launched = 65536 // self.threads & -8
-        copies = COPY_REGISTERS[self.most > 144]
+        copies = COPY_REGISTERS[self.most > 144] if self.experts else BOX_REGISTERS
         return copies, launched + (launched - copies) // self.users & -8
 
     @property
@@ -78,7 +83,6 @@ class Spec:
 def constants(spec: Spec) -> str:
     """The lines that define what the text has in capitals."""
     given = {
-        "EXPERTS": int(spec.experts),
         "BITS": len(LANDS[spec.element]),
         "E4M3_SCALES": int(spec.scale == "e4m3"),
         "BLOCKS": int(spec.scale == "f32"),
@@ -114,7 +118,13 @@ def text(spec: Spec) -> str:
     """The whole source."""
     decode, products = _decode(spec.element, spec.scale), _products(spec)
     given = constants(spec) + part("hopper_ptx.h") + decode + products
-    return given + part("hopper_unit.h") + part("hopper_wide.cu")
+    return given + kernel(spec)
+
+
+def kernel(spec: Spec) -> str:
+    """What comes behind the instructions."""
+    what = ("hopper_unit.h", "hopper_wide.cu") if spec.experts else ("hopper_linear.h", "hopper_linear.cu")
+    return part(what[0]) + part("hopper_steps.h") + part(what[1])
 
 
 def _decode(element: str, scale: str) -> str:

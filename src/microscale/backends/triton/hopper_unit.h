@@ -1,13 +1,10 @@
 // What `hopper_wide.cu` works on: the kernel's argument, units of work, codes on their way, and what becomes of sums.
 
-constexpr int kTile = 512 * BITS;                     // bytes of 64 rows by 64 columns,
-constexpr int kTileScales = E4M3_SCALES ? 256 : 128;  // and of their scales
 constexpr bool kGated = GATED;
 
-// A linear, or one of the two products of experts.
-enum Kind { kLinear, kFirst, kSecond };
-constexpr bool kInTurn = EXPERTS && kGated && !APART;  // of the first, a tile's rows are gates and ups in turn
-constexpr int kBiases[2] = {BIAS};                     // of w13 and w2, or of a linear: 0 none, 1 bfloat16, 2 float32
+enum Kind { kFirst, kSecond };                // of the products
+constexpr bool kInTurn = kGated && !APART;  // of the first, a tile's rows are gates and ups in turn
+constexpr int kBiases[2] = {BIAS};          // of w13 and w2: 0 none, 1 bfloat16, 2 float32
 constexpr bool kRowScales[2] = {ROW_SCALE};
 
 struct Operands {
@@ -17,10 +14,8 @@ struct Operands {
 };
 
 struct Given {
-  Operands of[2];  // a linear has the first
+  Operands of[2];
   u64 tile_experts, tile_starts, ends, order, progress, weights;
-  int units, group;         // of a linear: all units; tiles of tokens that take turns
-  int tokens, tokens_each;  // of a linear: all, and of a tile
   float alpha, beta, limit;
 };
 
@@ -29,11 +24,11 @@ struct Tile {
   int start;    // of its tokens: the first place
   int count;    // how many
   int block;    // of weight rows
-  int product;  // of experts: 0 or 1
+  int product;  // 0 or 1
   int tile;     // of tokens
 };
 
-DEVICE const Operands &operands(const Given &a, const Tile &t) { return a.of[EXPERTS ? t.product : 0]; }
+DEVICE const Operands &operands(const Given &a, const Tile &t) { return a.of[t.product]; }
 
 // The least of SIZES that so many tokens fit in.
 DEVICE int rounded(int n) {
@@ -45,19 +40,7 @@ DEVICE int rounded(int n) {
   return found;
 }
 
-DEVICE Tile linear_unit(const Given &a, int u) {
-  Tile t = {-1};
-  if (u >= a.units) return t;
-  const int whole = a.of[0].blocks * a.group, of = u / whole, in = u - of * whole;
-  const int height = min((a.tokens + a.tokens_each - 1) / a.tokens_each - of * a.group, a.group);
-  t.block = in / height;
-  t.start = (of * a.group + in - t.block * height) * a.tokens_each;
-  t.count = min(a.tokens_each, a.tokens - t.start);
-  t.expert = 0;
-  return t;
-}
-
-// Of experts: all of w13, then all of w2, whose tokens are done long before by then.
+// All of w13, then all of w2, whose tokens are done long before by then.
 DEVICE Tile experts_unit(const Given &a, int u) {
   const int used = load(tiles_used(a.progress)), ahead = used * a.of[0].blocks;
   Tile t = {-1};
@@ -87,54 +70,6 @@ DEVICE int row_tile(const Given &a, const Tile &t, int i) {
 
 // Columns of y that come of a tile.
 DEVICE int results_of(const Tile &t) { return kInTurn && t.product == 0 ? 32 : 64; }
-
-struct Codes {
-  uint4 four;
-#if BITS > 4
-  uint4 more;
-#endif
-  u32 scale;
-#if E4M3_SCALES
-  u32 scale1;
-#endif
-};
-
-// A thread's codes and scales of a tile that lies in shared memory.
-DEVICE Codes load_codes(u32 codes, u32 scales, int thread) {
-  Codes c;
-  c.four = shared16(codes + thread * 16);
-#if BITS == 6
-  const uint2 v = shared8(codes + 2048 + thread * 8);
-  c.more = make_uint4(v.x, v.y, 0, 0);
-#elif BITS == 8
-  c.more = shared16(codes + 2048 + thread * 16);
-#endif
-#if E4M3_SCALES
-  const uint2 s = shared8(scales + thread / 4 * 8);
-  c.scale = s.x;
-  c.scale1 = s.y;
-#else
-  c.scale = shared4(scales + thread / 4 * 4);
-#endif
-  return c;
-}
-
-// Half a step: 32 columns, as eight pairs of bfloat16.
-DEVICE void decode_half(const Codes &c, int p, u32 (&o)[8]) {
-#if E4M3_SCALES
-  const u32 s = p ? c.scale1 : c.scale;
-#else
-  const u32 s = (p ? __funnelshift_l(c.scale, c.scale, 8) : c.scale) & 0x7F807F80;
-#endif
-#if BITS == 4
-  decode_group(o, p ? c.four.z : c.four.x, p ? c.four.w : c.four.y, s);
-#elif BITS == 6
-  decode_group(o, p ? c.four.z : c.four.x, p ? c.four.w : c.four.y, p ? c.more.y : c.more.x, s);
-#else
-  const uint4 w = p ? c.more : c.four;
-  decode_group(o, w.x, w.y, w.z, w.w, s);
-#endif
-}
 
 DEVICE float activate(const Given &a, float gate, float up) {
 #if HAS_LIMIT
@@ -260,7 +195,7 @@ struct Route {
 
 DEVICE Route route_of(const Given &a, const Tile &t, int token) {
   Route r = {0, 0.0f};
-  if (!EXPERTS || t.product == 0) return r;
+  if (t.product == 0) return r;
   r.to = load(reinterpret_cast<const int *>(a.order) + t.start + min(token, t.count - 1));
 #if WEIGHTS == 1
   const unsigned short bits = __ldg(reinterpret_cast<const unsigned short *>(a.weights) + r.to);

@@ -1,51 +1,15 @@
 // Products of many tokens on Hopper: one group of four warps copies tokens and codes into shared memory, two or three
 // others decode 64 or 128 rows of weights each into registers and multiply. `hopper_text.py` writes the constants in
-// capitals, `decode_group` and `Product` above this text, and `hopper_ptx.h` and `hopper_unit.h` come before it.
+// capitals, `decode_group` and `Product` above this text; `hopper_ptx.h`, `hopper_unit.h` and `hopper_steps.h` come before.
 //
 // A program stays on its multiprocessor and takes units: TILES of 64 rows times one tile of at most MOST tokens, whose
 // number is fitted to what is there: one of SIZES. No barrier holds the groups together: the one that copies runs
 // ahead, also into the next unit, and while one group decodes, activates or stores, another multiplies.
 //
-// Of a linear a program takes every gridDim-th unit. Both products of experts are one list, from which programs claim:
-// a unit of w2 waits until its tokens are done with w13, and whoever has claimed that runs and waits for nobody.
+// Both products of experts are one list, from which programs claim: a unit of w2 waits until its tokens are done with
+// w13, and whoever has claimed that runs and waits for nobody. A linear is `hopper_linear.cu`'s.
 
-constexpr int kCodes = (MOST + 15) / 16 * 2048;  // behind 64 columns of all tokens, which come 16 at a time,
-constexpr int kScales = kCodes + TILES * kTile;  // as many columns of the weights, and behind these their scales:
-constexpr int kStage = (kScales + TILES * kTileScales + 1023) / 1024 * 1024;  // bytes of a step in shared memory
 constexpr int kPieces = (TILES * kTile + 2047) / 2048;  // of 16 bytes that a thread copies of the codes
-
-// Steps in shared memory: the barriers of all that are full, those of all that are empty, and where one is in the
-// round.
-struct Ring {
-  u32 first, full;
-  u32 stage, bar, parity;
-};
-constexpr int kEmpty = 8 * STAGES;  // behind the barrier of the same step
-
-DEVICE void advance(Ring &r) {
-  r.stage += kStage, r.bar += 8;
-  if (r.bar == r.full + kEmpty) r.stage = r.first, r.bar = r.full, r.parity ^= 1;
-}
-
-// The units of a program, which the group that copies finds out and the others read. All have read one when all steps
-// of it have been multiplied, so that there are never more than the stages can be of, and one at each end.
-constexpr int kUnits = STAGES + 2;
-struct Units {
-  Tile *tiles;
-  u32 bars, parity;
-  int slot;
-};
-
-DEVICE void advance(Units &n) {
-  if (++n.slot == kUnits) n.slot = 0, n.parity ^= 1;
-}
-
-DEVICE Tile next_unit(Units &n) {
-  barrier_wait(n.bars + n.slot * 8, n.parity);
-  const Tile t = n.tiles[n.slot];
-  advance(n);
-  return t;
-}
 
 // A tile of a unit's weights, or the last one.
 DEVICE int tile_there(const Given &a, const Tile &t, int i) { return min(row_tile(a, t, i), operands(a, t).tiles - 1); }
@@ -70,7 +34,7 @@ DEVICE void copy_unit(const Given &a, Ring &r, const Tile &t) {
   u32 which[kCopies];
 #pragma unroll
   for (int j = 0; j < kCopies; j++) which[j] = t.start + min(token + 16 * j, t.count - 1);
-  if (EXPERTS && t.product == 0)
+  if (t.product == 0)
 #pragma unroll
     for (int j = 0; j < kCopies; j++)
       which[j] = static_cast<u32>(load(reinterpret_cast<const int *>(a.order) + which[j])) / TOP_K;
@@ -124,9 +88,9 @@ DEVICE void copy_unit(const Given &a, Ring &r, const Tile &t) {
 DEVICE Tile publish(const Given &a, Units &n, int &claimed) {
   const int slot = n.slot;
   if (threadIdx.x == 0) {
-    n.tiles[slot] = EXPERTS ? experts_unit(a, claimed) : linear_unit(a, claimed);
+    n.tiles[slot] = experts_unit(a, claimed);
     barrier_arrive(n.bars + slot * 8);
-    claimed = EXPERTS ? claim(a.progress) : claimed + gridDim.x;
+    claimed = claim(a.progress);
   }
   meet(USERS);
   advance(n);
@@ -136,12 +100,12 @@ DEVICE Tile publish(const Given &a, Units &n, int &claimed) {
 // The first group of warps.
 DEVICE void copy(const Given &a, Ring r, Units n) {
   r.parity = 1;
-  int claimed = blockIdx.x;
-  if (EXPERTS && threadIdx.x == 0) claimed = claim(a.progress);
+  int claimed = 0;
+  if (threadIdx.x == 0) claimed = claim(a.progress);
   for (;;) {
     const Tile t = publish(a, n, claimed);
     if (t.expert < 0) break;
-    if (EXPERTS && t.product == 1) wait_until(tile_done(a.progress, t.tile), a.of[0].blocks * USERS);
+    if (t.product == 1) wait_until(tile_done(a.progress, t.tile), a.of[0].blocks * USERS);
     switch (rounded(t.count)) {
 #define COPY(n) \
   case n: copy_unit<n>(a, r, t); break;
@@ -150,15 +114,6 @@ DEVICE void copy(const Given &a, Ring r, Units n) {
   }
   copies_wait();
 }
-
-// 128-byte rows, eight of them swizzled together.
-DEVICE u64 descriptor(u32 address) {
-  return (static_cast<u64>((address & 0x3FFFF) >> 4)) | (1ull << 16) | (64ull << 32) | (1ull << 62);
-}
-
-constexpr int kGroups = 2 * EACH;     // of products in a step: 32 columns of a tile each
-constexpr int kAhead = EACH;          // groups that are decoded ahead of the one that is asked for
-constexpr int kDecoded = 2 * kAhead;  // that there are registers for
 
 // A step in shared memory: its tokens, for products, and the barrier of those who are done with it.
 struct Step {
@@ -172,23 +127,11 @@ DEVICE Step next_step(Codes (&c)[EACH], Ring &r, int side, bool there) {
   products_see_copies();
 #pragma unroll
   for (int e = 0; e < EACH; e++)
-    c[e] = load_codes(r.stage + kCodes + (side * EACH + e) * kTile, r.stage + kScales + (side * EACH + e) * kTileScales,
-                      threadIdx.x % 128);
+    c[e] = load_codes(places_of(r.stage + kCodes + (side * EACH + e) * kTile,
+                                r.stage + kScales + (side * EACH + e) * kTileScales, threadIdx.x % 128));
   const Step s = {descriptor(r.stage), r.bar + kEmpty};
   advance(r);
   return s;
-}
-
-// Sums that nothing is added to at the moment, times what block FP8 has between two blocks, see `fragments.Fragments`.
-template <int N>
-DEVICE void rescale(Sums &d, const float (&ratio)[EACH]) {
-#pragma unroll
-  for (int e = 0; e < EACH; e++)
-#pragma unroll
-    for (int i = 0; i < N / 2; i++) {
-      not_before(d[e][i]);
-      d[e][i] *= ratio[e];
-    }
 }
 
 DEVICE const float *ratios_of(const Given &a, const Tile &t, int i) {
@@ -295,9 +238,7 @@ DEVICE void use_unit(const Given &a, const Tile &t, int side, Ring &r, int *rout
   for (int e = 0; e < EACH; e++)
 #pragma unroll
     for (int i = 0; i < MOST / 2; i++) not_before(d[e][i]);
-  if (!EXPERTS) {
-    store<kLinear>(d, a, t, side, routes, shares);
-  } else if (t.product == 0) {
+  if (t.product == 0) {
     store<kFirst>(d, a, t, side, routes, shares);
     tell(a, t, side);
   } else {
@@ -318,7 +259,7 @@ DEVICE void use(const Given &a, Ring r, Units n, int (*routes)[USERS][MOST], flo
   for (int turn = 0; t.expert >= 0; t = next_unit(n)) {
     if (row_tile(a, t, side * EACH) * results_of(t) >= operands(a, t).width) {
       leave_out(a, t, r);
-      if (EXPERTS && t.product == 0) tell(a, t, side);
+      if (t.product == 0) tell(a, t, side);
       continue;
     }
     use_unit(a, t, side, r, routes[turn][side], shares[turn][side]);

@@ -1,4 +1,4 @@
-"""Products of many tokens on Hopper in CUDA C++, `hopper_wide.cu`, for cuts that are `wide`.
+"""Experts of many tokens on Hopper in CUDA C++, `hopper_wide.cu`, for cuts that are `wide`; linears: `hopper_linear`.
 
 Groups of warps of one program work without a barrier between them, and a program's number of tokens is fitted to what
 an expert has: two things that Gluon cannot say. `nvrtc` compiles the text when it is first needed.
@@ -20,7 +20,6 @@ from microscale.backends.triton.hopper_text import KINDS, MOST_OF_TWO, Spec, tex
 from microscale.backends.triton.routing import Table
 
 _FLOATS = {torch.bfloat16: 1, torch.float32: 2}  # as `Spec.bias` says it
-_GROUP = 8  # tiles of tokens that take turns with the rows, so that both are found in the cache
 
 
 class Operands(ctypes.Structure):
@@ -41,17 +40,16 @@ class Given(ctypes.Structure):
             (n, ctypes.c_uint64)
             for n in ("tile_experts", "tile_starts", "ends", "order", "progress", "weights")
         ],
-        *[(n, ctypes.c_int) for n in ("units", "group", "tokens", "tokens_each")],
         *[(n, ctypes.c_float) for n in ("alpha", "beta", "limit")],
     ]
 
 
 @cache
 def _kernel(spec: Spec, device: int) -> nvrtc.Kernel:
-    return nvrtc.kernel("hopper_wide.cu", text(spec), "wide", spec.shared, device)
+    return nvrtc.kernel(f"hopper_{'wide' if spec.experts else 'linear'}.cu", text(spec), "wide", spec.shared, device)
 
 
-def launch(spec: Spec, device: torch.device, units: int, given: Given) -> None:
+def launch(spec: Spec, device: torch.device, units: int, given: ctypes.Structure) -> None:
     """On the current stream; `units`: of work, for as many programs at most as there are multiprocessors."""
     index = torch.cuda.current_device() if device.index is None else device.index
     _kernel(spec, index).launch(min(units, tiles.target(device).units), spec.threads, given, early=True)
@@ -92,7 +90,8 @@ def taken(
     return cut, cut
 
 
-def _spec(experts: bool, matrices: tuple[Fragments, ...], cut: Cut, **rest: object) -> Spec:
+def spec_of(experts: bool, matrices: tuple[Fragments, ...], cut: Cut, **rest: object) -> Spec:
+    """For these weights, of one format."""
     element, scale = matrices[0].format.element.name, matrices[0].format.scale
     return Spec(
         experts, element, scale, cut.block_m, cut.stages, cut.users, cut.tiles // cut.users,
@@ -101,32 +100,22 @@ def _spec(experts: bool, matrices: tuple[Fragments, ...], cut: Cut, **rest: obje
     )  # fmt: skip
 
 
-def _address(t: Tensor | None) -> int:
+def address(t: Tensor | None) -> int:
+    """Or 0."""
     return 0 if t is None else t.data_ptr()
 
 
 def _operands(w: Fragments, y: Tensor, x: Tensor, bias: Tensor | None, blocks: int) -> Operands:
     """`blocks`: of rows, that a tile of tokens has."""
     return Operands(
-        y.data_ptr(), x.data_ptr(), w.codes.data_ptr(), w.scales.data_ptr(), _address(w.ratios),
-        _address(w.row_scale), _address(bias), w.shape[-2], y.shape[-1], w.shape[-1], w.tiles, w.chunks, blocks,
+        y.data_ptr(), x.data_ptr(), w.codes.data_ptr(), w.scales.data_ptr(), address(w.ratios),
+        address(w.row_scale), address(bias), w.shape[-2], y.shape[-1], w.shape[-1], w.tiles, w.chunks, blocks,
     )  # fmt: skip
 
 
-def _kind(t: Tensor | None) -> int:
+def float_kind(t: Tensor | None) -> int:
+    """As `Spec.bias` says it."""
     return 0 if t is None else _FLOATS[t.dtype]
-
-
-def linear(x: Tensor, w: Fragments, bias: Tensor | None, cut: Cut) -> Tensor:
-    """[M, K] bfloat16, contiguous and at a multiple of 16 bytes -> [M, N]."""
-    m, n = x.shape[0], w.shape[-2]
-    each, blocks = cut.each(m, w.tiles), -(-w.tiles // cut.tiles)
-    units = blocks * -(-m // each)
-    y = torch.empty(m, n, dtype=x.dtype, device=x.device)
-    operands = (Operands * 2)(_operands(w, y, x, bias, blocks))
-    given = Given(operands, units=units, group=_GROUP, tokens=m, tokens_each=each)
-    launch(_spec(False, (w,), cut, bias=(_kind(bias),)), x.device, units, given)
-    return y
 
 
 def experts(
@@ -150,9 +139,9 @@ def experts(
     h = torch.empty(weights.numel(), inner, dtype=x.dtype, device=x.device)
     y = torch.empty(weights.numel(), w2.shape[1], dtype=x.dtype, device=x.device)
     blocks = -(-inner // (64 * cut.users)) if apart else -(-w13.tiles // cut.tiles), -(-w2.tiles // cut.tiles)
-    spec = _spec(
-        True, (w13, w2), cut, bias=tuple(map(_kind, biases)), weights=_kind(weights), top_k=weights.shape[1], kind=activation.kind,
-        gated=gated, apart=apart, limit=activation.limit is not None,
+    spec = spec_of(
+        True, (w13, w2), cut, bias=tuple(map(float_kind, biases)), weights=float_kind(weights), top_k=weights.shape[1],
+        kind=activation.kind, gated=gated, apart=apart, limit=activation.limit is not None,
     )  # fmt: skip
     given = Given(
         (Operands * 2)(

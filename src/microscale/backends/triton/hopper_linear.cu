@@ -1,0 +1,193 @@
+// Linears of many tokens on Hopper: one thread has tokens and codes copied into shared memory, and two or three groups of
+// four warps decode 64 or 128 rows of weights each into registers and multiply. `hopper_text.py` writes the constants in
+// capitals, `decode_group` and `Product` above this text; `hopper_ptx.h`, `hopper_linear.h` and `hopper_steps.h` come
+// before.
+//
+// A program stays on its multiprocessor and takes every gridDim-th unit: TILES of 64 rows times MOST tokens. No barrier
+// holds the groups together: who copies runs ahead, also into the next unit, and while one group decodes or stores,
+// another multiplies. Copies are whole boxes of tokens and whole tiles of codes, which arrive as products read: nobody
+// spends instructions on them, or on a fence, where those of decoding are what small products wait for.
+
+constexpr int kEarly = 16;  // steps whose codes come nearer while the kernel ahead still runs
+
+// A tile of a unit's weights, or the last one.
+DEVICE int tile_there(const Given &a, const Tile &t, int i) { return min(TILES * t.block + i, a.tiles - 1); }
+
+// All columns of a unit.
+DEVICE void copy_unit(const Given &a, Ring &r, const Tile &t) {
+  u32 at[TILES];  // in tiles and steps
+#pragma unroll
+  for (int i = 0; i < TILES; i++) at[i] = tile_there(a, t, i) * a.chunks;
+#pragma unroll 1
+  for (int column = 0; column < 64 * a.chunks; column += 64) {
+    barrier_wait(r.bar + kEmpty, r.parity);
+    barrier_expect(r.bar, a.each * 128 + TILES * (kTile + kTileScales));
+    copy_box(r.stage, a.boxes, column, t.start, r.bar);
+#pragma unroll
+    for (int i = 0; i < TILES; i++) {
+      copy_bytes(r.stage + kCodes + i * kTile, a.codes + u64{at[i]} * kTile, kTile, r.bar);
+      copy_bytes(r.stage + kScales + i * kTileScales, a.scales + u64{at[i]} * kTileScales, kTileScales, r.bar);
+      at[i]++;
+    }
+    advance(r);
+  }
+}
+
+// The first group of warps, of which one thread copies.
+DEVICE void copy(const Given &a, Ring r, Units n) {
+  if (threadIdx.x < TILES) {
+    const u32 first = tile_there(a, unit(a, blockIdx.x), threadIdx.x) * a.chunks;
+    fetch_bytes(a.codes + u64{first} * kTile, min(a.chunks, kEarly) * kTile);
+  }
+  wait_ahead();
+  if (__shfl_sync(~0u, threadIdx.x / 32, 0) != 0 || !elected()) return;
+  r.parity = 1;
+  for (int u = blockIdx.x;; u += gridDim.x) {
+    const Tile t = unit_or_none(a, u);
+    n.tiles[n.slot] = t;
+    barrier_arrive(n.bars + n.slot * 8);
+    advance(n);
+    if (t.there < 0) break;
+    copy_unit(a, r, t);
+  }
+}
+
+// Where a thread's codes and scales of its group's first tile lie in a step. By way of a shuffle: what the compiler knows
+// it works out again for every step.
+DEVICE Places places_in_step(int side) {
+  const Places p = places_of(kCodes + side * EACH * kTile, kScales + side * EACH * kTileScales, threadIdx.x % 128);
+  const auto hidden = [](u32 v) { return __shfl_sync(~0u, v, threadIdx.x % 32); };
+  return {hidden(p.four), hidden(p.more), hidden(p.scales)};
+}
+
+// A thread's codes of a step, once they are there.
+DEVICE void next_codes(Codes (&c)[EACH], const Ring &r, const Places &at) {
+  barrier_wait(r.bar, r.parity);
+#pragma unroll
+  for (int e = 0; e < EACH; e++) {
+    const u32 tile = r.stage + e * kTile;
+    c[e] = load_codes({tile + at.four, tile + at.more, r.stage + e * kTileScales + at.scales});
+  }
+}
+
+DEVICE const float *ratios_of(const Given &a, const Tile &t, int i) {
+  const long long row = tile_there(a, t, i) / 2;
+  return reinterpret_cast<const float *>(a.ratios) + row * ((a.chunks + 1) / 2 + 1);
+}
+
+// d = w @ x of all columns.
+DEVICE void multiply(Sums &d, const Given &a, const Tile &t, int side, Ring &r) {
+  const bool speaks = threadIdx.x % 32 == 0;
+  const Places at = places_in_step(side);
+  u32 pairs[kDecoded][8], before = 0;
+  Codes c[EACH];
+#if BLOCKS
+#pragma unroll
+  for (int e = 0; e < EACH; e++)
+#pragma unroll
+    for (int i = 0; i < MOST / 2; i++) d[e][i] = 0.0f;
+#endif
+  next_codes(c, r, at);
+#pragma unroll
+  for (int g = 0; g < kAhead; g++) decode_half(c[g], 0, pairs[g]);
+#if BLOCKS
+  const float *ratios[EACH];
+  float ratio[EACH];
+#pragma unroll
+  for (int e = 0; e < EACH; e++) ratios[e] = ratios_of(a, t, side * EACH + e), ratio[e] = __ldg(ratios[e]);
+#endif
+#pragma unroll 1
+  for (int step = 0; step < a.chunks; step++) {
+    const u64 x = descriptor(r.stage);
+#if BLOCKS
+    if (step % 2 == 0) {  // two steps are a block
+      products_wait<0>();
+      rescale<MOST>(d, ratio);
+#pragma unroll
+      for (int e = 0; e < EACH; e++) ratio[e] = __ldg(ratios[e] + step / 2 + 1);
+    }
+#endif
+#pragma unroll
+    for (int g = 0; g < kGroups; g++) {
+      products_begin();
+      Product<MOST>::add(d[g % EACH], &pairs[g % kDecoded][0], x + 4 * (g / EACH), BLOCKS || g >= EACH || step);
+      Product<MOST>::add(d[g % EACH], &pairs[g % kDecoded][4], x + 4 * (g / EACH) + 2, true);
+      products_end();
+      // All but kAhead groups are done, and with the registers that are decoded into next.
+      products_wait<kAhead>();
+      if (g == kAhead - 1 && step && speaks) barrier_arrive(before);
+      const int next = (g + kAhead) % kGroups;  // behind the last step its first ones are decoded once more
+      const Codes now = c[next % EACH];
+      if (g == kGroups - 1 - kAhead) {  // the last of these codes are decoded while the next come
+        before = r.bar + kEmpty;
+        advance(r);
+        if (step + 1 < a.chunks) next_codes(c, r, at);
+      }
+      decode_half(now, next / EACH, pairs[(g + kAhead) % kDecoded]);
+    }
+  }
+  products_wait<0>();
+  if (speaks) barrier_arrive(before);
+#if BLOCKS
+  rescale<MOST>(d, ratio);
+#endif
+}
+
+// The steps of a group that has no rows in a unit.
+DEVICE void leave_out(const Given &a, Ring &r) {
+  for (int step = 0; step < a.chunks; step++) {
+    barrier_wait(r.bar, r.parity);
+    if (threadIdx.x % 32 == 0) barrier_arrive(r.bar + kEmpty);
+    advance(r);
+  }
+}
+
+// All groups but the first.
+DEVICE void use(const Given &a, Ring r, Units n) {
+  const int side = __shfl_sync(~0u, threadIdx.x / 128, 0) - 1;
+  Tile t = next_unit(n);
+  // Groups begin one after the other, and so they end: the matrix unit is never without one.
+  if (t.there >= 0) barrier_wait(r.full + min(side * STAGES / (2 * USERS - 2), a.chunks - 1) * 8, 0);
+  for (; t.there >= 0; t = next_unit(n)) {
+    if ((TILES * t.block + side * EACH) * 64 >= a.rows) {
+      leave_out(a, r);
+      continue;
+    }
+    Sums d;  // the first products are not added to it
+    multiply(d, a, t, side, r);
+#pragma unroll
+    for (int e = 0; e < EACH; e++)
+#pragma unroll
+      for (int i = 0; i < MOST / 2; i++) not_before(d[e][i]);
+    store(d, a, t, side);
+  }
+}
+
+extern "C" __global__ void __launch_bounds__(128 + 128 * USERS, 1) wide(const __grid_constant__ Given a) {
+  DYNAMIC_SHARED(raw);
+  __shared__ u64 bars[2 * STAGES + kUnits];
+  __shared__ Tile tiles[kUnits];
+  Ring r;
+  // By way of a shuffle: addresses that the compiler knows it works out again for every use, slowly.
+  r.stage = r.first = __shfl_sync(~0u, (shared_address(raw) + 1023) & ~1023u, 0);
+  r.bar = r.full = __shfl_sync(~0u, shared_address(bars), 0);
+  r.parity = 0;
+  const Units n = {tiles, r.full + 2 * kEmpty, 0, 0};
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < STAGES; i++) {
+      barrier_init(r.full + 8 * i, 1);                   // who copies
+      barrier_init(r.full + kEmpty + 8 * i, 4 * USERS);  // every other warp
+    }
+    for (int i = 0; i < kUnits; i++) barrier_init(n.bars + 8 * i, 1);
+    barriers_are_there();
+  }
+  __syncthreads();
+  if (threadIdx.x < 128) {
+    fewer_registers<COPY_REGISTERS>();
+    copy(a, r, n);
+  } else {
+    more_registers<USE_REGISTERS>();
+    wait_ahead();  // weights and biases may be new, too
+    use(a, r, n);
+  }
+}

@@ -1,0 +1,98 @@
+// What `hopper_linear.cu` works on: the kernel's argument, units of work, and what becomes of sums.
+
+struct __align__(64) Given {
+  u8 boxes[128];  // of tokens, as the driver describes them
+  u64 y, codes, scales, ratios, row_scale, bias;
+  int units, blocks, group;  // units in all; those of one tile of tokens; tiles of tokens that take turns
+  int tokens, each;          // M, and of a tile
+  int rows, tiles, chunks;   // N, and how many times 64 of N and of K
+};
+
+struct Tile {
+  int there;  // -1: none, nor of the units that follow
+  int start;  // of its tokens: the first
+  int count;  // how many
+  int block;  // of weight rows
+};
+
+// A thread's sums of EACH tiles.
+typedef float Sums[EACH][MOST / 2];
+
+DEVICE Tile unit(const Given &a, int u) {
+  Tile t;
+  const int whole = a.blocks * a.group, of = u / whole, in = u - of * whole;
+  const int height = min((a.tokens + a.each - 1) / a.each - of * a.group, a.group);
+  t.block = in / height;
+  t.start = (of * a.group + in - t.block * height) * a.each;
+  t.count = min(a.each, a.tokens - t.start);
+  t.there = 0;
+  return t;
+}
+
+DEVICE Tile unit_or_none(const Given &a, int u) {
+  Tile none;
+  none.there = -1;
+  return u < a.units ? unit(a, u) : none;
+}
+
+#if BIAS
+DEVICE float bias_at(const Given &a, long long i) {
+#if BIAS == 1
+  return __uint_as_float(static_cast<u32>(__ldg(reinterpret_cast<const unsigned short *>(a.bias) + i)) << 16);
+#elif BIAS == 2
+  return __ldg(reinterpret_cast<const float *>(a.bias) + i);
+#endif
+}
+#endif
+
+// What a thread needs of the rows of one of its tiles, which are neighbours, behind their sums.
+struct Rows {
+  float bias0, bias1, scale0, scale1;
+};
+
+DEVICE Rows rows_of(const Given &a, int tile) {
+  Rows r = {0.0f, 0.0f, 1.0f, 1.0f};
+#if BIAS || ROW_SCALE
+  const int row = 64 * tile + threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4 * 2;
+  const long long row0 = min(row, a.rows - 1), row1 = min(row + 1, a.rows - 1);
+#endif
+#if BIAS
+  r.bias0 = bias_at(a, row0), r.bias1 = bias_at(a, row1);
+#endif
+#if ROW_SCALE
+  r.scale0 = __ldg(reinterpret_cast<const float *>(a.row_scale) + row0);
+  r.scale1 = __ldg(reinterpret_cast<const float *>(a.row_scale) + row1);
+#endif
+  return r;
+}
+
+// Sums of a unit to y.
+DEVICE void store(const Sums &d, const Given &a, const Tile &t, int side) {
+  const int thread = threadIdx.x % 128, warp = thread / 32, g = thread % 32 / 4, t4 = thread % 4;
+  u8 *y = reinterpret_cast<u8 *>(a.y);
+  Rows rows[EACH];
+#pragma unroll
+  for (int e = 0; e < EACH; e++) rows[e] = rows_of(a, TILES * t.block + side * EACH + e);
+#pragma unroll
+  for (int e = 0; e < EACH; e++) {
+    const int tile = TILES * t.block + side * EACH + e;
+#pragma unroll
+    for (int j = 0; j < MOST / 8; j++) {
+      if (8 * j >= t.count) break;
+      const int token = 8 * j + g;
+      const float *v = &d[e][4 * j];
+      float c[4] = {v[0], v[1], v[2], v[3]};
+#if ROW_SCALE
+      c[0] *= rows[e].scale0, c[1] *= rows[e].scale0, c[2] *= rows[e].scale1, c[3] *= rows[e].scale1;
+#endif
+#if BIAS
+      c[0] += rows[e].bias0, c[1] += rows[e].bias0, c[2] += rows[e].bias1, c[3] += rows[e].bias1;
+#endif
+      const u32 even = transposed(packed(c[0], c[1])), odd = transposed(packed(c[2], c[3]));
+      const uint2 both = make_uint2(__byte_perm(even, odd, 0x5410), __byte_perm(even, odd, 0x7632));
+      const int n = tile * 64 + 16 * warp + 4 * t4;
+      if (token < t.count && n < a.rows)
+        *reinterpret_cast<uint2 *>(y + 2 * (static_cast<long long>(t.start + token) * a.rows + n)) = both;
+    }
+  }
+}

@@ -1,0 +1,77 @@
+"""Linears of many tokens on Hopper in CUDA C++, `hopper_linear.cu`, for cuts that are `wide`.
+
+Tokens of a linear lie together, so the memory's copying engine brings them a box at a time, as the driver describes it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from microscale.backends.triton import hopper_wide
+from microscale.backends.triton.cuts import Cut
+from microscale.backends.triton.fragments import Fragments
+from microscale.backends.triton.hopper_wide import address, float_kind, spec_of
+
+_GROUP = 8  # tiles of tokens that take turns with the rows, so that both are found in the cache
+_BOX_COLUMNS = 64  # 128 bytes, which are swizzled
+_BFLOAT16, _SWIZZLE_128_BYTES, _FETCH_256_BYTES = 9, 3, 3  # of CUtensorMap's types
+
+_Boxes = ctypes.c_ubyte * 128
+
+
+class Given(ctypes.Structure):
+    """The kernel's argument, as the text has it."""
+
+    _fields_ = [
+        ("boxes", _Boxes),
+        *[(n, ctypes.c_uint64) for n in ("y", "codes", "scales", "ratios", "row_scale", "bias")],
+        *[(n, ctypes.c_int) for n in ("units", "blocks", "group", "tokens", "each", "rows", "tiles", "chunks")],
+        ("_", ctypes.c_ubyte * 64),  # the text's ends at a multiple of so many
+    ]
+
+
+@cache
+def _driver() -> Any:
+    return ctypes.CDLL("libcuda.so.1")
+
+
+def box_map(x: Tensor, rows: int) -> bytes:
+    """A CUtensorMap for boxes of so many rows, up to 256, and 64 columns.
+
+    Args:
+        x: [M, K] bfloat16, contiguous and at a multiple of 16 bytes; K a multiple of 8.
+
+    Raises:
+        RuntimeError: the driver has another opinion of the sizes.
+    """
+    m, k = x.shape
+    room = ctypes.create_string_buffer(128 + 64)
+    at = -(-ctypes.addressof(room) // 64) * 64  # as the driver wants it
+    error = _driver().cuTensorMapEncodeTiled(
+        ctypes.c_void_p(at), _BFLOAT16, 2, ctypes.c_void_p(x.data_ptr()),
+        (ctypes.c_uint64 * 2)(k, m), (ctypes.c_uint64 * 1)(2 * k), (ctypes.c_uint32 * 2)(_BOX_COLUMNS, rows),
+        (ctypes.c_uint32 * 2)(1, 1), 0, _SWIZZLE_128_BYTES, _FETCH_256_BYTES, 0,
+    )  # fmt: skip
+    if error:
+        raise RuntimeError(f"boxes of {rows} rows of {tuple(x.shape)}: the driver's error {error}")
+    return ctypes.string_at(at, 128)
+
+
+def linear(x: Tensor, w: Fragments, bias: Tensor | None, cut: Cut) -> Tensor:
+    """[M, K] bfloat16, contiguous and at a multiple of 16 bytes -> [M, N]."""
+    m, n = x.shape[0], w.shape[-2]
+    y = torch.empty(m, n, dtype=x.dtype, device=x.device)
+    blocks = -(-w.tiles // cut.tiles)
+    units = blocks * -(-m // cut.block_m)
+    given = Given(
+        _Boxes.from_buffer_copy(box_map(x, cut.block_m)),
+        y.data_ptr(), w.codes.data_ptr(), w.scales.data_ptr(), address(w.ratios), address(w.row_scale),
+        address(bias), units, blocks, _GROUP, m, cut.block_m, n, w.tiles, w.chunks,
+    )  # fmt: skip
+    hopper_wide.launch(spec_of(False, (w,), cut, bias=(float_kind(bias),)), x.device, units, given)
+    return y
