@@ -260,7 +260,7 @@ def product(job: Job) -> tuple[dict[str, Any], dict[str, Any]]:
 def routes(target: str) -> dict[str, Any]:
     """Arguments of the kernels that sort routes and add up shares."""
     given: dict[str, Any] = dict.fromkeys(("routes", "experts", "known", "count", "blocks", "N"), "i32")
-    given |= dict.fromkeys(("order", "ends", "tile_experts", "tile_starts", "counts"), "*i32")
+    given |= dict.fromkeys(("order", "ends", "tile_experts", "tile_starts", "progress", "counts"), "*i32")
     given |= {"ids": "*i64", "expert_map": "*i64", "HAS_MAP": True, "y": "*bf16", "shares": "*fp32"}
     given |= {"BLOCK_M": 16, "BLOCK_E": 128, "BLOCK": 256, "TILES": 8, "TOP_K": 4}
     return given | {"PDL": target == "sm_90"}
