@@ -252,7 +252,8 @@ DEVICE void multiply(Sums &d, const Given &a, const Tile &t, int side, Ring &r) 
       if (g == kAhead - 1 && step && speaks) barrier_arrive(before);
       // Behind the last step its own first ones, or such as were never there, are decoded once more.
       const int ahead = g + kAhead;
-      decode_half(ahead < kGroups ? c[ahead % EACH] : next[ahead % EACH], ahead % kGroups / EACH, pairs[ahead % kDecoded]);
+      decode_half(ahead < kGroups ? c[ahead % EACH] : next[ahead % EACH], ahead % kGroups / EACH,
+                  pairs[ahead % kDecoded]);
     }
     before = now.empty, now = then, then = last;
   }

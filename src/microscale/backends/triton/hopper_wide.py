@@ -151,8 +151,8 @@ def experts(
     y = torch.empty(weights.numel(), w2.shape[1], dtype=x.dtype, device=x.device)
     blocks = -(-inner // (64 * cut.users)) if apart else -(-w13.tiles // cut.tiles), -(-w2.tiles // cut.tiles)
     spec = _spec(
-        True, (w13, w2), cut, bias=tuple(map(_kind, biases)), weights=_kind(weights), top_k=weights.shape[1], kind=activation.kind,
-        gated=gated, apart=apart, limit=activation.limit is not None,
+        True, (w13, w2), cut, bias=tuple(map(_kind, biases)), weights=_kind(weights), top_k=weights.shape[1],
+        kind=activation.kind, gated=gated, apart=apart, limit=activation.limit is not None,
     )  # fmt: skip
     given = Given(
         (Operands * 2)(
