@@ -168,8 +168,14 @@ static void add_one(u64 to) { ++*reinterpret_cast<int *>(to), progress_++; }
 static void wait_until(u64 at, int least) {
   while (*reinterpret_cast<volatile const int *>(at) < least) give_way();
 }
-static void store4(u64 to, u32 v) { std::memcpy(reinterpret_cast<void *>(to), &v, 4); }
-static void store8(u64 to, uint2 v) { std::memcpy(reinterpret_cast<void *>(to), &v, 8); }
+// What is stored is there late, and that of a group's last warps later still.
+template <typename T>
+void store(u64 to, T v) {
+  for (u32 i = 0; i <= threadIdx.x % 128 / 64; i++) progress_++, give_way();
+  std::memcpy(reinterpret_cast<void *>(to), &v, sizeof v);
+}
+static void store4(u64 to, u32 v) { store(to, v); }
+static void store8(u64 to, uint2 v) { store(to, v); }
 
 // ---- products -----------------------------------------------------------------------------------------------------
 static std::deque<std::vector<std::function<void()>>> under_way_[1024];  // of each thread, groups of products

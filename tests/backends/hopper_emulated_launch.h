@@ -31,7 +31,7 @@ extern "C" int emulate(const Given *given, u32 programs, u32 threads) {
       makecontext(&fibers_[i], run_fiber, 0);
     }
     // Of each program another group of warps is late: it goes on where the others wait for it, and no sooner.
-    const u32 late = program % (threads / 128);
+    const u32 late = (program + 1) % (threads / 128);
     bool all = false;
     for (;;) {
       const u64 before = progress_;

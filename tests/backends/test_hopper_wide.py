@@ -81,7 +81,7 @@ static void decode_group(u32 (&o)[8], {args}, u32 s) {{
 
 @pytest.fixture(scope="module")
 def launch(source: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., None]:
-    """In the place of `hopper_wide`'s own: three programs, on the CPU."""
+    """In the place of `hopper_wide`'s own: four programs, on the CPU."""
     compiler = shutil.which("g++") or shutil.which("c++")
     if compiler is None:
         pytest.skip("no C++ compiler is installed")
@@ -113,7 +113,7 @@ def launch(source: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[..
     def run(spec: Any, device: torch.device, units: int, given: ctypes.Structure) -> None:
         if spec not in built:
             built[spec] = build(spec)
-        wrong = built[spec].emulate(ctypes.byref(given), 3, spec.threads)
+        wrong = built[spec].emulate(ctypes.byref(given), 4, spec.threads)
         assert wrong == 0, ("", "threads wait for ever", "reads before the kernel ahead has ended")[wrong]
 
     return run
@@ -204,29 +204,52 @@ def poisoned(*shape: Any, **given: Any) -> Tensor:
 def test_experts_are_within_the_permitted_error(
     emulated: Any, name: str, activation: Activation, seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(emulated.nvrtc, "refuse", lambda: None)
     generator = torch.Generator().manual_seed(seed)
-    experts, top_k, tokens, hidden, inner = 3, 2, 70, 96, 192
+    # The last expert has no token, the first about two thirds: more than a tile.
+    ids = (random(generator, 70, 2) > 0.5).long()
+    ids[0] = -1
+    results = [
+        of_experts(emulated, name, activation, ids, 3, seed, word, monkeypatch)
+        for word in ("m48t4c1w12s3x", "m80t3c1w16s4x")
+    ]
+    assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("activation", [GPT_OSS, Activation("silu")], ids=lambda a: a.kind)
+def test_the_only_tile_is_done_with_w13_before_w2(
+    emulated: Any, activation: Activation, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The group that copies is at the tile's units of w2 when others are still at those of w13."""
+    ids = torch.ones(20, 1, dtype=torch.long)
+    of_experts(emulated, "mxfp4", activation, ids, 2, seed, "m48t4c1w12s3x", monkeypatch)
+
+
+def of_experts(
+    emulated: Any, name: str, activation: Activation, ids: Tensor, experts: int, seed: int, word: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Tensor:  # fmt: skip
+    """Checked against what is permitted."""
+    monkeypatch.setattr(emulated.nvrtc, "refuse", lambda: None)
+    # What nobody writes is NaN, and so is what is read before somebody has written it.
+    monkeypatch.setattr(torch, "empty", poisoned)
+    generator = torch.Generator().manual_seed(seed)
+    (tokens, top_k), hidden, inner = ids.shape, 96, 192
     w13 = quantize(random(generator, experts, activation.rows(inner), hidden) / 8, name)
     w2 = quantize(random(generator, experts, hidden, inner) / 8, name)
     x, share = random(generator, tokens, hidden).bfloat16(), random(generator, tokens, top_k).softmax(-1)
-    b13, b2 = random(generator, *w13.shape[:2]).bfloat16(), random(generator, *w2.shape[:2])
-    # The last expert has no token, the first about two thirds: more than a tile.
-    ids = (random(generator, tokens, top_k) > 0.5).long()
-    ids[0] = -1
-    # What nobody writes is NaN, and so is what is read before somebody has written it.
-    monkeypatch.setattr(torch, "empty", poisoned)
-    results = []
-    for word in ("m48t4c1w12s3x", "m80t3c1w16s4x"):
-        both = (cut(word), cut(word))
-        one, _ = emulated.taken(both, (packed(w13), packed(w2)), activation, (share, b13, b2), False)
-        table = table_of(ids, experts, one.block_m)
-        shares = emulated.experts(x, share, packed(w13), packed(w2), (b13, b2), activation, table, one)
-        there = (ids >= 0)[..., None]
-        results.append(torch.where(there, shares.view(tokens, top_k, hidden), 0).float().sum(1).bfloat16())
-        worst = moe_budget(x, ids, share, w13, w2, activation, b13=b13, b2=b2).worst(results[-1])
-        assert worst <= 1, f"error is {worst:.3g} times the permitted one"
-    assert torch.equal(*results)
+    biases = (
+        random(generator, *w13.shape[:2]).bfloat16(),
+        random(generator, *w2.shape[:2]).bfloat16().float(),
+    )
+    matrices = packed(w13), packed(w2)
+    one, _ = emulated.taken((cut(word), cut(word)), matrices, activation, (share, *biases), False)
+    table = table_of(ids, experts, one.block_m)
+    shares = emulated.experts(x, share, *matrices, biases, activation, table, one)
+    there = (ids >= 0)[..., None]
+    y = torch.where(there, shares.view(tokens, top_k, hidden), 0).float().sum(1).bfloat16()
+    worst = moe_budget(x, ids, share, w13, w2, activation, b13=biases[0], b2=biases[1]).worst(y)
+    assert worst <= 1, f"error is {worst:.3g} times the permitted one"
+    return y
 
 
 KINDS = [
@@ -325,9 +348,11 @@ def test_the_compiler_leaves_memory_for_behind_the_wait(
     assert len(groups) == 2
     assert not touches(start)
     for group in groups:
-        before, after = group.split("griddepcontrol.wait")
+        before, _ = group.split("griddepcontrol.wait")
         assert not touches(before)
-        assert touches(after)
+        for label in re.findall(r"\bbra(?:\.uni)?\s+(\S+);", before):
+            assert f"{label}:" in before  # no block that stands elsewhere in the text
+    assert touches(groups[1])
 
 
 def test_where_cuda_cannot_be_compiled_other_kernels_run(wide: Any, monkeypatch: pytest.MonkeyPatch) -> None:

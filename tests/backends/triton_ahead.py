@@ -145,6 +145,7 @@ KERNELS = {
     "norm": ("small", "_rms_norm_kernel"),
     "add_norm": ("small", "_rms_norm_kernel"),
     "rows": ("rows", "_rows_kernel"),
+    "pairs": ("rows", "_rows_kernel"),
     "row": ("rows", "_rows_kernel"),
     "choose": ("small", "_route_kernel"),
     "likeliest": ("likeliest", "_likeliest_kernel"),
@@ -166,6 +167,7 @@ STEP: dict[str, tuple[dict[str, Any], int]] = {
     "norm": ({"BLOCK": 4096, "SHARES": 0, "TWICE": False}, 8),
     "add_norm": ({"BLOCK": 4096, "SHARES": 4, "TWICE": True}, 8),
     "rows": ({"K": 2880, "M": 1, "COUNT": 3, "HELD": 8}, 4),
+    "pairs": ({"K": 2880, "M": 1, "COUNT": 3, "HELD": 8, "GROUPS": 2}, 4),
     "row": (
         {"K": 288, "M": 4, "COUNT": 1, "HELD": 2, "BIAS1": False, "BIAS2": False} | dict.fromkeys(_REST),
         4,
@@ -260,7 +262,7 @@ def product(job: Job) -> tuple[dict[str, Any], dict[str, Any]]:
 def routes(target: str) -> dict[str, Any]:
     """Arguments of the kernels that sort routes and add up shares."""
     given: dict[str, Any] = dict.fromkeys(("routes", "experts", "known", "count", "blocks", "N"), "i32")
-    given |= dict.fromkeys(("order", "ends", "tile_experts", "tile_starts", "counts"), "*i32")
+    given |= dict.fromkeys(("order", "ends", "tile_experts", "tile_starts", "progress", "counts"), "*i32")
     given |= {"ids": "*i64", "expert_map": "*i64", "HAS_MAP": True, "y": "*bf16", "shares": "*fp32"}
     given |= {"BLOCK_M": 16, "BLOCK_E": 128, "BLOCK": 256, "TILES": 8, "TOP_K": 4}
     return given | {"PDL": target == "sm_90"}
@@ -310,6 +312,7 @@ def step(job: Job) -> tuple[dict[str, Any], dict[str, Any]]:
         "ROWS": 16,
         "SINKS": True,
         "WARPS": 4,
+        "GROUPS": 1,
         "COLUMNS": 256,
         **dict.fromkeys(("BIAS0", "BIAS1", "BIAS2"), True),
         "PDL": job.target == "sm_90",

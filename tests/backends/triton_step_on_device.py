@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from microscale.backends.triton import rows as few
 from microscale.backends.triton.likeliest import Likeliest
 from microscale.backends.triton.router import norm_and_product
 from microscale.backends.triton.small import Choice, add_rms_norm, rms_norm, route, silu_gate
+from microscale.backends.triton.tiles import Target
 from microscale.backends.triton.total import total as added
 from microscale.formats import FORMATS
 from microscale.quant import quantize
@@ -155,7 +157,8 @@ def poisoned(n: int, k: int, dtype: torch.dtype) -> Tensor:
 @pytest.mark.parametrize(
     "m, sizes, k",
     [(1, (4096, 512, 512), 2880), (1, (2880,), 4096), (1, (32,), 2880), (4, (33, 2, 9), 288), (3, (5,), 104),
-     (2, (7, 1), 5000), (1, (1, 1, 1), 8), (4, (4,), 248), (2, (3, 6, 3), 264), (1, (9,), 8192), (4, (5, 3), 2880)],
+     (2, (7, 1), 5000), (1, (1, 1, 1), 8), (4, (4,), 248), (2, (3, 6, 3), 264), (1, (9,), 8192), (4, (5, 3), 2880),
+     (1, (4093, 515, 512), 2880), (1, (17000, 7), 2312)],
 )  # fmt: skip
 def test_rows(dtype: torch.dtype, m: int, sizes: tuple[int, ...], k: int) -> None:
     """Against float64, with a bias or without; each token alone gives the same bits, and each matrix."""
@@ -179,6 +182,49 @@ def test_rows(dtype: torch.dtype, m: int, sizes: tuple[int, ...], k: int) -> Non
             assert torch.equal(few.linear(x, [w], [bias]), found)
         for i in range(m):
             assert torch.equal(few.linear(x[i : i + 1], weights, biases), y[i : i + 1])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "taken", [few.Share(2, 8), few.Share(2, 3), few.Share(1, 11), few.Share(1, 1)], ids=str
+)
+@pytest.mark.parametrize("m, sizes, k", [(1, (13, 8, 1), 2680), (3, (9, 5), 2048)])
+def test_rows_whatever_a_warp_takes(
+    monkeypatch: pytest.MonkeyPatch,
+    dtype: torch.dtype,
+    taken: few.Share,
+    m: int,
+    sizes: tuple[int, ...],
+    k: int,
+) -> None:
+    """The same bits, also of rows past the last one of a matrix, behind which others lie."""
+    if taken.held * 256 > k + 255:
+        taken = replace(taken, held=-(-k // 256))
+    x, weights = poisoned(m, k, dtype), [poisoned(n, k, dtype) for n in sizes]
+    biases = [poisoned(1, n, dtype)[0] for n in sizes]
+    wanted = few.linear(x, weights, biases)
+    monkeypatch.setattr(few, "share", lambda *_: taken)
+    assert torch.equal(few.linear(x, weights, biases), wanted)
+
+
+def test_what_a_warp_takes_on_hopper() -> None:
+    """By what was measured on a GPU of 132 multiprocessors: gpt-oss' and Qwen3's products, and routers."""
+    hopper = Target(227 << 10, hopper=True, early=True, units=132)
+    taken = {
+        ((4096, 512, 512), 2880): few.Share(2, 8, 96),
+        ((2880,), 4096): few.Share(1, 8),
+        ((201088,), 2880): few.Share(1, 12),
+        ((4096, 512, 512), 2048): few.Share(1, 8),
+        ((2048,), 4096): few.Share(1, 16),
+        ((151936,), 2048): few.Share(1, 8),
+        ((32,), 2880): few.Share(1, 12),
+        ((9,), 8192): few.Share(1, 8),
+        ((5,), 104): few.Share(1, 1),
+    }
+    for (sizes, k), wanted in taken.items():
+        assert few.share(sizes, k, 1, 2, hopper) == wanted
+        for other in ((2, 2, hopper), (1, 4, hopper), (1, 2, Target(64 << 10))):
+            assert few.share(sizes, k, *other) == few.Share(1, min(wanted.held, 8))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -35,17 +35,24 @@ PARTS = {
 }
 
 
-def shares(kernels: Iterable[tuple[str, float, float]]) -> dict[str, float]:
-    """Of (name, start, end) the time of each name, in which no moment counts twice.
+def owns(kernels: Iterable[tuple[str, float, float]]) -> list[tuple[str, float]]:
+    """Of (name, start, end) each kernel's own time, in the order of their ends; no moment counts twice.
 
     A kernel may start while the one ahead of it runs, and waits for it. So its own time begins where those that ended
     before it had ended.
     """
-    found: dict[str, float] = {}
-    last = float("-inf")
+    found, last = [], float("-inf")
     for name, start, end in sorted(kernels, key=lambda kernel: kernel[2]):
-        found[name] = found.get(name, 0.0) + max(0.0, end - max(start, last))
+        found.append((name, max(0.0, end - max(start, last))))
         last = max(last, end)
+    return found
+
+
+def shares(kernels: Iterable[tuple[str, float, float]]) -> dict[str, float]:
+    """Of (name, start, end) the time of each name, by `owns`."""
+    found: dict[str, float] = {}
+    for name, seconds in owns(kernels):
+        found[name] = found.get(name, 0.0) + seconds
     return found
 
 
@@ -103,7 +110,7 @@ class GpuWatch:
         profiler.stop()
         self._stopped, count = len(self._arrivals), len(self._arrivals) - _BEFORE
         if count:
-            self._seen = {name: seconds / count for name, seconds in shares(_kernels(profiler)).items()}
+            self._seen = {name: seconds / count for name, seconds in shares(events(profiler)).items()}
 
     def result(self) -> Timing | None:
         """Of the tokens behind the profiled ones, else of all; None where there are not two, or none was profiled."""
@@ -119,7 +126,7 @@ class GpuWatch:
         return Timing((times[-1] - times[0]) / (len(times) - 1), ours, self.bytes, rate * 1e9, others)
 
 
-def _kernels(profiler: Any) -> list[tuple[str, float, float]]:
+def events(profiler: Any) -> list[tuple[str, float, float]]:
     """(name, start, end) in seconds of what ran on the GPU, copies and fills too."""
     on_gpu = (e for e in profiler.events() if e.device_type == DeviceType.CUDA)
     return [(e.name, e.time_range.start * 1e-6, e.time_range.end * 1e-6) for e in on_gpu]

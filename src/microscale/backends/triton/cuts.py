@@ -297,7 +297,10 @@ def moe_cuts(
     # Of formats of two groups the first decides.
     rows = table()[group(fmts[0])][1]
     row = next(r for r in rows if routes <= r.routes and each <= r.each)
-    return row.first.fitted(fmts[0], parts), row.second.fitted(fmts[1], parts)
+    first, second = row.first, row.second
+    if first.wide and any(fmt.scale == "e4m3" for fmt in fmts):
+        first = second = first.usual(tail=True)  # wide cuts have run on a GPU with powers of two for scales only
+    return first.fitted(fmts[0], parts), second.fitted(fmts[1], parts)
 
 
 def _in_parts(tokens: float) -> Cut:

@@ -137,7 +137,8 @@ DEVICE void products_wait() {
 // A sum that is read after what stands above.
 DEVICE void not_before(float &v) { asm volatile("" : "+f"(v)::"memory"); }
 
-// An address that the compiler takes apart no more: what it would keep of its parts takes more registers than there are.
+// An address that the compiler takes apart no more: what it would keep of its parts takes more registers than there
+// are.
 DEVICE void unknown(u64 &v) { asm volatile("" : "+l"(v)); }
 
 template <int COUNT>

@@ -1,6 +1,7 @@
 // Products of many tokens on Hopper: one group of four warps copies tokens and codes into shared memory, two or three
 // others decode 64 or 128 rows of weights each into registers and multiply. `hopper_text.py` writes the constants in
-// capitals, `decode_group` and `Product` above this text; `hopper_ptx.h`, `hopper_unit.h` and `hopper_steps.h` come before.
+// capitals, `decode_group` and `Product` above this text; `hopper_ptx.h`, `hopper_unit.h` and `hopper_steps.h` come
+// before it.
 //
 // A program stays on its multiprocessor and takes units: TILES of 64 rows times one tile of at most MOST tokens, whose
 // number is fitted to what is there: one of SIZES. No barrier holds the groups together: the one that copies runs
@@ -195,7 +196,8 @@ DEVICE void multiply(Sums &d, const Given &a, const Tile &t, int side, Ring &r) 
       if (g == kAhead - 1 && step && speaks) barrier_arrive(before);
       // Behind the last step its own first ones, or such as were never there, are decoded once more.
       const int ahead = g + kAhead;
-      decode_half(ahead < kGroups ? c[ahead % EACH] : next[ahead % EACH], ahead % kGroups / EACH, pairs[ahead % kDecoded]);
+      decode_half(ahead < kGroups ? c[ahead % EACH] : next[ahead % EACH], ahead % kGroups / EACH,
+                  pairs[ahead % kDecoded]);
     }
     before = now.empty, now = then, then = last;
   }

@@ -159,7 +159,6 @@ def _place_kernel(
 ):
     """One program per block of routes: their places in `order`, and TILES of the tiles."""
     ROWS: tl.constexpr = 8192 // BLOCK_E if BLOCK_E < 4096 else 1  # many at once: every turn waits for memory
-    PART: tl.constexpr = 32
     if PDL:
         gdc_wait()
         gdc_launch_dependents()

@@ -72,11 +72,14 @@ def _norm(x: Tensor, more: Tensor | None, weight: Tensor, eps: float, twice: boo
     y, n = torch.empty_like(x), weight.numel()
     total = x if more is None else torch.empty_like(x)
     shares = 0 if more is None else more.numel() // x.numel()
-    pdl = tiles.target(x.device).early
+    pdl, block = tiles.target(x.device).early, triton.next_power_of_2(n)
+    # On Hopper its loads share a multiprocessor with those of the product behind it: many threads have them all under
+    # way before these, and leave less room.
+    warps = 16 if pdl and block >= 2048 else 8
     with tiles.on(x.device):
         _rms_norm_kernel[(x.numel() // n,)](
-            y, total, x, more, weight, eps, n, BLOCK=triton.next_power_of_2(n), SHARES=shares, TWICE=twice, PDL=pdl,
-            num_warps=8, **tiles.launch(pdl),
+            y, total, x, more, weight, eps, n, BLOCK=block, SHARES=shares, TWICE=twice, PDL=pdl,
+            num_warps=warps, **tiles.launch(pdl),
         )  # fmt: skip
     return total, y
 
