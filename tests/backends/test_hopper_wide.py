@@ -1,4 +1,4 @@
-"""`hopper_wide.cu` and `hopper_linear.cu` without a GPU: compiled for one, and run on the CPU by `hopper_emulated.h`."""
+"""`hopper_wide.cu` and `hopper_linear.cu` with no GPU: compiled for one, and run on the CPU by `hopper_emulated.h`."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-// Linears of many tokens on Hopper: one thread has tokens and codes copied into shared memory, and two or three groups of
-// four warps decode 64 or 128 rows of weights each into registers and multiply. `hopper_text.py` writes the constants in
-// capitals, `decode_group` and `Product` above this text; `hopper_ptx.h`, `hopper_linear.h` and `hopper_steps.h` come
-// before.
+// Linears of many tokens on Hopper: one thread has tokens and codes copied into shared memory, and two or three groups
+// of four warps decode 64 or 128 rows of weights each into registers and multiply. `hopper_text.py` writes the
+// constants in capitals, `decode_group` and `Product` above this text; `hopper_ptx.h`, `hopper_linear.h` and
+// `hopper_steps.h` come before.
 //
 // A program stays on its multiprocessor and takes every gridDim-th unit: TILES of 64 rows times MOST tokens. No barrier
 // holds the groups together: who copies runs ahead, also into the next unit, and while one group decodes or stores,
@@ -52,8 +52,8 @@ DEVICE void copy(const Given &a, Ring r, Units n) {
   }
 }
 
-// Where a thread's codes and scales of its group's first tile lie in a step. By way of a shuffle: what the compiler knows
-// it works out again for every step.
+// Where a thread's codes and scales of its group's first tile lie in a step. By way of a shuffle: what the compiler
+// knows it works out again for every step.
 DEVICE Places places_in_step(int side) {
   const Places p = places_of(kCodes + side * EACH * kTile, kScales + side * EACH * kTileScales, threadIdx.x % 128);
   const auto hidden = [](u32 v) { return __shfl_sync(~0u, v, threadIdx.x % 32); };

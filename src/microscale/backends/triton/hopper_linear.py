@@ -30,7 +30,10 @@ class Given(ctypes.Structure):
     _fields_ = [
         ("boxes", _Boxes),
         *[(n, ctypes.c_uint64) for n in ("y", "codes", "scales", "ratios", "row_scale", "bias")],
-        *[(n, ctypes.c_int) for n in ("units", "blocks", "group", "tokens", "each", "rows", "tiles", "chunks")],
+        *[
+            (n, ctypes.c_int)
+            for n in ("units", "blocks", "group", "tokens", "each", "rows", "tiles", "chunks")
+        ],
         ("_", ctypes.c_ubyte * 64),  # the text's ends at a multiple of so many
     ]
 

@@ -61,7 +61,8 @@ DEVICE void barrier_expect(u32 bar, u32 bytes) {
 // Of a matrix in the memory of bfloat16, so many rows as `map` says of 64 columns each, swizzled; zeros past its ends.
 DEVICE void copy_box(u32 to, const void *map, int column, int row, u32 bar) {
   asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(to),
+      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::
+          "r"(to),
       "l"(map), "r"(column), "r"(row), "r"(bar)
       : "memory");
 }

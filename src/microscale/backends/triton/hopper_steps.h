@@ -1,10 +1,10 @@
-// Steps of 64 columns in shared memory, and decoding them: what `hopper_wide.cu` and `hopper_linear.cu` share. `Tile`, a
-// unit of work, and `Sums`, a thread's of a unit, come before it.
+// Steps of 64 columns in shared memory, and decoding them: what `hopper_wide.cu` and `hopper_linear.cu` share. `Tile`,
+// a unit of work, and `Sums`, a thread's of a unit, come before it.
 
 constexpr int kTile = 512 * BITS;                     // bytes of 64 rows by 64 columns,
 constexpr int kTileScales = E4M3_SCALES ? 256 : 128;  // and of their scales
-constexpr int kCodes = (MOST + 15) / 16 * 2048;  // behind 64 columns of all tokens, which come 16 at a time,
-constexpr int kScales = kCodes + TILES * kTile;  // as many columns of the weights, and behind these their scales:
+constexpr int kCodes = (MOST + 15) / 16 * 2048;       // behind 64 columns of all tokens, which come 16 at a time,
+constexpr int kScales = kCodes + TILES * kTile;       // as many columns of the weights, and behind these their scales:
 constexpr int kStage = (kScales + TILES * kTileScales + 1023) / 1024 * 1024;  // bytes of a step in shared memory
 
 // Steps in shared memory: the barriers of all that are full, those of all that are empty, and where one is in the
@@ -57,7 +57,8 @@ struct Places {
 };
 
 DEVICE Places places_of(u32 codes, u32 scales, int thread) {
-  return {codes + thread * 16, codes + 2048 + thread * (BITS == 6 ? 8 : 16), scales + thread / 4 * (E4M3_SCALES ? 8 : 4)};
+  return {codes + thread * 16, codes + 2048 + thread * (BITS == 6 ? 8 : 16),
+          scales + thread / 4 * (E4M3_SCALES ? 8 : 4)};
 }
 
 DEVICE Codes load_codes(const Places &p) {

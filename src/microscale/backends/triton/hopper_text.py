@@ -1,4 +1,4 @@
-"""The text of `hopper_wide.cu` or `hopper_linear.cu` for a problem: constants, and the instructions that depend on them."""
+"""The text of `hopper_wide.cu` or `hopper_linear.cu` for a problem: constants, and instructions that depend on them."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 constexpr bool kGated = GATED;
 
-enum Kind { kFirst, kSecond };                // of the products
+enum Kind { kFirst, kSecond };              // of the products
 constexpr bool kInTurn = kGated && !APART;  // of the first, a tile's rows are gates and ups in turn
 constexpr int kBiases[2] = {BIAS};          // of w13 and w2: 0 none, 1 bfloat16, 2 float32
 constexpr bool kRowScales[2] = {ROW_SCALE};

@@ -46,7 +46,9 @@ class Given(ctypes.Structure):
 
 @cache
 def _kernel(spec: Spec, device: int) -> nvrtc.Kernel:
-    return nvrtc.kernel(f"hopper_{'wide' if spec.experts else 'linear'}.cu", text(spec), "wide", spec.shared, device)
+    return nvrtc.kernel(
+        f"hopper_{'wide' if spec.experts else 'linear'}.cu", text(spec), "wide", spec.shared, device
+    )
 
 
 def launch(spec: Spec, device: torch.device, units: int, given: ctypes.Structure) -> None:
