@@ -34,7 +34,7 @@ from microscale.tolerance import linear_budget, moe_budget
 FORMAT_OF = {"4 bits": "mxfp4", "6 or 8 bits": "mxfp8_e4m3", "block": "fp8_block128"}
 TOKENS = (1, 8, 32, 64, 128, 256, 512, 2048, 8192)
 # For rows of several cuts.
-_BETWEEN = (384, 512, 640, 768, 960, 1024, 1280, 2048, 4096)
+_BETWEEN = (256, 384, 512, 640, 768, 960, 1024, 1280, 2048, 3072, 4096, 8192)
 # tiles, chunks, warps, stages, bulk, and programs; each with and without overlap where there is a choice.
 _SHAPES = {
     8: (
