@@ -10,8 +10,8 @@ from microscale.oracle import Problem
 _WHERE = "timed beside humming on an NVIDIA H200"
 TOKENS = (1, 8, 32, 128, 512, 2048, 8192)
 # (N, K), or (experts, top-k, H, I) -> how many times as long humming takes as `triton`, for each of TOKENS.
-# MXFP4 weights, bfloat16 activations, NVIDIA H200, humming-kernels 0.1.19. Experts' last two by way of kernels of before,
-# which were timed beside both.
+# MXFP4 weights, bfloat16 activations, NVIDIA H200, humming-kernels 0.1.19. The last two of experts by way of kernels of
+# before, which were timed beside both.
 HUMMING: dict[tuple[int, ...], tuple[float, ...]] = {
     (32, 4, 2880, 2880): (2.14, 1.52, 1.62, 1.63, 1.19, 1.33, 1.21),
     (128, 4, 2880, 2880): (1.93, 1.57, 1.57, 1.55, 1.51, 1.34, 1.29),
