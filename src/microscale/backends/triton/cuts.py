@@ -305,7 +305,9 @@ def moe_cuts(
     row = next(r for r in rows if routes <= r.routes and each <= r.each)
     first, second = row.first, row.second
     if first.wide and any(fmt.scale == "e4m3" for fmt in fmts):
-        first = second = first.usual(tail=True)  # wide cuts have run on a GPU with powers of two for scales only
+        first = second = first.usual(
+            tail=True
+        )  # wide cuts have run on a GPU with powers of two for scales only
     return first.fitted(fmts[0], parts), second.fitted(fmts[1], parts)
 
 
