@@ -120,11 +120,12 @@ def warnings(machine: Machine) -> list[str]:
     """Traps that this machine is in."""
     import torch
 
-    from microscale.backends.triton_rules import unproven
+    from microscale.backends.triton_rules import uncompiled, unproven
 
     found = []
-    if (why := unproven(machine)) is not None:
-        found.append(why)
+    for lost in (unproven, uncompiled):
+        if (why := lost(machine)) is not None:
+            found.append(why)
     if _unrelated_triton_kernels():
         found.append(
             "the installed package triton_kernels is an unrelated one of that name on PyPI, not OpenAI's kernels: "
