@@ -12,8 +12,10 @@ from torch.autograd import forward_ad
 
 from microscale import reference
 from microscale.activations import GPT_OSS
+from microscale.backends import emulation
 from microscale.canary import Placer
 from microscale.dense import DenseLinear, place_dense
+from microscale.nn import QuantLinear
 from microscale.quant import dequantize, quantize
 
 
@@ -70,3 +72,21 @@ def test_a_gradient_of_a_gradient_is_refused_and_not_left_out(cpu: Any) -> None:
     penalty = gradient.square().sum() + x.sum()
     with pytest.raises(RuntimeError, match="once_differentiable"):
         penalty.backward()
+
+
+@pytest.mark.parametrize("name", ["cpu", "emulation"])
+def test_autocast_rounds_no_operand(cpu: Any, name: str) -> None:
+    q, x, direction = quantize(torch.randn(24, 64), "nvfp4"), torch.randn(5, 64), torch.randn(5, 24)
+    backend = {"cpu": cpu, "emulation": emulation}[name]
+    w13, w2 = (backend.pack(quantize(torch.randn(4, n, 64), "mxfp4")) for n in (128, 64))
+    ids, weights, leaf = torch.randint(4, (5, 2)), torch.rand(5, 2), x.clone().requires_grad_()
+
+    def computed() -> list[torch.Tensor]:
+        layer = QuantLinear(q, None, Placer(force=name))  # proved where it is called
+        y, routed = layer(x), backend.moe(x, ids, weights, w13, w2, GPT_OSS)
+        return [y, routed, *torch.autograd.grad(cpu.linear(leaf, cpu.pack(q)), leaf, direction)]
+
+    wanted = computed()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = computed()
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
