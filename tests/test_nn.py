@@ -7,6 +7,7 @@ import mmap
 import pickle
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -19,9 +20,11 @@ from microscale import pages
 from microscale.activations import Activation
 from microscale.backends import emulation
 from microscale.canary import Placer
+from microscale.experts_host import ExpertsHost
 from microscale.formats import FORMATS
 from microscale.machine import detect
-from microscale.nn import ExpertsHost, QuantExperts, QuantLinear, _Bias
+from microscale.module_tensors import Bias
+from microscale.nn import QuantExperts, QuantLinear
 from microscale.oracle import Backend
 from microscale.quant import QuantTensor, dequantize, quantize
 
@@ -157,6 +160,11 @@ class Host(nn.Module):
             self.register_buffer(f"{name}_scales", w.scales)
         self.bias = nn.Parameter(torch.randn(4, 64).bfloat16())
 
+    def forward(self, *args: Tensor) -> Tensor:
+        """What the experts compute."""
+        y: Tensor = self.microscale(*args)
+        return y
+
 
 def read(module: Any) -> tuple[QuantTensor, QuantTensor]:
     fmt = FORMATS["mxfp4"]
@@ -175,10 +183,13 @@ def parts(module: Any, w13: QuantTensor, w2: QuantTensor) -> dict[str, Tensor]:
     return {f"{name}_{part}": getattr(w, part) for name, w in both for part in ("codes", "scales")}
 
 
+HOST = ExpertsHost(read, biases, parts)
+
+
 def experts(placer: Placer) -> tuple[Host, tuple[QuantTensor, QuantTensor]]:
     weights = quantize(torch.randn(4, 64, 64), "mxfp4"), quantize(torch.randn(4, 64, 32), "mxfp4")
     host = Host(*map(cloned, weights))
-    runner = QuantExperts(host, ExpertsHost(read, biases, parts), Activation("silu"), 2, placer)
+    runner = QuantExperts(host, HOST, Activation("silu"), 2, placer)
     object.__setattr__(host, "microscale", runner)
     return host, weights
 
@@ -266,7 +277,7 @@ def test_a_bias_that_is_replaced_is_read_anew(placer: Placer) -> None:
             put(bias)
             fresh = Host(*map(cloned, weights))
             fresh.bias = nn.Parameter(bias.clone())
-            runner = QuantExperts(fresh, ExpertsHost(read, biases, parts), Activation("silu"), 2, placer)
+            runner = QuantExperts(fresh, HOST, Activation("silu"), 2, placer)
             assert torch.equal(host.microscale(*args), runner(*args))
 
 
@@ -281,6 +292,84 @@ def test_a_linear_that_is_given_another_part_computes_with_it(placer: Placer, al
     assert_same(linear.weight, other)
     with torch.no_grad():
         torch.testing.assert_close(linear(x), x @ dequantize(other).T + linear.bias, rtol=1e-4, atol=1e-4)
+
+
+@pytest.fixture(params=["held", "aliased"])
+def either(request: pytest.FixtureRequest, placer: Placer) -> Placer:
+    """A backend that empties the buffers, and one whose packed form they are."""
+    return placer if request.param == "held" else Placer(detect(), (EMULATION,))
+
+
+@pytest.mark.parametrize("placed", [True, False])
+@pytest.mark.parametrize("given", [("codes", "scales", "tensor_scale"), ("scales",), ("tensor_scale",)])
+def test_a_linear_computes_with_what_it_is_given_for_a_call(
+    either: Placer, given: tuple[str, ...], placed: bool
+) -> None:
+    linear, w = layer(either, "nvfp4")
+    other, x = quantize(torch.randn(N, K), "nvfp4"), torch.randn(3, K)
+    if placed:
+        linear(x)
+    mixed = replace(w, **{part: getattr(other, part) for part in given})
+    wanted, own = (QuantLinear(cloned(q), linear.bias, either)(x) for q in (mixed, w))
+    assert not torch.equal(wanted, own)
+    for _ in range(2):
+        state = {f"weight_{part}": getattr(cloned(other), part) for part in given}
+        assert torch.equal(torch.func.functional_call(linear, state, (x,)), wanted)
+        assert torch.equal(linear(x), own)
+        assert_same(linear.weight, w)
+    for part in given:
+        linear.register_buffer(f"weight_{part}", getattr(other, part))  # no attribute is set
+    assert torch.equal(linear(x), wanted)
+    assert_same(linear.weight, mixed)
+    assert torch.equal(linear.state_dict()["weight_scales"], mixed.scales)
+    assert torch.equal(copy.deepcopy(linear)(x), wanted)
+
+
+def test_a_linear_that_is_compiled_computes_with_what_it_is_given_for_a_call(either: Placer) -> None:
+    linear, _ = layer(either)
+    other, _ = layer(either)
+    x = torch.randn(3, K)
+    with torch.no_grad():
+        own, wanted = linear(x), other(x)
+        state = other.state_dict()
+
+        def call(x: Tensor) -> Tensor:
+            y: Tensor = torch.func.functional_call(linear, state, (x,))
+            return y
+
+        torch.testing.assert_close(torch.compile(call, backend="eager")(x), wanted)
+        torch.testing.assert_close(torch.compile(linear, backend="eager")(x), own)
+
+
+def test_a_shallow_copy_of_a_linear_is_emptied_alone(either: Placer) -> None:
+    linear, w = layer(either)
+    x = torch.randn(3, K)
+    y = copy.copy(linear)(x)
+    assert_same(linear.weight, w)
+    assert torch.equal(linear(x), y)
+
+
+@pytest.mark.parametrize("name", ["first_codes", "second_scales", ""])
+def test_experts_compute_with_what_they_are_given_for_a_call(either: Placer, name: str) -> None:
+    host, _ = experts(either)
+    other, _ = experts(either)
+    args = routed()
+    own = host(*args)
+    state = {key: t for key, t in other.state_dict().items() if name in key or not name}
+    twin = copy.deepcopy(host)
+    twin.load_state_dict({**host.state_dict(), **state})
+    wanted = twin(*args)
+    assert not torch.equal(own, wanted)
+    for _ in range(2):
+        assert torch.equal(torch.func.functional_call(host, dict(state), args), wanted)
+        assert torch.equal(host(*args), own)
+    for key, t in state.items():
+        setattr(host, key, nn.Parameter(t, requires_grad=False) if key in host._parameters else t)
+    assert torch.equal(host(*args), wanted)
+    assert all(torch.equal(t, twin.state_dict()[key]) for key, t in host.state_dict().items())
+    assert torch.equal(copy.deepcopy(host)(*args), wanted)
+    host.microscale.take_back()
+    assert torch.equal(host(*args), wanted)
 
 
 def resident(t: Tensor) -> int:
@@ -317,9 +406,9 @@ def test_pages_of_a_file_go_back_and_what_they_hold_stays(tmp_path: Path, shared
 def test_a_bias_whose_changes_leave_no_trace_is_never_a_copy() -> None:
     with torch.inference_mode():
         bias = torch.randn(8).to(torch.bfloat16)
-        assert _Bias().now(bias) is bias
+        assert Bias().now(bias) is bias
     traced = torch.randn(8).to(torch.bfloat16)
-    held = _Bias()
+    held = Bias()
     with torch.no_grad():
         first = held.now(traced)
         assert first is not None

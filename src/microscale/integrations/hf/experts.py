@@ -16,8 +16,9 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from microscale.activations import Activation
 from microscale.canary import Placer
 from microscale.errors import CheckpointError
+from microscale.experts_host import ExpertsHost
 from microscale.formats import FORMATS, Format
-from microscale.nn import ExpertsHost, QuantExperts
+from microscale.nn import QuantExperts
 from microscale.quant import QuantTensor
 from microscale.reference import activate
 

@@ -1,0 +1,70 @@
+"""The tensors that a module has just now, which others may replace, for good or for a call; and copies of biases."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+Parts = tuple[Tensor | None, ...]
+Read = TypeVar("Read")
+
+
+def same(a: Parts, b: Parts) -> bool:
+    """One by one the same objects."""
+    return len(a) == len(b) and all(x is y for x, y in zip(a, b, strict=True))
+
+
+def tensors_of(module: nn.Module) -> dict[str, Tensor | None]:
+    """A module's own parameters and buffers."""
+    return {**module._parameters, **module._buffers}
+
+
+def put(module: nn.Module, tensors: Mapping[str, Tensor | None]) -> None:
+    """Give a module these in the place of those that it has under their names."""
+    for name, t in tensors.items():
+        if name not in module._parameters:
+            module._buffers[name] = t
+        elif t is None or isinstance(t, nn.Parameter):
+            module._parameters[name] = t
+        else:
+            module._parameters[name] = nn.Parameter(t, requires_grad=False)
+
+
+def filled(module: nn.Module, whole: Mapping[str, Tensor], read: Callable[[nn.Module], Read]) -> Read:
+    """What `read` makes of a module that has its tensor of `whole` wherever its own is empty."""
+    now = tensors_of(module)
+    empty = {name: now[name] for name in whole if (own := now[name]) is None or not own.numel()}
+    put(module, {name: whole[name] for name in empty})
+    try:
+        return read(module)
+    finally:
+        put(module, empty)
+
+
+def nothing(t: Tensor) -> Tensor:
+    """Of t's kind, without its numbers."""
+    return torch.zeros(0, dtype=t.dtype, device=t.device)
+
+
+class Bias:
+    """A bias, and its float32 copy for inference: to convert all experts' takes longer than to add those of a few."""
+
+    def __init__(self) -> None:
+        self.copy: Tensor | None = None
+        self.of: tuple[Tensor, Tensor, int] | None = None  # what was copied, its memory then, and its version
+
+    def now(self, b: Tensor | None) -> Tensor | None:
+        """The bias as it is, float32 where no gradient of it can be asked for."""
+        if b is None or b.dtype == torch.float32 or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return b
+        if b.is_inference() or type(b) not in (Tensor, nn.Parameter):  # changes leave no trace
+            return b
+        if self.of is not None:
+            source, memory, version = self.of
+            if source is b and version == b._version and memory.data_ptr() == b.data_ptr():
+                return self.copy
+        self.copy, self.of = b.detach().float(), (b, b.detach(), b._version)
+        return self.copy
