@@ -126,6 +126,38 @@ def test_loading_other_weights_into_a_placed_linear(placer: Placer) -> None:
     assert torch.equal(linear(x), other(x))
 
 
+@pytest.mark.parametrize(
+    ("name", "part", "dtype"),
+    [
+        ("mxfp4", "scales", torch.float8_e8m0fnu),
+        ("nvfp4", "scales", torch.float8_e4m3fn),
+        ("mxfp8_e4m3", "codes", torch.float8_e4m3fn),
+        ("mxint8", "codes", torch.int8),
+        ("fp8_block128", "scales", torch.int32),
+    ],
+)
+def test_bits_are_not_loaded_as_numbers(placer: Placer, name: str, part: str, dtype: torch.dtype) -> None:
+    linear, w = layer(placer, name)
+    other, _ = layer(placer, name)
+    x = torch.randn(3, K)
+    y, state = linear(x), other.state_dict()
+    state[f"weight_{part}"] = state[f"weight_{part}"].view(dtype)
+    with pytest.raises(RuntimeError, match=rf"weight_{part} is torch\..*, and the state has {dtype}; .view"):
+        linear.load_state_dict(state)
+    assert_same(linear.weight, w)
+    assert torch.equal(linear(x), y)
+
+
+def test_bits_of_experts_are_not_loaded_as_numbers(placer: Placer) -> None:
+    host, _ = experts(placer)
+    state = host.state_dict()
+    state["first_scales"] = state["first_scales"].view(torch.float8_e8m0fnu)
+    with pytest.raises(
+        RuntimeError, match=r"first_scales is torch\.uint8, and the state has torch\.float8_e8m0fnu"
+    ):
+        host.load_state_dict(state)
+
+
 def test_going_over_to_a_backend_that_aliases(placer: Placer) -> None:
     linear, w = layer(placer)
     x = torch.randn(3, K)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
 import torch
@@ -42,6 +42,21 @@ def filled(module: nn.Module, whole: Mapping[str, Tensor], read: Callable[[nn.Mo
         return read(module)
     finally:
         put(module, empty)
+
+
+def other_kinds(
+    module: nn.Module, names: Sequence[str], state: Mapping[str, object], prefix: str
+) -> list[str]:
+    """A sentence for each tensor of a state that torch would load number by number, where bits are kept as integers."""
+    found, now = [], tensors_of(module)
+    for name in names:
+        t, given = now.get(name), state.get(prefix + name)
+        if t is None or not isinstance(given, Tensor) or given.dtype == t.dtype:
+            continue
+        if not (t.is_floating_point() and given.is_floating_point()):
+            hint = f"; .view({t.dtype}) if these are the bits" if given.itemsize == t.itemsize else ""
+            found.append(f"{prefix}{name} is {t.dtype}, and the state has {given.dtype}{hint}")
+    return found
 
 
 def nothing(t: Tensor) -> Tensor:

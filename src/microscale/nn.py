@@ -14,7 +14,7 @@ from microscale.errors import BackendError
 from microscale.experts_host import ExpertsHost, ExpertWeights
 from microscale.formats import Format, activation_format, activation_word
 from microscale.machine import Machine
-from microscale.module_tensors import Bias, Parts, filled, nothing, put, same, tensors_of
+from microscale.module_tensors import Bias, Parts, filled, nothing, other_kinds, put, same, tensors_of
 from microscale.oracle import Problem
 from microscale.pages import give_back
 from microscale.quant import QuantTensor
@@ -166,9 +166,13 @@ class QuantLinear(nn.Module):
             destination[f"{prefix}weight_codes"] = weight.codes
             destination[f"{prefix}weight_scales"] = weight.scales
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+    def _load_from_state_dict(self, state: Any, prefix: str, *args: Any) -> None:
         self._take_back()
-        super()._load_from_state_dict(*args, **kwargs)
+        *_, errors = args
+        if wrong := other_kinds(self, _PARTS, state, prefix):
+            errors += wrong
+        else:
+            super()._load_from_state_dict(state, prefix, *args)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         self._take_back()  # codes may move to another device
@@ -370,10 +374,12 @@ def _complete_state(module: nn.Module, state: dict[str, Any], prefix: str, metad
         state.update({prefix + name: t for name, t in runner.parts().items() if prefix + name in state})
 
 
-def _before_loading(module: nn.Module, *args: Any) -> None:
+def _before_loading(module: nn.Module, state: Any, prefix: str, *args: Any) -> None:
     runner = runner_of(module)
     if isinstance(runner, QuantExperts):
         runner.take_back()
+        *_, errors = args
+        errors += other_kinds(module, runner._read, state, prefix)
 
 
 def runner_of(module: nn.Module) -> QuantLinear | QuantExperts | None:
