@@ -12,8 +12,11 @@ from typing import Any
 
 import pytest
 from made import add_tokenizer, document
-from transformers import LlamaConfig, LlamaForCausalLM
+from safetensors.torch import load_file
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 from typer.testing import Result
+
+from microscale.checkpoints import write
 
 Cli = Callable[..., Result]
 SIZES: dict[str, Any] = {
@@ -72,6 +75,17 @@ def test_a_config_that_is_of_another_model(
 ) -> None:
     path = configured(llama, tmp_path / "model", **changes)
     assert why in error_of(cli("run", path, "abc", "--max-new-tokens", "2"))
+
+
+@pytest.mark.parametrize("number", [1, 3])
+def test_experts_one_by_one_of_which_one_is_missing(cli: Cli, tmp_path: Path, number: int) -> None:
+    moe = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+    Qwen3MoeForCausalLM(Qwen3MoeConfig(**SIZES, **moe)).save_pretrained(tmp_path / "whole")
+    state = load_file(tmp_path / "whole" / "model.safetensors")
+    del state[f"model.layers.1.mlp.experts.{number}.down_proj.weight"]
+    write(tmp_path / "model", json.loads((tmp_path / "whole" / "config.json").read_text()), state)
+    why = f"experts.{number}.down_proj.weight': missing (expected 4 of them, found 3)"
+    assert why in error_of(cli("run", tmp_path / "model", "1 2", "--max-new-tokens", "2"))
 
 
 @pytest.mark.parametrize(
