@@ -20,6 +20,7 @@ from microscale import pages
 from microscale.activations import Activation
 from microscale.backends import emulation
 from microscale.canary import Placer
+from microscale.elements import decode_table
 from microscale.experts_host import ExpertsHost
 from microscale.formats import FORMATS
 from microscale.machine import detect
@@ -156,6 +157,22 @@ def test_bits_of_experts_are_not_loaded_as_numbers(placer: Placer) -> None:
         RuntimeError, match=r"first_scales is torch\.uint8, and the state has torch\.float8_e8m0fnu"
     ):
         host.load_state_dict(state)
+
+
+def test_a_device_that_tensors_are_made_on_by_default_is_nobodys_concern(either: Placer) -> None:
+    """Meta stands for any: nothing that should be elsewhere survives there."""
+    linear, w = layer(either, "nvfp4")
+    host, weights = experts(either)
+    args = routed()
+    decode_table.cache_clear()
+    with torch.device("meta"):
+        found, found_too = linear(args[0]), host(*args)
+        assert_same(copy.deepcopy(linear).weight, w)
+        assert torch.equal(host.state_dict()["first_codes"], weights[0].codes)
+        assert torch.equal(quantize(dequantize(w), "nvfp4", tensor_scale=w.tensor_scale).codes, w.codes)
+        torch.autograd.grad(linear(args[0].requires_grad_()).sum(), args[0])
+    assert torch.equal(linear(args[0]), found)
+    assert torch.equal(host(*args), found_too)
 
 
 def test_going_over_to_a_backend_that_aliases(placer: Placer) -> None:

@@ -119,7 +119,7 @@ def activation_of(module: Any) -> Activation:
         if limit is not None and kind == "silu":
             candidates.append(Activation(kind, gated, interleaved, limit=limit))
     generator = torch.Generator().manual_seed(5)
-    h = torch.randn(64, 64, generator=generator) * 6
+    h = torch.randn(64, 64, generator=generator, device="cpu") * 6
     try:
         with torch.no_grad():
             wanted = module._apply_gate(h) if gated else module.act_fn(h)
