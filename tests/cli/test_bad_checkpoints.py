@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from made import add_tokenizer, document
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 from typer.testing import Result
 
@@ -74,6 +75,19 @@ def test_a_config_that_is_of_another_model(
     cli: Cli, llama: Path, tmp_path: Path, changes: dict[str, Any], why: str
 ) -> None:
     path = configured(llama, tmp_path / "model", **changes)
+    assert why in error_of(cli("run", path, "abc", "--max-new-tokens", "2"))
+
+
+def test_integers_are_no_numbers_of_a_bias(cli: Cli, llama: Path, tmp_path: Path) -> None:
+    path = configured(llama, tmp_path / "model", attention_bias=True)
+    state = load_file(path / "model.safetensors")
+    for name, t in list(state.items()):
+        if "self_attn" in name:
+            state[name.replace("weight", "bias")] = torch.ones(t.shape[0], dtype=torch.int8)
+    save_file(state, path / "model.safetensors", {"format": "pt"})
+    why = (
+        "q_proj.bias': quantised, but config.json does not say how (expected torch.float32, found torch.int8)"
+    )
     assert why in error_of(cli("run", path, "abc", "--max-new-tokens", "2"))
 
 

@@ -107,6 +107,7 @@ def load(
             raise
     host, info = loaded
     _check_complete(path, info)
+    _check_kinds(checkpoint, host)
     return _ready(host, target, options, progress, kwargs)
 
 
@@ -152,6 +153,16 @@ def _check_experts(checkpoint: Checkpoint, host: Any) -> None:
                 raise CheckpointError(
                     checkpoint.path, "missing", tensor=tensor, expected=f"{count} of them", found=len(numbers)
                 )
+
+
+def _check_kinds(checkpoint: Checkpoint, host: Any) -> None:
+    """Refuse integers in the place of numbers: codes, whose scales nothing tells, and transformers casts them."""
+    for name, p in host.named_parameters():
+        if p.is_floating_point() and name in checkpoint.source:
+            info = checkpoint.source.info(name)
+            if not info.dtype.is_floating_point:
+                problem = "quantised, but config.json does not say how"
+                raise CheckpointError(info.file, problem, tensor=name, expected=p.dtype, found=info.dtype)
 
 
 def target_dtype(dtype: torch.dtype | str) -> torch.dtype | str:
