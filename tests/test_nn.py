@@ -21,6 +21,7 @@ from microscale.activations import Activation
 from microscale.backends import emulation
 from microscale.canary import Placer
 from microscale.elements import decode_table
+from microscale.errors import BackendError, FormatError
 from microscale.experts_host import ExpertsHost
 from microscale.formats import FORMATS
 from microscale.machine import detect
@@ -388,6 +389,41 @@ def test_a_linear_that_is_compiled_computes_with_what_it_is_given_for_a_call(eit
 
         torch.testing.assert_close(torch.compile(call, backend="eager")(x), wanted)
         torch.testing.assert_close(torch.compile(linear, backend="eager")(x), own)
+
+
+@pytest.mark.parametrize("placed", [True, False])
+def test_weights_under_vmap_are_refused_and_nothing_is_held_against_the_layer(
+    either: Placer, placed: bool
+) -> None:
+    linear, w = layer(either)
+    x = torch.randn(3, K)
+    if placed:
+        linear(x)
+    state = {"weight_codes": torch.stack([w.codes, w.codes])}
+    for _ in range(2):
+        with pytest.raises(BackendError, match="vmap"):
+            torch.func.vmap(lambda given: torch.func.functional_call(linear, given, (x,)))(state)
+    assert torch.equal(linear(x), QuantLinear(w, linear.bias, either)(x))
+
+
+def test_given_weights_that_no_backend_takes_fail_every_time(placer: Placer) -> None:
+    linear, w = layer(placer)
+    x = torch.randn(3, K)
+    linear(x)
+    state = {"weight_codes": w.codes.double()}
+    for _ in range(2):
+        with pytest.raises(FormatError, match=r"codes: expected torch\.uint8"):
+            torch.func.functional_call(linear, state, (x,))
+    assert torch.equal(linear(x), QuantLinear(w, linear.bias, placer)(x))
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_a_placed_linear_is_exported(either: Placer, strict: bool) -> None:
+    linear, _ = layer(either)
+    x = torch.randn(3, K)
+    y = linear(x)
+    with torch.no_grad():
+        assert torch.equal(torch.export.export(linear, (x,), strict=strict).module()(x), y)
 
 
 def test_a_shallow_copy_of_a_linear_is_emptied_alone(either: Placer) -> None:

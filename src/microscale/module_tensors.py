@@ -8,6 +8,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from microscale.errors import BackendError
+
 Parts = tuple[Tensor | None, ...]
 Read = TypeVar("Read")
 
@@ -15,6 +17,23 @@ Read = TypeVar("Read")
 def same(a: Parts, b: Parts) -> bool:
     """One by one the same objects."""
     return len(a) == len(b) and all(x is y for x, y in zip(a, b, strict=True))
+
+
+def given(now: Parts, before: Parts) -> bool:
+    """Whether a module has been given other tensors, with numbers to be computed with, than it had before.
+
+    Raises:
+        BackendError: their numbers are not to be had: a transform of torch.func is about to map over them.
+    """
+    if same(now, before) or any(type(t).__name__ in ("FakeTensor", "FunctionalTensor") for t in now):
+        return False  # the latter stand in an export for those that the module has
+    if torch.compiler.is_compiling():
+        return True
+    if any(t is not None and torch._C._functorch.is_functorch_wrapped_tensor(t) for t in now):
+        raise BackendError(
+            "weights under a transform of torch.func (vmap) have no numbers yet, which are packed"
+        )
+    return True
 
 
 def tensors_of(module: nn.Module) -> dict[str, Tensor | None]:

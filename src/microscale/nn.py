@@ -14,7 +14,7 @@ from microscale.errors import BackendError
 from microscale.experts_host import ExpertsHost, ExpertWeights
 from microscale.formats import Format, activation_format, activation_word
 from microscale.machine import Machine
-from microscale.module_tensors import Bias, Parts, filled, nothing, other_kinds, put, same, tensors_of
+from microscale.module_tensors import Bias, Parts, filled, given, nothing, other_kinds, put, same, tensors_of
 from microscale.oracle import Problem
 from microscale.pages import give_back
 from microscale.quant import QuantTensor
@@ -88,7 +88,8 @@ class QuantLinear(nn.Module):
         return QuantTensor(self.format, shape, codes, scales, self.weight_tensor_scale, self.rule)
 
     def _parts(self) -> Parts:
-        return tuple(self._buffers[name] for name in _PARTS)
+        held = self._buffers
+        return tuple(held[name] if name in held else getattr(self, name) for name in _PARTS)  # or parametrized
 
     def problem(self, dtype: torch.dtype, machine: Machine) -> Problem:
         """What the oracle is asked."""
@@ -117,9 +118,10 @@ class QuantLinear(nn.Module):
 
     def placed(self, dtype: torch.dtype) -> Placement:
         """The placement of the weight that the layer has now, made if there is none."""
+        others = given(self._parts(), self._made_of)
         if self.placement is None:
             self.place(dtype)
-        elif not same(self._parts(), self._made_of):
+        elif others:
             self._place_given(dtype)
         assert self.placement is not None
         return self.placement
@@ -127,11 +129,12 @@ class QuantLinear(nn.Module):
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _place_given(self, dtype: torch.dtype) -> None:
         """For other parts than were placed. They may be there for a call only, so they stay as they are."""
-        self._made_of = self._parts()
-        if self._held is not None and same(self._made_of, self._emptied):
-            self.placement = self._held
+        parts = self._parts()
+        if self._held is not None and same(parts, self._emptied):
+            placement = self._held
         else:
-            self.placement = self.placer.linear(self.problem(dtype, self.placer.machine), self.weight)
+            placement = self.placer.linear(self.problem(dtype, self.placer.machine), self.weight)
+        self.placement, self._made_of = placement, parts
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Given another part of a weight, the layer is placed anew."""
@@ -311,20 +314,22 @@ class QuantExperts:
 
     def placed(self, dtype: torch.dtype, device: torch.device) -> Placement:
         """The placement of the weights that the module has now, made if there is none for activations there."""
+        others = given(self._parts(), self._made_of)
         if self.placement is None or self._placed_on != device:
             return self.place(dtype)
-        if not same(self._parts(), self._made_of):
+        if others:
             self._place_given(dtype)
         return self.placement
 
     def _place_given(self, dtype: torch.dtype) -> None:
         """For other parts than were placed. They may be there for a call only, so they stay as they are."""
-        self._made_of = self._parts()
-        if isinstance(self._held, Placement) and same(self._made_of, self._emptied):
-            self.placement = self._held
+        parts = self._parts()
+        if isinstance(self._held, Placement) and same(parts, self._emptied):
+            placement = self._held
         else:
             weights = self.weights
-            self.placement = self.placer.moe(self._problem(weights, dtype, self.placer.machine), *weights)
+            placement = self.placer.moe(self._problem(weights, dtype, self.placer.machine), *weights)
+        self.placement, self._made_of = placement, parts
 
     def biases(self) -> tuple[Tensor | None, Tensor | None]:
         """(b13, b2) as they are now, float32 where no gradient of them can be asked for.
