@@ -89,7 +89,9 @@ class QuantLinear(nn.Module):
 
     def _parts(self) -> Parts:
         held = self._buffers
-        return tuple(held[name] if name in held else getattr(self, name) for name in _PARTS)  # or parametrized
+        return tuple(
+            held[name] if name in held else getattr(self, name) for name in _PARTS
+        )  # or parametrized
 
     def problem(self, dtype: torch.dtype, machine: Machine) -> Problem:
         """What the oracle is asked."""
