@@ -172,37 +172,28 @@ struct Moe {
     float *sums = reinterpret_cast<float *>(own + kernels->scratch + raw_bytes);
     std::fill_n(sums, m * stride, 0.0f);
     int state = 0;
-    for (int64_t hit = 0; hit < routes->experts(); ++hit)
-      for (int64_t from = panel; from < end; from += kGroupPanels)
-        add(unit, hit, from, std::min(kGroupPanels, end - from), own, &state, sums + (from - panel) * kPanelColumns);
+    for (int64_t hit = 0; hit < routes->experts(); ++hit) add(unit, hit, end - panel, own, &state, sums);
     if (kernels->end) kernels->end();
     for (int64_t i = 0; i < m; ++i)
       kernels->store(sums + i * stride, nullptr, nullptr, real, dtype, y + (i * n + column) * element_bytes(dtype));
   }
 
-  // One expert's share of `count` panels of a unit to all its tokens' sums.
-  void add(int64_t unit, int64_t hit, int64_t from, int64_t count, uint8_t *own, int *state, float *sums) const {
-    const int64_t expert = routes->expert(hit), first_route = routes->first(hit);
+  // One expert's share of a unit of `count` panels to all its tokens' sums.
+  void add(int64_t unit, int64_t hit, int64_t count, uint8_t *own, int *state, float *sums) const {
+    const int64_t expert = routes->expert(hit), first_route = routes->first(hit), stride = columns * kPanelColumns;
     float *raw = reinterpret_cast<float *>(own + kernels->scratch);
     Product p = product(w2, expert, hit, middle_rows + routes->first(hit), own, state);
-    p.first = from;
+    p.first = unit * columns;
     p.count = count;
     p.out = raw;
-    p.stride = kGroupPanels * kPanelColumns;
-    const int64_t after = from + count;
-    if (after < std::min((unit + 1) * columns, panels(p.n)))
-      p.next = at(w2, expert, after * kPanelColumns);
-    else if (hit + 1 < routes->experts())
-      p.next = at(w2, routes->expert(hit + 1), unit * columns * kPanelColumns);
-    else
-      p.next = after_second(unit);
+    p.stride = stride;
+    const int64_t column = p.first * kPanelColumns, real = std::min(count * kPanelColumns, p.n - column);
+    p.next = hit + 1 < routes->experts() ? at(w2, routes->expert(hit + 1), column) : after_second(unit);
     kernels->product[w2.header->format](&p);
-    const int64_t column = from * kPanelColumns, real = std::min(count * kPanelColumns, p.n - column);
     const float *outer = w2.outer_of(expert, column), *bias = w2.bias_of(expert, column);
     for (int64_t i = 0; i < p.m; ++i) {
       const float weight = weighted ? routes->weights()[first_route + i] : 1.0f;
-      kernels->add(raw + i * p.stride, outer, bias, weight, real,
-                   sums + routes->tokens()[first_route + i] * columns * kPanelColumns);
+      kernels->add(raw + i * stride, outer, bias, weight, real, sums + routes->tokens()[first_route + i] * stride);
     }
   }
 
@@ -264,7 +255,7 @@ int some_tokens(Moe &c, const void *x, const int64_t *ids, const float *weights,
   const auto used = [&](int64_t columns) { return columns * kPanelColumns * c.m * 4 + c.layout.bytes(most, 0); };
   if (routes.largest() > 16)
     while (2 * c.columns * 4 * threads <= all && used(2 * c.columns) <= kCacheBytes) c.columns *= 2;
-  c.raw_bytes = most * std::max(c.raw_stride(), kGroupPanels * kPanelColumns) * 4;
+  c.raw_bytes = most * std::max(c.raw_stride(), c.columns * kPanelColumns) * 4;
   const int64_t others = std::max(c.m * c.columns * kPanelColumns * 4, most * static_cast<int64_t>(sizeof(void *)));
   c.gathered_at = ceil_div(static_cast<int64_t>(c.kernels->scratch) + c.raw_bytes + others, 64) * 64;
   c.scratch_each = c.gathered_at + (gather ? c.gathered.bytes(most, 0) : 0) + 64;

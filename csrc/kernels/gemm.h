@@ -246,11 +246,13 @@ void many_rows(const Product &a, const PanelPlace *at, float *out) {
 }
 
 template <class V, class D, bool kSpecial>
-void product(const Product &a) {
+void product(const Product &all) {
   PanelPlace at[kGroupPanels];
+  Product a = all;
   for (int64_t p = 0; p < a.count; p += kGroupPanels) {
-    const int64_t panels = a.count - p < kGroupPanels ? a.count - p : kGroupPanels;
+    const int64_t panels = a.count - p < kGroupPanels ? a.count - p : kGroupPanels, after = p + panels;
     for (int64_t i = 0; i < panels; ++i) at[i] = panel_place(D::kFormat, a.n, a.k, a.first + p + i);
+    a.next = after == a.count ? all.next : a.weights + panel_place(D::kFormat, a.n, a.k, a.first + after).codes;
     float *out = a.out + 16 * p;
     if (a.m <= V::few(D::kBlocks, traits(D::kFormat).bits)) {
       few_rows<V, D, kSpecial>(a, at, panels, out);

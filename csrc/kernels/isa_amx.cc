@@ -21,6 +21,7 @@ constexpr int64_t kRing = above(kLag<P>);
 constexpr int64_t kTiles = 12;
 static_assert(kTiles >= kRing<1> && kTiles >= 2 * kRing<2> && kTiles >= 3 * kRing<3> && kTiles >= 4 * kRing<4>);
 constexpr int64_t kSums = 4 * 16 * 64;
+constexpr int64_t kTogether = 1 << 18;  // bytes of weights that each tile of rows meets before the next
 constexpr int64_t kScratch = kTiles * kTile + kSums;
 
 // P neighbouring panels of one group, which are read step by step.
@@ -193,9 +194,9 @@ void few(const Product &a, int64_t panel, float *out, uint8_t *scratch, float *s
   rows_times<kFormat, 1, P, true>(panels, Rows<1>(a, 0, out), tiles(a.k), scratch, sums);
 }
 
-// More: tiles of rows by twos, times two panels, and by threes, times one panel, so that each tile loaded serves up to
-// three products and six tiles are enough. Weights are decoded again for them, while the matrix unit works: to decode
-// them once for all rows they would have to go through L2, which takes longer.
+// More: tiles of rows by twos, times two panels, so that each tile loaded serves two products and six tiles are enough;
+// of an odd number the first three, times one panel. Weights are decoded again for each, while the matrix unit works:
+// to decode them once for all rows they would have to go through L2, which takes longer.
 template <int kFormat, int P, bool kFetch>
 void two(const Product &a, int64_t panel, int64_t tile, float *out, uint8_t *scratch, float *sums) {
   const Panels<kFormat, P> panels(a, panel);
@@ -208,17 +209,36 @@ void three(const Product &a, int64_t panel, int64_t tile, float *out, uint8_t *s
     rows_times<kFormat, 3, 1, kFetch>(panels, Rows<3>(a, tile, out + 16 * p), tiles(a.k), scratch, sums);
   }
 }
-template <int kFormat, int P>
-void many(const Product &a, int64_t panel, float *out, uint8_t *scratch, float *sums) {
-  const int64_t count = (a.m + 15) / 16;  // two and more
-  const int64_t threes = count % 3 == 1 ? count / 3 - 1 : count / 3;
-  int64_t tile = 0;
-  if (threes)
-    three<kFormat, P, true>(a, panel, 0, out, scratch, sums), tile = 3;
-  else
-    two<kFormat, P, true>(a, panel, 0, out, scratch, sums), tile = 2;
-  for (; tile < 3 * threes; tile += 3) three<kFormat, P, false>(a, panel, tile, out, scratch, sums);
-  for (; tile < count; tile += 2) two<kFormat, P, false>(a, panel, tile, out, scratch, sums);
+// Panels [panel, end) times two or three tiles of rows.
+template <int kFormat, bool kFetch>
+void tiles_times(const Product &a, int64_t panel, int64_t end, int64_t tile, bool is_three, uint8_t *scratch,
+                 float *sums) {
+  for (int64_t count; panel < end; panel += count) {
+    float *out = a.out + 16 * (panel - a.first);
+    count = panel % kGroupPanels + 1 < kGroupPanels && panel + 1 < end ? 2 : 1;  // of the same group
+    if (is_three && count == 2)
+      three<kFormat, 2, kFetch>(a, panel, tile, out, scratch, sums);
+    else if (is_three)
+      three<kFormat, 1, kFetch>(a, panel, tile, out, scratch, sums);
+    else if (count == 2)
+      two<kFormat, 2, kFetch>(a, panel, tile, out, scratch, sums);
+    else
+      two<kFormat, 1, kFetch>(a, panel, tile, out, scratch, sums);
+  }
+}
+// Some groups of panels, as many as fit into the L2 beside tiles of rows, take all rows before the next ones do: rows
+// are most of what goes through the caches, and two tiles of them stay in the L2 for all of these panels.
+template <int kFormat>
+void many(const Product &a, uint8_t *scratch, float *sums) {
+  const int64_t fit = kTogether / group_bytes(kFormat, a.k, kGroupPanels), groups = fit < 1 ? 1 : fit;
+  const int64_t count = (a.m + 15) / 16, behind = a.first + a.count;  // two tiles of rows and more
+  for (int64_t panel = a.first, end; panel < behind; panel = end) {
+    end = (panel / kGroupPanels + groups) * kGroupPanels;
+    if (end > behind) end = behind;
+    int64_t tile = 2 + count % 2;
+    tiles_times<kFormat, true>(a, panel, end, 0, tile == 3, scratch, sums);
+    for (; tile < count; tile += 2) tiles_times<kFormat, false>(a, panel, end, tile, false, scratch, sums);
+  }
 }
 
 template <int kFormat>
@@ -229,25 +249,18 @@ void product(const Product *a) {
   const int rows = static_cast<int>(tile_rows(a->m));
   if (*a->state != rows) configure(rows);
   *a->state = rows;
+  if (a->m > 16) return many<kFormat>(*a, scratch, sums);
   for (int64_t p = 0; p < a->count;) {
     const int64_t panel = a->first + p, group = kGroupPanels - panel % kGroupPanels;
     const int64_t left = a->count - p < group ? a->count - p : group;
     float *out = a->out + 16 * p;
-    if (a->m > 16) {
-      if (left >= 2)
-        many<kFormat, 2>(*a, panel, out, scratch, sums);
-      else
-        many<kFormat, 1>(*a, panel, out, scratch, sums);
-      p += left >= 2 ? 2 : 1;
-    } else {
-      switch (left) {
-        case 4: few<kFormat, 4>(*a, panel, out, scratch, sums); break;
-        case 3: few<kFormat, 3>(*a, panel, out, scratch, sums); break;
-        case 2: few<kFormat, 2>(*a, panel, out, scratch, sums); break;
-        default: few<kFormat, 1>(*a, panel, out, scratch, sums);
-      }
-      p += left;
+    switch (left) {
+      case 4: few<kFormat, 4>(*a, panel, out, scratch, sums); break;
+      case 3: few<kFormat, 3>(*a, panel, out, scratch, sums); break;
+      case 2: few<kFormat, 2>(*a, panel, out, scratch, sums); break;
+      default: few<kFormat, 1>(*a, panel, out, scratch, sums);
     }
+    p += left;
   }
 }
 

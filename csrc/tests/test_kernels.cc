@@ -167,7 +167,7 @@ void test_rows(int level, int format, int dtype) {
 
 double sigmoid(double v) { return 1 / (1 + std::exp(-v)); }
 
-void test_moe(int level, int format, int dtype, int64_t m, int64_t width, int64_t hidden) {
+void test_moe(int level, int format, int dtype, int64_t m, int64_t width, int64_t hidden, int threads = 2) {
   constexpr int64_t kExperts = 3, kRoutes = 2;
   const Weights w13(format, kExperts, 2 * width, hidden, 3), w2(format, kExperts, hidden, width, 4);
   const auto x = numbers(m * hidden, 5), b13 = numbers(kExperts * 2 * width, 6), b2 = numbers(kExperts * hidden, 7);
@@ -176,9 +176,18 @@ void test_moe(int level, int format, int dtype, int64_t m, int64_t width, int64_
   for (size_t i = 0; i < ids.size(); ++i) ids[i] = i % 5 == 4 ? -1 : static_cast<int64_t>(i * 7 % kExperts);
   std::vector<float> weights(ids.size(), 0.375f);
   const ms_activation activation{MS_SILU, 1, 0, 0, 0, std::numeric_limits<float>::infinity()};
-  std::vector<uint8_t> out(static_cast<size_t>(m * hidden * (dtype == MS_FP32 ? 4 : 2)), 0xff);
-  CHECK(ms_moe(level, w13.packed.data(), nullptr, w2.packed.data(), nullptr, dtype, in.data(), m, ids.data(),
-               weights.data(), kRoutes, &activation, b13.data(), b2.data(), 0, out.data(), 2) == MS_OK);
+  const size_t row = in.size() / static_cast<size_t>(m);
+  std::vector<uint8_t> out(in.size(), 0xff), alone(row, 0xff);
+  const auto moe = [&](int64_t first, int64_t rows, uint8_t *y, int with) {
+    CHECK(ms_moe(level, w13.packed.data(), nullptr, w2.packed.data(), nullptr, dtype,
+                 in.data() + static_cast<size_t>(first) * row, rows, ids.data() + first * kRoutes, weights.data(),
+                 kRoutes, &activation, b13.data(), b2.data(), 0, y, with) == MS_OK);
+  };
+  moe(0, m, out.data(), threads);
+  moe(m - 1, 1, alone.data(), 3 - threads);
+  CHECK_IN(std::memcmp(alone.data(), out.data() + in.size() - row, row) == 0,
+           "level %d format %d dtype %d [%ld, %ld, %ld]: the last row alone", level, format, dtype, long(m),
+           long(width), long(hidden));
   double error = 0, size = 0;
   for (int64_t i = 0; i < m; ++i) {
     std::vector<double> want(static_cast<size_t>(hidden));
@@ -241,7 +250,10 @@ int main() {
         test_moe(level, format, dtype, 7, 48, 80);
         test_moe(level, format, dtype, 40, 40, 32);
         if (dtype == MS_BF16) test_moe(level, format, dtype, 75, 40, 544);
+        test_moe(level, format, dtype, 100, 32, 528, 1);  // several groups of columns of the second product at a time
       }
+  // Groups of the second product that are too large to be multiplied together.
+  test_moe(ms_level(), MS_MXFP8_E4M3, MS_BF16, 100, 2080, 528, 1);
   test_refusals();
   return check::finish("test_kernels");
 }

@@ -231,8 +231,10 @@ def prove_moe(
 
 def _tokens(k: int, problem: Problem, device: torch.device) -> Tensor:
     # The same tokens every time: a canary that fails once fails again. Made on the CPU, equal on every device.
-    generator = torch.Generator().manual_seed(20)
-    return torch.randn(_TOKENS, k, generator=generator).to(device=device, dtype=DTYPES[problem.dtype])
+    generator = torch.Generator("cpu").manual_seed(20)
+    return torch.randn(_TOKENS, k, generator=generator, device="cpu").to(
+        device=device, dtype=DTYPES[problem.dtype]
+    )
 
 
 def _act(problem: Problem) -> Format | None:

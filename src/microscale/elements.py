@@ -43,9 +43,9 @@ def encode(x: Tensor, element: Element) -> Tensor:
 def decode_table(element: Element, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Values by stored byte: [256, 2] for 4-bit elements (low nibble first), else [2^bits, 1]. Do not write to it."""
     with torch.inference_mode(False):  # a cached inference tensor could never meet autograd again
-        values = torch.tensor(element.values, dtype=torch.float64)
+        values = torch.tensor(element.values, dtype=torch.float64, device="cpu")
         if element.bits == 4:
-            byte = torch.arange(256)
+            byte = torch.arange(256, device="cpu")
             table = torch.stack((values[byte & 15], values[byte >> 4]), dim=1)
         else:
             table = values[:, None]

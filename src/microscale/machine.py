@@ -125,6 +125,12 @@ class Machine:
             return "avx2"
         return "neon" if "neon" in self.isa else "plain"
 
+    @property
+    def core_level(self) -> str:
+        """The widest level that the C++ core uses: this machine's, or the one that it was compiled or lowered to."""
+        both = [level for level in (self.level, self.core) if level in CPU_LEVELS]
+        return min(both, key=CPU_LEVELS.index) if len(both) == 2 else self.level
+
 
 @cache
 def detect() -> Machine:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from microscale.activations import Activation
 from microscale.canary import DTYPE_WORDS, Placement, Placer
 from microscale.errors import BackendError
+from microscale.experts_host import ExpertsHost, ExpertWeights
 from microscale.formats import Format, activation_format, activation_word
 from microscale.machine import Machine
+from microscale.module_tensors import Bias, Parts, filled, given, nothing, other_kinds, put, same, tensors_of
 from microscale.oracle import Problem
 from microscale.pages import give_back
 from microscale.quant import QuantTensor
@@ -70,17 +72,26 @@ class QuantLinear(nn.Module):
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
         self.placer = placer
         self.placement: Placement | None = None
+        self._made_of: Parts = ()  # the buffers that the placement was made of, emptied or not
         self._held: Placement | None = None  # whose packed form is the only copy of the weight
+        self._emptied: Parts = ()  # the buffers that it stands behind
 
     @property
     def weight(self) -> QuantTensor:
         """The canonical weight: views of the buffers, or unpacked from what the backend holds."""
+        codes, scales = self.weight_codes, self.weight_scales
         if self._held is not None:
-            return self._held.unpack()[0]
+            (whole,) = self._held.unpack()
+            codes = whole.codes if codes is self._emptied[0] else codes
+            scales = whole.scales if scales is self._emptied[1] else scales
         shape = (self.out_features, self.in_features)
-        return QuantTensor(
-            self.format, shape, self.weight_codes, self.weight_scales, self.weight_tensor_scale, self.rule
-        )
+        return QuantTensor(self.format, shape, codes, scales, self.weight_tensor_scale, self.rule)
+
+    def _parts(self) -> Parts:
+        held = self._buffers
+        return tuple(
+            held[name] if name in held else getattr(self, name) for name in _PARTS
+        )  # or parametrized
 
     def problem(self, dtype: torch.dtype, machine: Machine) -> Problem:
         """What the oracle is asked."""
@@ -101,11 +112,31 @@ class QuantLinear(nn.Module):
         placement = self.placer.linear(problem, weight)
         if placement.repacks:
             give_back((weight.codes, weight.scales))
-            self._store(_nothing(weight.codes), _nothing(weight.scales), placement)
+            self._store(nothing(weight.codes), nothing(weight.scales), placement)
         else:
             self._store(weight.codes, weight.scales, None)
-        self.placement = placement
+        self.placement, self._made_of = placement, self._parts()
         return placement
+
+    def placed(self, dtype: torch.dtype) -> Placement:
+        """The placement of the weight that the layer has now, made if there is none."""
+        others = given(self._parts(), self._made_of)
+        if self.placement is None:
+            self.place(dtype)
+        elif others:
+            self._place_given(dtype)
+        assert self.placement is not None
+        return self.placement
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _place_given(self, dtype: torch.dtype) -> None:
+        """For other parts than were placed. They may be there for a call only, so they stay as they are."""
+        parts = self._parts()
+        if self._held is not None and same(parts, self._emptied):
+            placement = self._held
+        else:
+            placement = self.placer.linear(self.problem(dtype, self.placer.machine), self.weight)
+        self.placement, self._made_of = placement, parts
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Given another part of a weight, the layer is placed anew."""
@@ -115,22 +146,22 @@ class QuantLinear(nn.Module):
 
     def _store(self, codes: Tensor, scales: Tensor, held: Placement | None) -> None:
         self._buffers["weight_codes"], self._buffers["weight_scales"] = codes, scales
-        self._held = held
+        self._held, self._emptied = held, () if held is None else self._parts()
 
     def _take_back(self) -> None:
         """The buffers hold the weight again, and the layer is not placed."""
         if self._held is not None:
             weight = self.weight
             self._store(weight.codes, weight.scales, None)
-        self.placement = None
+        self.placement, self._made_of = None, ()
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies are placed anew: a packed layout may alias the weights it was made from."""
-        state = self.__dict__ | {"placement": None, "_held": None}
+        state = self.__dict__ | {"placement": None, "_made_of": (), "_held": None, "_emptied": ()}
+        state["_buffers"] = dict(self._buffers)
         if self._held is not None:
             weight = self.weight
-            whole = {"weight_codes": weight.codes, "weight_scales": weight.scales}
-            state["_buffers"] = self._buffers | whole
+            state["_buffers"] |= {"weight_codes": weight.codes, "weight_scales": weight.scales}
         return state
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
@@ -140,9 +171,13 @@ class QuantLinear(nn.Module):
             destination[f"{prefix}weight_codes"] = weight.codes
             destination[f"{prefix}weight_scales"] = weight.scales
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+    def _load_from_state_dict(self, state: Any, prefix: str, *args: Any) -> None:
         self._take_back()
-        super()._load_from_state_dict(*args, **kwargs)
+        *_, errors = args
+        if wrong := other_kinds(self, _PARTS, state, prefix):
+            errors += wrong
+        else:
+            super()._load_from_state_dict(state, prefix, *args)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         self._take_back()  # codes may move to another device
@@ -157,36 +192,13 @@ class QuantLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., K] -> [..., N], in x's dtype."""
-        placement = self.placement or self.place(x.dtype)
+        placement = self.placed(x.dtype)
         return placement.backend.linear(x, placement.packed[0], self.bias, act=self.act)
 
     def extra_repr(self) -> str:
         """What print(model) shows."""
         backend = "not placed" if self.placement is None else self.placement.choice.backend.name
         return f"{self.in_features} -> {self.out_features}, {self.format.name}, {backend}"
-
-
-class ExpertWeights(NamedTuple):
-    """What an experts module holds: w13 [E, rows, H], w2 [E, H, I], and biases [E, rows], [E, H] or None."""
-
-    w13: QuantTensor
-    w2: QuantTensor
-    b13: Tensor | None
-    b2: Tensor | None
-
-
-class ExpertsHost(NamedTuple):
-    """How a kind of host module stores experts. Functions of modules' own level: copies and pickles name them.
-
-    Attributes:
-        weights: (w13, w2) that a module stores, as views.
-        biases: (b13, b2) of a module, None where there is none.
-        parts: the tensors, by name, as which a module stores w13 and w2: the inverse of `weights`.
-    """
-
-    weights: Callable[[nn.Module], tuple[QuantTensor, QuantTensor]]
-    biases: Callable[[nn.Module], tuple[Tensor | None, Tensor | None]]
-    parts: Callable[[nn.Module, QuantTensor, QuantTensor], dict[str, Tensor]]
 
 
 class QuantExperts:
@@ -224,8 +236,12 @@ class QuantExperts:
         self.act: Format | None = activation_format(self.format.name, act)
         self.placement: Placement | None = None
         self._names = tuple(host.parts(module, w13, w2))
+        biases = [id(b) for b in host.biases(module)]
+        self._read = tuple(n for n, t in tensors_of(module).items() if t is not None and id(t) not in biases)
+        self._made_of: Parts = ()  # what `_read` named when the placement was made, emptied or not
+        self._emptied: Parts = ()  # the same of what `_held` stands behind
         self._placed_on: torch.device | None = None
-        self._biases = _Bias(), _Bias()
+        self._biases = Bias(), Bias()
         if runner_of(module) is None:
             module.register_state_dict_post_hook(_complete_state)
             module.register_load_state_dict_pre_hook(_before_loading)
@@ -245,7 +261,14 @@ class QuantExperts:
         else:
             whole = held.unpack() if isinstance(held, Placement) else held
             w13, w2 = (w.to(self.device) for w in whole)
+            if not same(self._parts(), self._emptied):  # given others since
+                parts = self.host.parts(self.module, w13, w2)
+                w13, w2 = filled(self.module, parts, self.host.weights)
         return ExpertWeights(w13, w2, *self.host.biases(self.module))
+
+    def _parts(self) -> Parts:
+        now = tensors_of(self.module)
+        return tuple(now.get(name) for name in self._read)
 
     def parts(self) -> dict[str, Tensor]:
         """The module's tensors by name, whole."""
@@ -254,7 +277,7 @@ class QuantExperts:
     def __getstate__(self) -> dict[str, Any]:
         """Copies are placed anew: a packed layout may alias the weights it was made from."""
         held = None if self._held is None else self.weights[:2]
-        return self.__dict__ | {"placement": None, "_held": held, "_biases": (_Bias(), _Bias())}
+        return self.__dict__ | {"placement": None, "_made_of": (), "_held": held, "_biases": (Bias(), Bias())}
 
     def problem(self, dtype: torch.dtype, machine: Machine) -> Problem:
         """What the oracle is asked."""
@@ -283,13 +306,32 @@ class QuantExperts:
         whole = self.host.parts(self.module, weights.w13, weights.w2)
         if placement.repacks:
             give_back(whole.values())
-            self._store({name: _nothing(t) for name, t in whole.items()}, placement)
+            self._store({name: nothing(t) for name, t in whole.items()}, placement)
         else:
             self._store(whole, None)
-        self._biases = _Bias(), _Bias()
+        self._biases = Bias(), Bias()
         self._placed_on = weights.w13.device
-        self.placement = placement
+        self.placement, self._made_of = placement, self._parts()
         return placement
+
+    def placed(self, dtype: torch.dtype, device: torch.device) -> Placement:
+        """The placement of the weights that the module has now, made if there is none for activations there."""
+        others = given(self._parts(), self._made_of)
+        if self.placement is None or self._placed_on != device:
+            return self.place(dtype)
+        if others:
+            self._place_given(dtype)
+        return self.placement
+
+    def _place_given(self, dtype: torch.dtype) -> None:
+        """For other parts than were placed. They may be there for a call only, so they stay as they are."""
+        parts = self._parts()
+        if isinstance(self._held, Placement) and same(parts, self._emptied):
+            placement = self._held
+        else:
+            weights = self.weights
+            placement = self.placer.moe(self._problem(weights, dtype, self.placer.machine), *weights)
+        self.placement, self._made_of = placement, parts
 
     def biases(self) -> tuple[Tensor | None, Tensor | None]:
         """(b13, b2) as they are now, float32 where no gradient of them can be asked for.
@@ -302,22 +344,18 @@ class QuantExperts:
 
     def _store(self, parts: dict[str, Tensor], held: Placement | None) -> None:
         if held is not None or self._held is not None:
-            for name, t in parts.items():
-                if name in self.module._parameters:
-                    self.module._parameters[name] = nn.Parameter(t, requires_grad=False)
-                else:
-                    self.module._buffers[name] = t
-        self._held = held
+            put(self.module, parts)
+        self._held, self._emptied = held, () if held is None else self._parts()
 
     def take_back(self) -> None:
         """The module holds its weights again, and they are not placed."""
         if self._held is not None:
             self._store(self.parts(), None)
-        self.placement = None
+        self.placement, self._made_of = None, ()
 
     def __call__(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
         """[..., H], [M, T], [M, T] -> [..., H], with M the product of x's leading dimensions."""
-        rows, placement = x.reshape(-1, x.shape[-1]), self._placed(x)
+        rows, placement = x.reshape(-1, x.shape[-1]), self.placed(x.dtype, x.device)
         y = self._run(placement.backend.moe, placement, rows, topk_ids, topk_weights)
         return y.view(*x.shape[:-1], y.shape[-1])
 
@@ -327,44 +365,14 @@ class QuantExperts:
         Args:
             choice: of the routes, `backends.triton.small.Choice`.
         """
-        placement = self._placed(x)
+        placement = self.placed(x.dtype, x.device)
         run = getattr(placement.backend, "shares", None)
         return None if run is None else self._run(run, placement, x, choice)
-
-    def _placed(self, x: Tensor) -> Placement:
-        if self.placement is None or self._placed_on != x.device:
-            return self.place(x.dtype)
-        return self.placement
 
     def _run(self, function: Callable[..., Tensor], placement: Placement, *given: Any) -> Tensor:
         w13, w2 = placement.packed
         b13, b2 = self.biases()
         return function(*given, w13, w2, self.activation, b13=b13, b2=b2, act=self.act)
-
-
-class _Bias:
-    """A bias, and its float32 copy for inference: to convert all experts' takes longer than to add those of a few."""
-
-    def __init__(self) -> None:
-        self.copy: Tensor | None = None
-        self.of: tuple[Tensor, Tensor, int] | None = None  # what was copied, its memory then, and its version
-
-    def now(self, b: Tensor | None) -> Tensor | None:
-        """The bias as it is, float32 where no gradient of it can be asked for."""
-        if b is None or b.dtype == torch.float32 or torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return b
-        if b.is_inference() or type(b) not in (Tensor, nn.Parameter):  # changes leave no trace
-            return b
-        if self.of is not None:
-            source, memory, version = self.of
-            if source is b and version == b._version and memory.data_ptr() == b.data_ptr():
-                return self.copy
-        self.copy, self.of = b.detach().float(), (b, b.detach(), b._version)
-        return self.copy
-
-
-def _nothing(t: Tensor) -> Tensor:
-    return torch.zeros(0, dtype=t.dtype, device=t.device)
 
 
 def _complete_state(module: nn.Module, state: dict[str, Any], prefix: str, metadata: dict[str, Any]) -> None:
@@ -373,10 +381,12 @@ def _complete_state(module: nn.Module, state: dict[str, Any], prefix: str, metad
         state.update({prefix + name: t for name, t in runner.parts().items() if prefix + name in state})
 
 
-def _before_loading(module: nn.Module, *args: Any) -> None:
+def _before_loading(module: nn.Module, state: Any, prefix: str, *args: Any) -> None:
     runner = runner_of(module)
     if isinstance(runner, QuantExperts):
         runner.take_back()
+        *_, errors = args
+        errors += other_kinds(module, runner._read, state, prefix)
 
 
 def runner_of(module: nn.Module) -> QuantLinear | QuantExperts | None:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from microscale.activations import Activation
+from microscale.backends import autograd
 from microscale.errors import BackendError
 from microscale.formats import Format
 from microscale.quant import dequantize, quantize
@@ -86,6 +87,8 @@ def local_ids(topk_ids: Tensor, expert_map: Tensor | None, experts: int) -> Tens
 def stored(x: Tensor, act: Format | None, dtype: torch.dtype) -> Tensor:
     """x [..., K] in `dtype`, as it reads back from the activations' format; None: unchanged but for the dtype.
 
+    Its gradient is that of x as it is (straight through): rounding has none of use.
+
     Raises:
         BackendError: `act` shares scales between rows.
     """
@@ -94,7 +97,10 @@ def stored(x: Tensor, act: Format | None, dtype: torch.dtype) -> Tensor:
     if act.block[0] != 1:
         raise BackendError(f"act: {act.name} shares a scale between {act.block[0]} rows; activations need 1")
     # A row as a matrix of its own: a tensor scale is then that row's, and never sees another token.
-    return dequantize(quantize(x[..., None, :], act), dtype).squeeze(-2)
+    y = dequantize(quantize(x.detach()[..., None, :], act), dtype).squeeze(-2)
+    if not autograd.wanted(x) and (torch.compiler.is_compiling() or autograd.plain(x)):
+        return y
+    return y + (x - x.detach()).to(dtype)  # + 0, and NaN only where y is
 
 
 def _integers(what: str, t: Tensor) -> Tensor:

@@ -58,7 +58,7 @@ class Problem:
             isa=machine.isa,
             packages=frozenset(name for name, _ in machine.packages)
             | ({CORE} if machine.core else frozenset()),
-            versions=frozenset({*machine.packages, ("torch", machine.torch)}),
+            versions=frozenset({*machine.packages, ("torch", machine.torch), (CORE, machine.core_level)}),
         )
 
     def version(self, package: str) -> str:

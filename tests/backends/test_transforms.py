@@ -12,8 +12,11 @@ from torch.autograd import forward_ad
 
 from microscale import reference
 from microscale.activations import GPT_OSS
+from microscale.backends import emulation
 from microscale.canary import Placer
 from microscale.dense import DenseLinear, place_dense
+from microscale.formats import get_format
+from microscale.nn import QuantLinear
 from microscale.quant import dequantize, quantize
 
 
@@ -70,3 +73,55 @@ def test_a_gradient_of_a_gradient_is_refused_and_not_left_out(cpu: Any) -> None:
     penalty = gradient.square().sum() + x.sum()
     with pytest.raises(RuntimeError, match="once_differentiable"):
         penalty.backward()
+
+
+@pytest.mark.parametrize("name", ["cpu", "emulation"])
+def test_autocast_rounds_no_operand(cpu: Any, name: str) -> None:
+    q, x, direction = quantize(torch.randn(24, 64), "nvfp4"), torch.randn(5, 64), torch.randn(5, 24)
+    backend = {"cpu": cpu, "emulation": emulation}[name]
+    w13, w2 = (backend.pack(quantize(torch.randn(4, n, 64), "mxfp4")) for n in (128, 64))
+    ids, weights, leaf = torch.randint(4, (5, 2)), torch.rand(5, 2), x.clone().requires_grad_()
+
+    def computed() -> list[torch.Tensor]:
+        layer = QuantLinear(q, None, Placer(force=name))  # proved where it is called
+        y, routed = layer(x), backend.moe(x, ids, weights, w13, w2, GPT_OSS)
+        return [y, routed, *torch.autograd.grad(cpu.linear(leaf, cpu.pack(q)), leaf, direction)]
+
+    wanted = computed()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = computed()
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+
+
+@pytest.mark.parametrize("act", ["mxfp8_e4m3", "nvfp4", "fp8_group128"])
+def test_gradients_pass_through_quantised_activations(act: str) -> None:
+    q, x, direction = quantize(torch.randn(24, 64), "mxfp4"), torch.randn(5, 64), torch.randn(5, 24)
+    how, w = get_format(act), emulation.pack(q)
+    leaf = x.clone().requires_grad_()
+    y = emulation.linear(leaf, w, act=how)
+    assert torch.equal(y, emulation.linear(x, w, act=how))
+    assert not torch.equal(y, emulation.linear(x, w))
+    (grad,) = torch.autograd.grad(y, leaf, direction)
+    torch.testing.assert_close(grad, direction @ dequantize(q), rtol=1e-5, atol=1e-5)
+    with forward_ad.dual_level():
+        dual = emulation.linear(forward_ad.make_dual(x, x), w, act=how)
+        tangent = forward_ad.unpack_dual(dual).tangent
+    torch.testing.assert_close(tangent, x @ dequantize(q).T, rtol=1e-5, atol=1e-5)
+
+
+def test_gradients_pass_through_quantised_intermediates() -> None:
+    act, weights = get_format("nvfp4"), [quantize(torch.randn(4, n, 64), "mxfp4") for n in (128, 64)]
+    x, ids, shares = torch.randn(5, 64), torch.randint(4, (5, 1)), torch.rand(5, 1)
+    leaf, twin = x.clone().requires_grad_(), x.clone().requires_grad_()
+    y = emulation.moe(leaf, ids, shares, *map(emulation.pack, weights), GPT_OSS, act=act)
+
+    def stored(x: torch.Tensor) -> torch.Tensor:
+        return dequantize(quantize(x.detach()[:, None], act)).squeeze(1) + x - x.detach()
+
+    w13, w2 = (dequantize(w)[ids.squeeze(1)] for w in weights)
+    h = reference.activate(torch.einsum("mk,mnk->mn", stored(twin), w13), GPT_OSS)
+    wanted = torch.einsum("mk,mnk->mn", stored(h), w2) * shares
+    torch.testing.assert_close(y, wanted, rtol=1e-4, atol=1e-3)
+    y.sum().backward()
+    wanted.sum().backward()
+    torch.testing.assert_close(leaf.grad, twin.grad, rtol=1e-4, atol=1e-2)

@@ -15,7 +15,7 @@ import torch
 from triton_ahead import random_bytes
 
 from microscale.activations import GPT_OSS
-from microscale.backends.triton_rules import refuse, unproven
+from microscale.backends.triton_rules import refuse, uncompiled, unproven
 from microscale.formats import FORMATS
 from microscale.invented import INVENTED
 from microscale.machine import Gpu
@@ -61,6 +61,19 @@ def test_a_version_of_triton_without_hopper_kernels_is_told() -> None:
     assert "Triton 3.6 and 3.7; with 3.8.0 the slower ones" in str(unproven(of("3.8.0")))
     assert unproven(of("3.8.0", "sm_100")) is None
     assert unproven(replace(of("3.8.0"), packages=())) is None
+
+
+def test_doctor_says_what_a_hopper_loses_without_nvrtc(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton", reason=NO_TRITON)
+    from microscale.backends.triton import nvrtc
+
+    h200 = INVENTED["h200"]
+    monkeypatch.setattr(nvrtc, "refuse", lambda: "CUDA C++ cannot be compiled: no module")
+    assert str(uncompiled(h200)).startswith("CUDA C++ cannot be compiled: no module. For many tokens slower")
+    assert uncompiled(replace(h200, packages=())) is None
+    assert uncompiled(INVENTED["b200"]) is None
+    monkeypatch.setattr(nvrtc, "refuse", lambda: None)
+    assert uncompiled(h200) is None
 
 
 @pytest.fixture

@@ -31,6 +31,7 @@ def test_write_refuses_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Mo
         ("m", CONFIG, {"s": torch.eye(2).to_sparse()}, "'s': a tensor in layout torch.sparse_coo"),
         ("m", CONFIG, {"s": torch.eye(2, device="meta")}, "'s': a tensor on the meta device"),
         ("m", CONFIG, {"\ud800": torch.ones(1)}, "not UTF-8"),
+        ("m", {"\ud800": 1}, state, "m/config.json: JSON is not UTF-8"),
         ("m", CONFIG, {"__metadata__": torch.ones(1)}, "__metadata__"),
     ):
         with pytest.raises(CheckpointError, match=match):
@@ -42,6 +43,18 @@ def test_write_refuses_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Mo
         write(tmp_path / "m", CONFIG, state)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "full"]
     assert (tmp_path / "full" / "x").read_text() == (tmp_path / "file").read_text() == "precious"
+
+
+def test_a_link_to_a_directory_is_filled_and_stays(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    for name in ("empty", "new"):
+        (tmp_path / f"to_{name}").symlink_to(name)
+        write(tmp_path / f"to_{name}", CONFIG, {"a": torch.ones(1)})
+        assert (tmp_path / f"to_{name}").is_symlink()
+        assert Source.open(tmp_path / name).names() == ("a",)
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(CheckpointError, match="loop: cannot be written"):
+        write(tmp_path / "loop", CONFIG, {"a": torch.ones(1)})
 
 
 def test_what_is_written_is_what_torch_sees(tmp_path: Path) -> None:

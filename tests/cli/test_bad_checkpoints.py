@@ -11,9 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from made import add_tokenizer, document
-from transformers import LlamaConfig, LlamaForCausalLM
+from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 from typer.testing import Result
+
+from microscale.checkpoints import write
 
 Cli = Callable[..., Result]
 SIZES: dict[str, Any] = {
@@ -72,6 +76,30 @@ def test_a_config_that_is_of_another_model(
 ) -> None:
     path = configured(llama, tmp_path / "model", **changes)
     assert why in error_of(cli("run", path, "abc", "--max-new-tokens", "2"))
+
+
+def test_integers_are_no_numbers_of_a_bias(cli: Cli, llama: Path, tmp_path: Path) -> None:
+    path = configured(llama, tmp_path / "model", attention_bias=True)
+    state = load_file(path / "model.safetensors")
+    for name, t in list(state.items()):
+        if "self_attn" in name:
+            state[name.replace("weight", "bias")] = torch.ones(t.shape[0], dtype=torch.int8)
+    save_file(state, path / "model.safetensors", {"format": "pt"})
+    why = (
+        "q_proj.bias': quantised, but config.json does not say how (expected torch.float32, found torch.int8)"
+    )
+    assert why in error_of(cli("run", path, "abc", "--max-new-tokens", "2"))
+
+
+@pytest.mark.parametrize("number", [1, 3])
+def test_experts_one_by_one_of_which_one_is_missing(cli: Cli, tmp_path: Path, number: int) -> None:
+    moe = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+    Qwen3MoeForCausalLM(Qwen3MoeConfig(**SIZES, **moe)).save_pretrained(tmp_path / "whole")
+    state = load_file(tmp_path / "whole" / "model.safetensors")
+    del state[f"model.layers.1.mlp.experts.{number}.down_proj.weight"]
+    write(tmp_path / "model", json.loads((tmp_path / "whole" / "config.json").read_text()), state)
+    why = f"experts.{number}.down_proj.weight': missing (expected 4 of them, found 3)"
+    assert why in error_of(cli("run", tmp_path / "model", "1 2", "--max-new-tokens", "2"))
 
 
 @pytest.mark.parametrize(

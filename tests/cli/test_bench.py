@@ -88,6 +88,33 @@ def test_linears_that_are_not_packed(cli: Cli) -> None:
     assert "--format bf16: experts are packed, and no shape given is a linear" in refused.stderr
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="pipes with names are POSIX's")
+def test_a_device_or_pipe_is_written_to_and_stays_what_it_is(cli: Cli, tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    ends = os.open(pipe, os.O_RDWR | os.O_NONBLOCK)  # of a pipe that holds 64 KiB
+    try:
+        assert cli(*TINY, "--m", "3", "--save", pipe).exit_code == 0
+        assert pipe.is_fifo()
+        assert len(json.loads(os.read(ends, 1 << 16))["cases"]) == 2
+    finally:
+        os.close(ends)
+    assert os.listdir(tmp_path) == ["pipe"]
+
+
+def test_a_link_is_followed(cli: Cli, tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    (tmp_path / "link.json").symlink_to("there/bench.json")
+    for _ in range(2):
+        assert cli(*TINY, "--m", "3", "--save", tmp_path / "link.json").exit_code == 0
+        assert (tmp_path / "link.json").is_symlink()
+        assert os.listdir(tmp_path / "there") == ["bench.json"]
+    (tmp_path / "link.json").unlink()
+    (tmp_path / "link.json").symlink_to("nowhere/bench.json")
+    refused = cli(*TINY, "--m", "3", "--save", tmp_path / "link.json")
+    assert "there is no directory" in refused.stderr
+
+
 def test_table_and_file(cli: Cli, tmp_path: Path) -> None:
     path = tmp_path / "bench.json"
     result = cli(*TINY, "--m", "3", "--save", path)
@@ -134,6 +161,7 @@ def test_the_process_is_left_as_it_was(cli: Cli) -> None:
     [
         (("--shape", "nothing"), "unknown shape 'nothing'; known: gpt-oss-20b"),
         (("--format", "mxfp5"), "unknown format 'mxfp5'; did you mean mxfp4?"),
+        (("--format", "all,mxfp4"), "unknown format 'all'; "),
         (("--op", "attention"), "unknown op 'attention'"),
         (("--shape", "64x96", "--op", "moe"), "--op moe: no shape given is of that kind"),
         (("--m", "0"), "--m '0': numbers from 1 to"),

@@ -187,3 +187,19 @@ def test_an_invalid_variable_is_a_warning_not_a_failure(cli: Cli, monkeypatch: p
     found = document(result)
     assert found["environment"]["MICROSCALE_EMULATION_TILE"]["value"] == 2**20
     assert "MICROSCALE_CANARY='sometimes'; known: class, all, off" in found["warnings"]
+
+
+def test_what_no_run_would_take_is_a_warning(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MICROSCALE_BACKEND", "hummming")
+    text = cli("doctor").stdout
+    assert "MICROSCALE_BACKEND: invalid (name of" in text
+    said = "WARNING: unknown backend of MICROSCALE_BACKEND 'hummming'; did you mean humming? known: humming, emulation"
+    assert said in text
+    monkeypatch.setenv("MICROSCALE_BACKEND", "humming")
+    assert doctor.environment()["MICROSCALE_BACKEND"]["value"] == "humming"
+    if detect().core:
+        monkeypatch.setattr("microscale.backends.cpu_core._widest", lambda: 1)
+        monkeypatch.setenv("MICROSCALE_CPU_LEVEL", "avx512")
+        found = document(cli("doctor", "--json"))
+        assert found["environment"]["MICROSCALE_CPU_LEVEL"]["value"] is None
+        assert any(w.startswith("MICROSCALE_CPU_LEVEL=avx512, and the widest") for w in found["warnings"])

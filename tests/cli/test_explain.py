@@ -16,6 +16,7 @@ import microscale.plan
 from microscale.accumulation import HOPPER_FP8
 from microscale.cli.explain import proven
 from microscale.invented import INVENTED
+from microscale.machine import detect
 from microscale.oracle import Backend, Problem
 
 Cli = Callable[..., Result]
@@ -74,6 +75,26 @@ def test_a_generated_token_on_a_cpu(cli: Cli, monkeypatch: pytest.MonkeyPatch) -
     assert machine["why_modules"] == "a Linear in it is PyTorch's"
     found = {layer["name"]: layer["token_backend"] for layer in machine["layers"]}
     assert (found["experts"], found["embedding"]) == ("cpu", "transformers")
+
+
+def test_a_core_that_is_lowered_is_said_to_be(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not detect().core:
+        pytest.skip(f"the C++ core is not in this installation: {detect().core_missing}")
+    monkeypatch.undo()  # the real table
+    monkeypatch.setenv("MICROSCALE_CPU_LEVEL", "plain")
+    decoded = "decoded: weights become float32 in registers, and so do activations"
+    found = document(cli("explain", *SHAPE, "--device", "cpu", "--json"))["machines"][0]
+    assert found["machine"]["level"] == "plain"
+    assert found["layers"][0]["arithmetic"] == decoded
+    level = detect().level
+    text = cli(
+        "explain", *SHAPE, "--device", "cpu", "--machine", "this", "--machine", "sapphire-rapids"
+    ).stdout
+    assert (f"{level}, the C++ core at plain," in text) == (level != "plain")
+    assert "AMX tiles multiply them" in text
+    monkeypatch.setattr("microscale.backends.cpu_core._widest", lambda: 1)
+    monkeypatch.setenv("MICROSCALE_CPU_LEVEL", "amx")
+    assert "the widest level here is avx2" in cli("explain", *SHAPE).stderr
 
 
 def test_what_is_never_replayed_is_not_said_to_be(cli: Cli, tmp_path: Path) -> None:

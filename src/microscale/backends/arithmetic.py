@@ -6,6 +6,7 @@ One word comes first: native, decoded or emulated; see `oracle.Backend`.
 from __future__ import annotations
 
 from microscale.backends.adapters.common_rules import capability
+from microscale.machine import CORE
 from microscale.oracle import Problem
 
 HOPPER_TRITON = "3.6."  # what Hopper's own kernels are written for; see `backends.triton.tiles.target`
@@ -13,9 +14,10 @@ HOPPER_TRITON = "3.6."  # what Hopper's own kernels are written for; see `backen
 
 def cpu(problem: Problem) -> str:
     """The C++ core's, by level."""
-    if problem.dtype == "bf16" and problem.arch == "amx":
+    level = problem.version(CORE)
+    if problem.dtype == "bf16" and level == "amx":
         return "decoded: weights become bf16 in registers, and AMX tiles multiply them"
-    if problem.dtype == "bf16" and problem.arch == "avx512_bf16":
+    if problem.dtype == "bf16" and level == "avx512_bf16":
         return "decoded: weights become bf16 in registers, and AVX-512-BF16 multiplies them"
     return "decoded: weights become float32 in registers, and so do activations"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -63,6 +64,14 @@ def run(fast: Callable[..., Tensor], slow: Callable[..., Tensor], *args: Tensor 
     return fast(*args)
 
 
+def without_autocast(device: torch.device) -> AbstractContextManager[None]:
+    """Products of float32 numbers stay such: a layer computes in its input's dtype, whatever autocast is on."""
+    if device.type == "meta" or not torch.is_autocast_enabled(device.type):
+        return nullcontext()
+    off: AbstractContextManager[None] = torch.autocast(device.type, enabled=False)
+    return off
+
+
 class _Recomputed(torch.autograd.Function):
     """The kernel's result forwards; backwards the gradient of emulation's, on the same numbers.
 
@@ -86,5 +95,6 @@ class _Recomputed(torch.autograd.Function):
             ]
             y = ctx.slow(*args)
         asked = [t for t, need in zip(args, needed, strict=True) if t is not None and need]
-        found = iter(torch.autograd.grad(y, asked, grads, allow_unused=True))
+        with without_autocast(y.device):
+            found = iter(torch.autograd.grad(y, asked, grads, allow_unused=True))
         return (None, None, *(next(found) if need else None for need in needed))

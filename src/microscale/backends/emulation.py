@@ -16,6 +16,7 @@ from torch import Tensor
 
 from microscale import env
 from microscale.activations import Activation
+from microscale.backends import autograd
 from microscale.formats import Format
 from microscale.operands import check_linear, check_moe, local_ids, stored
 from microscale.quant import QuantTensor, dequantize, has_float64
@@ -114,7 +115,10 @@ def moe(
 def _multiply(
     x: Tensor, w: QuantTensor, dense: Tensor | None, bias: Tensor | None, work: torch.dtype
 ) -> Tensor:
-    """float32 [..., K] x [N, K] -> [..., N], a tile of whole block rows at a time, multiplied in `work`."""
+    """float32 [..., K] x [N, K] -> [..., N], a tile of whole block rows at a time, multiplied in `work`.
+
+    Under autocast, too, which would round both to 16 bits.
+    """
     n, k = w.shape
     height = w.format.block[0]
     step = max(env.emulation_tile() // (4 * max(k, 1)) // height, 1) * height
@@ -122,7 +126,8 @@ def _multiply(
     for start in range(0, n, step):
         stop = min(start + step, n)
         tile = dequantize(w.rows(start, stop), work) if dense is None else dense[start:stop].float()
-        parts.append((x.to(work) @ tile.T).float())
+        with autograd.without_autocast(x.device):
+            parts.append((x.to(work) @ tile.T).float())
     y = torch.cat(parts, dim=-1) if parts else x.new_zeros(*x.shape[:-1], 0)
     return y if bias is None else y + bias.float()
 

@@ -45,6 +45,19 @@ def unproven(machine: Machine) -> str | None:
     )
 
 
+def uncompiled(machine: Machine) -> str | None:
+    """What a Hopper GPU loses where CUDA C++ cannot be compiled, in a sentence."""
+    packages = dict(machine.packages)
+    hopper = any(gpu.arch == "sm_90" for gpu in machine.gpus)
+    if not hopper or "triton" not in packages or unproven(machine) is not None:
+        return None
+    from microscale.backends.triton import nvrtc
+
+    if (why := nvrtc.refuse()) is None:
+        return None
+    return f"{why}. For many tokens slower kernels run: pip install 'cuda-bindings>=13,<14' nvidia-cuda-nvrtc"
+
+
 def _capability(arch: str) -> int:
     digits = arch.removeprefix("sm_").rstrip("af")
     return int(digits) if digits.isdigit() else 0

@@ -109,7 +109,7 @@ class Source:
         """
         info = self.info(name)
         if info.nbytes == 0:
-            return torch.empty(info.shape, dtype=info.dtype)
+            return torch.empty(info.shape, dtype=info.dtype, device="cpu")
         data, size = self._maps[info.file], info.dtype.itemsize
         if info.offset % size:
             raw = torch.frombuffer(data, dtype=torch.uint8, count=info.nbytes, offset=info.offset)

@@ -16,6 +16,7 @@ from torch import Tensor
 from microscale.checkpoints.config import CONFIG, read_config
 from microscale.checkpoints.header import DTYPES
 from microscale.checkpoints.source import INDEX, SINGLE, Source
+from microscale.checkpoints.strict import parse_object
 from microscale.errors import CheckpointError
 
 # A shard's data starts on a cache line, and so does each tensor that follows whole lines.
@@ -38,15 +39,22 @@ def write(
     leaves the hidden one). Only tensors not contiguous or not on the CPU take memory, one at a time.
 
     Args:
-        directory: must not exist, or be empty.
+        directory: must not exist, or be empty; or a link to such a one.
         config: becomes config.json.
         state: tensors by name, stored in this order as far as alignment allows.
         max_shard_bytes: of tensor data; a larger single tensor gets a shard of its own. One shard is
             model.safetensors; more are numbered and come with an index.
     Raises:
-        CheckpointError: directory in the way, disk full, or a tensor that safetensors cannot hold.
+        CheckpointError: directory in the way, disk full, a tensor that safetensors cannot hold, or a config that
+            `read_config` would refuse.
     """
-    directory = Path(directory).absolute()  # "." has no name to derive one from
+    directory = Path(
+        os.path.realpath(directory)
+    )  # "." has no name to derive one from, and no link is renamed to
+    settings = json.dumps(dict(config), indent=2) + "\n"
+    parse_object(
+        directory / CONFIG, settings.encode(), constants=True
+    )  # before gigabytes are written beside it
     for name, t in state.items():
         if t.dtype not in _NAMES:
             raise CheckpointError(directory, f"safetensors cannot hold {t.dtype}", tensor=name)
@@ -62,7 +70,7 @@ def write(
         if total > free:
             raise CheckpointError(directory, "disk too full", expected=f"{total} bytes", found=f"{free} free")
         partial.mkdir()
-        _write_all(partial, config, state, max_shard_bytes)
+        _write_all(partial, settings, state, max_shard_bytes)
         Source.open(partial)
         read_config(partial)
         partial.rename(directory)
@@ -73,9 +81,7 @@ def write(
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _write_all(
-    partial: Path, config: Mapping[str, Any], state: Mapping[str, Tensor], max_shard_bytes: int
-) -> None:
+def _write_all(partial: Path, settings: str, state: Mapping[str, Tensor], max_shard_bytes: int) -> None:
     shards: list[dict[str, Tensor]] = [{}]
     filled = 0
     for name, t in state.items():
@@ -91,8 +97,9 @@ def _write_all(
         weight_map.update(dict.fromkeys(shard, file))
     if len(shards) > 1:
         total = sum(map(_nbytes, state.values()))
-        _write_json(partial / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
-    _write_json(partial / CONFIG, dict(config))
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        _write_text(partial / INDEX, json.dumps(index, indent=2) + "\n")
+    _write_text(partial / CONFIG, settings)
     _sync_directory(partial)
 
 
@@ -124,10 +131,9 @@ def _write_shard(path: Path, tensors: Mapping[str, Tensor]) -> None:
         _sync(file)
 
 
-def _write_json(path: Path, value: dict[str, Any]) -> None:
+def _write_text(path: Path, text: str) -> None:
     with path.open("w", encoding="utf-8") as file:
-        json.dump(value, file, indent=2)
-        file.write("\n")
+        file.write(text)
         _sync(file)
 
 

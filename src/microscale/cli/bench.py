@@ -93,11 +93,7 @@ def kernels(
         raise MicroscaleError(f"the C++ core is not in this installation: {machine.core_missing}")
     known(op, ("linear", "moe", "all"), "op")
     names = ["mxfp4" if quick else "all"] if format == "all" else _words(format)
-    formats = (
-        list(FORMATS)
-        if names == ["all"]
-        else [known(name, (*FORMATS, *DENSE, "all"), "format") for name in names]
-    )
+    formats = list(FORMATS) if names == ["all"] else [known(n, (*FORMATS, *DENSE), "format") for n in names]
     shapes = [parse_shape(word) for word in (SHAPES if shape == "all" else _words(shape))]
     shapes = [s for s in shapes if op in ("all", s.op)]
     if not shapes:
@@ -217,30 +213,43 @@ def _check_writable(path: Path | None) -> None:
     """Refuse before minutes of measuring what could not be written after them."""
     import tempfile
 
-    if path is None:
+    if path is None or _is_device(path):
         return
     if path.is_dir():
         raise MicroscaleError(f"{path}: is a directory")
-    if not path.absolute().parent.is_dir():
-        raise MicroscaleError(f"{path}: there is no directory {path.absolute().parent}")
+    path = path.resolve()
+    if not path.parent.is_dir():
+        raise MicroscaleError(f"{path}: there is no directory {path.parent}")
     try:
-        with tempfile.TemporaryFile(dir=path.absolute().parent):
+        with tempfile.TemporaryFile(dir=path.parent):
             pass
     except OSError as error:
         raise MicroscaleError(f"{path}: nothing can be written there: {error.strerror or error}") from error
 
 
+def _is_device(path: Path) -> bool:
+    """A device, pipe or socket: written to, and never replaced by a file."""
+    return path.exists() and not path.is_file() and not path.is_dir()
+
+
 def _write(path: Path, document: dict[str, Any]) -> None:
-    """The whole file or none: beside it first, then in its place."""
+    """The whole file or none: beside it first, then in its place. A link stays one: what it leads to is written."""
     import json
     import os
 
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    text = json.dumps(document, indent=1) + "\n"
     try:
-        beside.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-        beside.replace(path)
+        if _is_device(path):
+            path.write_text(text, encoding="utf-8")
+            return
+        path = path.resolve()
+        beside = path.with_name(f".{path.name}.{os.getpid()}")
+        try:
+            beside.write_text(text, encoding="utf-8")
+            beside.replace(path)
+        finally:
+            beside.unlink(missing_ok=True)
     except OSError as error:
-        beside.unlink(missing_ok=True)
         raise MicroscaleError(f"{path}: {error.strerror or error}") from error
 
 

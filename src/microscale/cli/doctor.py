@@ -97,9 +97,9 @@ def environment() -> dict[str, dict[str, Any]]:
     from microscale import env
 
     readers: dict[str, Callable[[], Any]] = {
-        "MICROSCALE_BACKEND": env.backend,
+        "MICROSCALE_BACKEND": _forced,
         "MICROSCALE_CANARY": env.canary,
-        "MICROSCALE_CPU_LEVEL": env.cpu_level,
+        "MICROSCALE_CPU_LEVEL": _lowered,
         "MICROSCALE_DENSE": env.dense,
         "MICROSCALE_EMULATION_TILE": env.emulation_tile,
         "MICROSCALE_EMULATION_CACHE": env.emulation_cache,
@@ -116,15 +116,38 @@ def environment() -> dict[str, dict[str, Any]]:
     return found
 
 
+def _forced() -> str | None:
+    """MICROSCALE_BACKEND, if there is such a backend."""
+    from microscale import env
+    from microscale.backends import table
+    from microscale.cli.output import known
+
+    word = env.backend()
+    return word and known(word, [b.name for b in table()], "backend of MICROSCALE_BACKEND")
+
+
+def _lowered() -> str | None:
+    """MICROSCALE_CPU_LEVEL, if the core here has it."""
+    from microscale import env
+    from microscale.machine import detect
+
+    if env.cpu_level() is not None and detect().core:
+        from microscale.backends import cpu_core
+
+        cpu_core.level()
+    return env.cpu_level()
+
+
 def warnings(machine: Machine) -> list[str]:
     """Traps that this machine is in."""
     import torch
 
-    from microscale.backends.triton_rules import unproven
+    from microscale.backends.triton_rules import uncompiled, unproven
 
     found = []
-    if (why := unproven(machine)) is not None:
-        found.append(why)
+    for lost in (unproven, uncompiled):
+        if (why := lost(machine)) is not None:
+            found.append(why)
     if _unrelated_triton_kernels():
         found.append(
             "the installed package triton_kernels is an unrelated one of that name on PyPI, not OpenAI's kernels: "
@@ -304,7 +327,8 @@ def _show(d: dict[str, Any], machine: Machine) -> None:
     say("Environment variables", style="bold")
     for name, v in d["environment"].items():
         value = "on" if v["value"] is True else v["value"]
-        say(f"{name}: {'not set' if value is None else value} ({v['meaning']})")
+        unset = "not set" if v["error"] is None else "invalid"
+        say(f"{name}: {unset if value is None else value} ({v['meaning']})")
 
     for text in d["warnings"]:
         say()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -143,13 +144,29 @@ def proven(backend: Backend, machine: Machine, device: str) -> bool:
 def _machines(names: list[str], everything: bool) -> list[Machine]:
     from microscale.cli.output import known
     from microscale.invented import INVENTED
-    from microscale.machine import detect
 
     if everything:
-        return [detect(), *INVENTED.values()]
+        return [_here(), *INVENTED.values()]
     for name in names:
         known(name, (HERE, *INVENTED), "machine")
-    return [detect() if name == HERE else INVENTED[name] for name in names or [HERE]]
+    return [_here() if name == HERE else INVENTED[name] for name in names or [HERE]]
+
+
+def _here() -> Machine:
+    """This machine, and its core as MICROSCALE_CPU_LEVEL lowers it.
+
+    Raises:
+        SettingError: to no level, or to one that it does not have.
+    """
+    from microscale.env import CPU_LEVELS
+    from microscale.machine import detect
+
+    machine = detect()
+    if not machine.core:
+        return machine
+    from microscale.backends import cpu_core
+
+    return replace(machine, core=CPU_LEVELS[cpu_core.level()])
 
 
 def _packages(names: list[str]) -> list[str]:
@@ -176,7 +193,9 @@ def _check_shape(op: str, needed: tuple[str, ...], given: dict[str, Any]) -> Non
 def describe(machine: Machine, device: str) -> str:
     """The part of a machine that matters for a device, in a line."""
     if device == "cpu":
-        return f"{machine.cpu} ({machine.level}, {machine.cores} cores, {_gib(machine.memory)})"
+        level, lowered = machine.level, machine.core_level
+        level += f", the C++ core at {lowered}" if lowered != level else ""
+        return f"{machine.cpu} ({level}, {machine.cores} cores, {_gib(machine.memory)})"
     gpus = [g for g in machine.gpus if g.kind == device]
     return "; ".join(f"{g.name} ({', '.join(filter(None, (g.arch, _gib(g.memory))))})" for g in gpus)
 
@@ -188,9 +207,8 @@ def _gib(size: int) -> str:
 def _list_machines(as_json: bool) -> None:
     from microscale.cli.output import emit, say
     from microscale.invented import INVENTED
-    from microscale.machine import detect
 
-    machines = {HERE: detect(), **INVENTED}
+    machines = {HERE: _here(), **INVENTED}
     if as_json:
         emit({name: machine_document(m) for name, m in machines.items()})
         return
@@ -204,7 +222,7 @@ def machine_document(m: Machine) -> dict[str, Any]:
     return {
         "name": m.name,
         "cpu": m.cpu,
-        "level": m.level,
+        "level": m.core_level,
         "cores": m.cores,
         "memory_bytes": m.memory,
         "gpus": [{"kind": g.kind, "arch": g.arch, "name": g.name, "memory_bytes": g.memory} for g in m.gpus],

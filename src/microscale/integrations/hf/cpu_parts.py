@@ -165,7 +165,7 @@ class _Reader:
     def experts(self, module: Any) -> Experts:
         router, runner = getattr(module, self.kind.router), runner_of(module.experts)
         assert isinstance(runner, QuantExperts), "its modules are known"
-        placement = runner.placement or runner.place(self.dtype)
+        placement = runner.placed(self.dtype, router.weight.device)
         _by_core("its experts", placement.choice.backend.name, activation_word(runner.act))
         if dense_class(router) is not None:
             _by_core("its router", _runs(router))
@@ -179,7 +179,7 @@ class _Reader:
 
     def product(self, module: Any) -> Product:
         if isinstance(module, QuantLinear):
-            placement = module.placement or module.place(self.dtype)
+            placement = module.placed(self.dtype)
             _by_core("a linear in it", placement.choice.backend.name, activation_word(module.act))
             (packed,) = placement.packed
             return Product(packed, module.bias, module.out_features, module.in_features)

@@ -16,8 +16,9 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from microscale.activations import Activation
 from microscale.canary import Placer
 from microscale.errors import CheckpointError
+from microscale.experts_host import ExpertsHost
 from microscale.formats import FORMATS, Format
-from microscale.nn import ExpertsHost, QuantExperts
+from microscale.nn import QuantExperts
 from microscale.quant import QuantTensor
 from microscale.reference import activate
 
@@ -118,7 +119,7 @@ def activation_of(module: Any) -> Activation:
         if limit is not None and kind == "silu":
             candidates.append(Activation(kind, gated, interleaved, limit=limit))
     generator = torch.Generator().manual_seed(5)
-    h = torch.randn(64, 64, generator=generator) * 6
+    h = torch.randn(64, 64, generator=generator, device="cpu") * 6
     try:
         with torch.no_grad():
             wanted = module._apply_gate(h) if gated else module.act_fn(h)

@@ -103,9 +103,11 @@ def load(
         ):
             host = meta_model(config, path)  # raises a CheckpointError if the config is at fault
             _check_shapes(checkpoint, host)
+            _check_experts(checkpoint, host)
             raise
     host, info = loaded
     _check_complete(path, info)
+    _check_kinds(checkpoint, host)
     return _ready(host, target, options, progress, kwargs)
 
 
@@ -134,6 +136,33 @@ def _check_shapes(checkpoint: Checkpoint, host: Any) -> None:
                 expected=list(p.shape),
                 found=list(info.shape),
             )
+
+
+def _check_experts(checkpoint: Checkpoint, host: Any) -> None:
+    """Refuse experts that lie one by one, which transformers stacks, and of which some are missing."""
+    stacked = [p for name, p in host.named_parameters() if ".experts." in name and p.dim() == 3]
+    count = max((p.shape[0] for p in stacked), default=0)
+    found: dict[tuple[str, str], set[int]] = {}
+    for info in checkpoint.source:
+        if match := re.fullmatch(r"(.*\.experts)\.([0-9]{1,6})\.(.*)", info.name):
+            found.setdefault((match[1], match[3]), set()).add(int(match[2]))
+    for (before, after), numbers in found.items():
+        for number in range(count):
+            if number not in numbers:
+                tensor = f"{before}.{number}.{after}"
+                raise CheckpointError(
+                    checkpoint.path, "missing", tensor=tensor, expected=f"{count} of them", found=len(numbers)
+                )
+
+
+def _check_kinds(checkpoint: Checkpoint, host: Any) -> None:
+    """Refuse integers in the place of numbers: codes, whose scales nothing tells, and transformers casts them."""
+    for name, p in host.named_parameters():
+        if p.is_floating_point() and name in checkpoint.source:
+            info = checkpoint.source.info(name)
+            if not info.dtype.is_floating_point:
+                problem = "quantised, but config.json does not say how"
+                raise CheckpointError(info.file, problem, tensor=name, expected=p.dtype, found=info.dtype)
 
 
 def target_dtype(dtype: torch.dtype | str) -> torch.dtype | str:

@@ -83,7 +83,7 @@ def requantize(
             else:
                 linear = QuantLinear(after["weight"], _bias(module), placer, act).train(module.training)
                 linear.place(dtype)
-                model.set_submodule(name, linear)
+                _replace(model, module, linear)
     _forbid_saving(model, fmt)
     return Report(tuple(rows))
 
@@ -92,7 +92,7 @@ def dequantize_model(model: Any) -> Any:
     """Give every packed layer dense weights in the model's dtype, each number rounded once; returns the model."""
     dtype = model.dtype
     with torch.no_grad():
-        for name, module, group in list(packable(model)):
+        for _, module, group in list(packable(model)):
             held = {key: w for key, w in weights_of(module).items() if isinstance(w, QuantTensor)}
             if not held:
                 continue
@@ -102,7 +102,7 @@ def dequantize_model(model: Any) -> Any:
                 linear = nn.Linear(k, n, bias is not None, device="meta", dtype=dtype)
                 linear.weight = nn.Parameter(dequantize(held["weight"], dtype))
                 linear.register_parameter("bias", None if bias is None else nn.Parameter(bias))
-                model.set_submodule(name, linear.train(module.training))
+                _replace(model, module, linear.train(module.training))
                 continue
             for key, w in held.items():
                 dense = _dense(w, dtype, bool(module.is_transposed))
@@ -115,6 +115,29 @@ def dequantize_model(model: Any) -> Any:
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     return model
+
+
+# What listens to a module's calls.
+_HOOKS = (
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_backward_pre_hooks",
+    "_backward_hooks",
+    "_is_full_backward_hook",
+)
+
+
+def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Put a module in the place of another wherever that is, with its hooks: their handles go on to remove them."""
+    for name in _HOOKS:
+        new.__dict__[name] = old.__dict__[name]
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():
+            if child is old:
+                parent._modules[name] = new
 
 
 def _choose(model: nn.Module, what: Sequence[str], ignore: Sequence[str]) -> list[tuple[str, nn.Module, str]]:

@@ -140,8 +140,8 @@ def packable(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
     for name, module in model.named_modules():
         if name in experts:
             yield name, module, "experts"
-        elif type(module) in (nn.Linear, DenseLinear, QuantLinear):  # a subclass may compute something else
-            yield name, module, "linear"
+        elif type(module) in (nn.Linear, DenseLinear, QuantLinear) and "forward" not in module.__dict__:
+            yield name, module, "linear"  # a subclass, or another forward, may compute something else
 
 
 def weights_of(module: nn.Module) -> Weights:
