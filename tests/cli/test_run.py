@@ -243,6 +243,16 @@ def test_a_model_without_a_tokenizer_speaks_ids(cli: Cli, bare: Path) -> None:
     assert cli("run", bare, "260").exit_code == 2
 
 
+def test_ids_are_looked_at_before_a_model_is_loaded(
+    cli: Cli, bare: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def loads(*_: Any, **__: Any) -> None:
+        raise AssertionError("a model is loaded for a prompt that it cannot take")
+
+    monkeypatch.setattr("microscale.cli.session.load", loads)
+    assert "token ids from 0 to 259" in cli("run", bare, "Hello there").stderr
+
+
 def test_dummy_weights_need_a_config_only(cli: Cli, bare: Path, tmp_path: Path) -> None:
     config = tmp_path / "config-only"
     config.mkdir()

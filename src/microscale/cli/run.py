@@ -102,7 +102,7 @@ def run(
     if timing:
         _check_timing(device)
     from microscale.cli.generate import Settings
-    from microscale.cli.session import note, open_session, tokenizer_of, write
+    from microscale.cli.session import check_ids, note, open_session, tokenizer_of, write
 
     name = BUNDLED if model is None else model
     tokenizer = tokenizer_of(name)
@@ -111,6 +111,8 @@ def run(
             prompt = _all_of_stdin()
         elif as_json:
             raise MicroscaleError("--json needs a prompt")
+    if tokenizer is None and prompt is not None:
+        check_ids(name, prompt)
     built_in = model is None and prompt is None and not (prompt := _waiting_on_stdin())
     if built_in:
         prompt = PROMPT

@@ -79,14 +79,7 @@ class Session:
             generator = torch.Generator().manual_seed(self.settings.seed)
             ids = torch.randint(vocabulary, (_RANDOM_PROMPT,), generator=generator).tolist()
         else:
-            words = prompt.split()
-            longest = len(str(vocabulary))
-            if not all(
-                w.isdecimal() and len(w.lstrip("0")) <= longest and int(w) < vocabulary for w in words
-            ):
-                problem = "has no tokenizer, so a prompt is token ids"
-                raise PromptError(f"{self.name} {problem} from 0 to {vocabulary - 1}, such as '17 4 96'")
-            ids = [int(w) for w in words]
+            ids = _token_ids(self.name, prompt, vocabulary)
         return " ".join(map(str, ids)) + " ", ids
 
     def encode_chat(self, messages: list[dict[str, str]]) -> tuple[str, list[int]]:
@@ -197,6 +190,26 @@ def _proofs(layer: dict[str, Any]) -> str:
     if failed:  # by rule refused ones were never placed
         return failed[0]
     return said[-1] if len(said) == 1 else f"the worst of {layer['count']} layers: {said[-1]}"
+
+
+def check_ids(name: str, prompt: str) -> None:
+    """That a prompt for a model without a tokenizer is token ids, before minutes go into loading the model.
+
+    Raises:
+        PromptError: it is not.
+        CheckpointError: the model's config cannot be read.
+    """
+    path: Path = resolve(name)
+    config = dummy_config(path, read_config(path), None)
+    _token_ids(name, prompt, config.get_text_config().vocab_size)
+
+
+def _token_ids(name: str, prompt: str, vocabulary: int) -> list[int]:
+    words, longest = prompt.split(), len(str(vocabulary))
+    if not all(w.isdecimal() and len(w.lstrip("0")) <= longest and int(w) < vocabulary for w in words):
+        problem = "has no tokenizer, so a prompt is token ids"
+        raise PromptError(f"{name} {problem} from 0 to {vocabulary - 1}, such as '17 4 96'")
+    return [int(w) for w in words]
 
 
 def open_session(
