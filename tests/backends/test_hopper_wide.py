@@ -11,6 +11,7 @@ from collections.abc import Callable
 from functools import partial
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -368,3 +369,17 @@ def test_where_cuda_cannot_be_compiled_other_kernels_run(wide: Any, monkeypatch:
         for tail in (False, True):
             assert not cut(word).usual(tail).wide
             assert cut(word).usual(tail).shared(w.format, 1) <= 227 << 10
+
+
+def test_a_driver_that_describes_no_boxes_is_as_no_compiler(
+    wide: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    linears = import_module("microscale.backends.triton.hopper_linear")
+    x = torch.zeros(200, 64, dtype=torch.bfloat16)
+    for driver, words in (
+        (SimpleNamespace(), "older than CUDA 12"),
+        (SimpleNamespace(cuTensorMapEncodeTiled=lambda *_: 1), r"boxes of 88 rows of \(200, 64\).*error 1"),
+    ):
+        monkeypatch.setattr(linears, "_driver", lambda driver=driver: driver)
+        with pytest.raises(wide.nvrtc.CompileError, match=words):
+            linears.box_map(x, 88)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from microscale.backends.triton import hopper_wide
+from microscale.backends.triton import hopper_wide, nvrtc
 from microscale.backends.triton.cuts import Cut
 from microscale.backends.triton.fragments import Fragments
 from microscale.backends.triton.hopper_wide import address, float_kind, spec_of
@@ -50,18 +50,21 @@ def box_map(x: Tensor, rows: int) -> bytes:
         x: [M, K] bfloat16, contiguous and at a multiple of 16 bytes; K a multiple of 8.
 
     Raises:
-        RuntimeError: the driver has another opinion of the sizes.
+        CompileError: the driver is too old, or has another opinion of the sizes; other kernels take over.
     """
     m, k = x.shape
     room = ctypes.create_string_buffer(128 + 64)
     at = -(-ctypes.addressof(room) // 64) * 64  # as the driver wants it
-    error = _driver().cuTensorMapEncodeTiled(
+    encode = getattr(_driver(), "cuTensorMapEncodeTiled", None)
+    if encode is None:
+        raise nvrtc.CompileError("the driver is older than CUDA 12 and describes no boxes")
+    error = encode(
         ctypes.c_void_p(at), _BFLOAT16, 2, ctypes.c_void_p(x.data_ptr()),
         (ctypes.c_uint64 * 2)(k, m), (ctypes.c_uint64 * 1)(2 * k), (ctypes.c_uint32 * 2)(_BOX_COLUMNS, rows),
         (ctypes.c_uint32 * 2)(1, 1), 0, _SWIZZLE_128_BYTES, _FETCH_256_BYTES, 0,
     )  # fmt: skip
     if error:
-        raise RuntimeError(f"boxes of {rows} rows of {tuple(x.shape)}: the driver's error {error}")
+        raise nvrtc.CompileError(f"boxes of {rows} rows of {tuple(x.shape)}: the driver's error {error}")
     return ctypes.string_at(at, 128)
 
 
