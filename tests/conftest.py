@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 import torch
 
+from placed_layers import either, placer, repacker  # noqa: F401 (fixtures)
+
 torch.set_num_threads(1)  # tensors here are small, and a busy neighbour then cannot stall a barrier
 
 with torch.device("meta"):

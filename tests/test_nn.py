@@ -6,11 +6,7 @@ import copy
 import mmap
 import pickle
 import sys
-from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
-from typing import Any
 
 import pytest
 import torch
@@ -18,66 +14,14 @@ from torch import Tensor, nn
 
 from microscale import pages
 from microscale.activations import Activation
-from microscale.backends import emulation
 from microscale.canary import Placer
 from microscale.elements import decode_table
-from microscale.errors import BackendError, FormatError
-from microscale.experts_host import ExpertsHost
 from microscale.formats import FORMATS
 from microscale.machine import detect
 from microscale.module_tensors import Bias
 from microscale.nn import QuantExperts, QuantLinear
-from microscale.oracle import Backend
-from microscale.quant import QuantTensor, dequantize, quantize
-
-N, K = 48, 64
-
-
-def cloned(w: QuantTensor) -> QuantTensor:
-    return QuantTensor(w.format, w.shape, w.codes.clone(), w.scales.clone(), w.tensor_scale, w.rule)
-
-
-def refuse_nothing(problem: Any) -> str | None:
-    return None
-
-
-EMULATION = Backend("emulation", "microscale.backends.emulation", refuse_nothing, "slow")
-REPACKER = Backend("repacker", "repacker_for_tests", refuse_nothing, "copies")
-
-
-@pytest.fixture(autouse=True)
-def repacker(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Emulation that copies: what holds for it holds for the C++ core, on any machine."""
-    module: Any = ModuleType(REPACKER.module)
-    module.REPACKS = True
-    module.pack = lambda w: emulation.Packed(cloned(w))
-    module.unpack = lambda packed: cloned(packed.weight)
-    module.linear, module.moe = emulation.linear, emulation.moe
-    monkeypatch.setitem(sys.modules, REPACKER.module, module)
-
-
-@pytest.fixture(params=["repacker", "cpu"])
-def placer(request: pytest.FixtureRequest) -> Iterator[Placer]:
-    if request.param == "repacker":
-        yield Placer(detect(), (REPACKER,))
-    else:
-        if not detect().core:
-            pytest.skip(f"the C++ core is not in this installation: {detect().core_missing}")
-        yield Placer(force="cpu")
-
-
-def layer(placer: Placer, name: str = "mxfp4") -> tuple[QuantLinear, QuantTensor]:
-    w = quantize(torch.randn(N, K), name)
-    return QuantLinear(cloned(w), torch.randn(N), placer), w
-
-
-def assert_same(found: QuantTensor, wanted: QuantTensor) -> None:
-    assert (found.format, found.shape, found.rule) == (wanted.format, wanted.shape, wanted.rule)
-    assert torch.equal(found.codes, wanted.codes)
-    assert torch.equal(found.scales, wanted.scales)
-    assert (found.tensor_scale is None) == (wanted.tensor_scale is None)
-    if wanted.tensor_scale is not None:
-        assert torch.equal(found.tensor_scale, wanted.tensor_scale)
+from microscale.quant import dequantize, quantize
+from placed_layers import EMULATION, HOST, Host, K, N, assert_same, cloned, experts, layer, routed
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -128,38 +72,6 @@ def test_loading_other_weights_into_a_placed_linear(placer: Placer) -> None:
     assert torch.equal(linear(x), other(x))
 
 
-@pytest.mark.parametrize(
-    ("name", "part", "dtype"),
-    [
-        ("mxfp4", "scales", torch.float8_e8m0fnu),
-        ("nvfp4", "scales", torch.float8_e4m3fn),
-        ("mxfp8_e4m3", "codes", torch.float8_e4m3fn),
-        ("mxint8", "codes", torch.int8),
-        ("fp8_block128", "scales", torch.int32),
-    ],
-)
-def test_bits_are_not_loaded_as_numbers(placer: Placer, name: str, part: str, dtype: torch.dtype) -> None:
-    linear, w = layer(placer, name)
-    other, _ = layer(placer, name)
-    x = torch.randn(3, K)
-    y, state = linear(x), other.state_dict()
-    state[f"weight_{part}"] = state[f"weight_{part}"].view(dtype)
-    with pytest.raises(RuntimeError, match=rf"weight_{part} is torch\..*, and the state has {dtype}; .view"):
-        linear.load_state_dict(state)
-    assert_same(linear.weight, w)
-    assert torch.equal(linear(x), y)
-
-
-def test_bits_of_experts_are_not_loaded_as_numbers(placer: Placer) -> None:
-    host, _ = experts(placer)
-    state = host.state_dict()
-    state["first_scales"] = state["first_scales"].view(torch.float8_e8m0fnu)
-    with pytest.raises(
-        RuntimeError, match=r"first_scales is torch\.uint8, and the state has torch\.float8_e8m0fnu"
-    ):
-        host.load_state_dict(state)
-
-
 def test_a_device_that_tensors_are_made_on_by_default_is_nobodys_concern(either: Placer) -> None:
     """Meta stands for any: nothing that should be elsewhere survives there."""
     linear, w = layer(either, "nvfp4")
@@ -197,55 +109,6 @@ def test_what_is_placed_in_inference_mode_can_be_loaded_outside(placer: Placer) 
                 linear.float()
         linear.load_state_dict(other.state_dict())
         assert_same(linear.weight, w)
-
-
-class Host(nn.Module):
-    """Experts as some host model stores them."""
-
-    def __init__(self, w13: QuantTensor, w2: QuantTensor) -> None:
-        super().__init__()
-        self.shapes = w13.shape, w2.shape
-        for name, w in (("first", w13), ("second", w2)):
-            self.register_parameter(f"{name}_codes", nn.Parameter(w.codes, requires_grad=False))
-            self.register_buffer(f"{name}_scales", w.scales)
-        self.bias = nn.Parameter(torch.randn(4, 64).bfloat16())
-
-    def forward(self, *args: Tensor) -> Tensor:
-        """What the experts compute."""
-        y: Tensor = self.microscale(*args)
-        return y
-
-
-def read(module: Any) -> tuple[QuantTensor, QuantTensor]:
-    fmt = FORMATS["mxfp4"]
-    return (
-        QuantTensor(fmt, module.shapes[0], module.first_codes.detach(), module.first_scales),
-        QuantTensor(fmt, module.shapes[1], module.second_codes.detach(), module.second_scales),
-    )
-
-
-def biases(module: Any) -> tuple[Tensor | None, Tensor | None]:
-    return module.bias, None
-
-
-def parts(module: Any, w13: QuantTensor, w2: QuantTensor) -> dict[str, Tensor]:
-    both = (("first", w13), ("second", w2))
-    return {f"{name}_{part}": getattr(w, part) for name, w in both for part in ("codes", "scales")}
-
-
-HOST = ExpertsHost(read, biases, parts)
-
-
-def experts(placer: Placer) -> tuple[Host, tuple[QuantTensor, QuantTensor]]:
-    weights = quantize(torch.randn(4, 64, 64), "mxfp4"), quantize(torch.randn(4, 64, 32), "mxfp4")
-    host = Host(*map(cloned, weights))
-    runner = QuantExperts(host, HOST, Activation("silu"), 2, placer)
-    object.__setattr__(host, "microscale", runner)
-    return host, weights
-
-
-def routed() -> tuple[Tensor, Tensor, Tensor]:
-    return torch.randn(5, 64), torch.randint(4, (5, 2)), torch.rand(5, 2)
 
 
 def test_placed_experts_are_held_once(placer: Placer) -> None:
@@ -342,119 +205,6 @@ def test_a_linear_that_is_given_another_part_computes_with_it(placer: Placer, al
     assert_same(linear.weight, other)
     with torch.no_grad():
         torch.testing.assert_close(linear(x), x @ dequantize(other).T + linear.bias, rtol=1e-4, atol=1e-4)
-
-
-@pytest.fixture(params=["held", "aliased"])
-def either(request: pytest.FixtureRequest, placer: Placer) -> Placer:
-    """A backend that empties the buffers, and one whose packed form they are."""
-    return placer if request.param == "held" else Placer(detect(), (EMULATION,))
-
-
-@pytest.mark.parametrize("placed", [True, False])
-@pytest.mark.parametrize("given", [("codes", "scales", "tensor_scale"), ("scales",), ("tensor_scale",)])
-def test_a_linear_computes_with_what_it_is_given_for_a_call(
-    either: Placer, given: tuple[str, ...], placed: bool
-) -> None:
-    linear, w = layer(either, "nvfp4")
-    other, x = quantize(torch.randn(N, K), "nvfp4"), torch.randn(3, K)
-    if placed:
-        linear(x)
-    mixed = replace(w, **{part: getattr(other, part) for part in given})
-    wanted, own = (QuantLinear(cloned(q), linear.bias, either)(x) for q in (mixed, w))
-    assert not torch.equal(wanted, own)
-    for _ in range(2):
-        state = {f"weight_{part}": getattr(cloned(other), part) for part in given}
-        assert torch.equal(torch.func.functional_call(linear, state, (x,)), wanted)
-        assert torch.equal(linear(x), own)
-        assert_same(linear.weight, w)
-    for part in given:
-        linear.register_buffer(f"weight_{part}", getattr(other, part))  # no attribute is set
-    assert torch.equal(linear(x), wanted)
-    assert_same(linear.weight, mixed)
-    assert torch.equal(linear.state_dict()["weight_scales"], mixed.scales)
-    assert torch.equal(copy.deepcopy(linear)(x), wanted)
-
-
-def test_a_linear_that_is_compiled_computes_with_what_it_is_given_for_a_call(either: Placer) -> None:
-    linear, _ = layer(either)
-    other, _ = layer(either)
-    x = torch.randn(3, K)
-    with torch.no_grad():
-        own, wanted = linear(x), other(x)
-        state = other.state_dict()
-
-        def call(x: Tensor) -> Tensor:
-            y: Tensor = torch.func.functional_call(linear, state, (x,))
-            return y
-
-        torch.testing.assert_close(torch.compile(call, backend="eager")(x), wanted)
-        torch.testing.assert_close(torch.compile(linear, backend="eager")(x), own)
-
-
-@pytest.mark.parametrize("placed", [True, False])
-def test_weights_under_vmap_are_refused_and_nothing_is_held_against_the_layer(
-    either: Placer, placed: bool
-) -> None:
-    linear, w = layer(either)
-    x = torch.randn(3, K)
-    if placed:
-        linear(x)
-    state = {"weight_codes": torch.stack([w.codes, w.codes])}
-    for _ in range(2):
-        with pytest.raises(BackendError, match="vmap"):
-            torch.func.vmap(lambda given: torch.func.functional_call(linear, given, (x,)))(state)
-    assert torch.equal(linear(x), QuantLinear(w, linear.bias, either)(x))
-
-
-def test_given_weights_that_no_backend_takes_fail_every_time(placer: Placer) -> None:
-    linear, w = layer(placer)
-    x = torch.randn(3, K)
-    linear(x)
-    state = {"weight_codes": w.codes.double()}
-    for _ in range(2):
-        with pytest.raises(FormatError, match=r"codes: expected torch\.uint8"):
-            torch.func.functional_call(linear, state, (x,))
-    assert torch.equal(linear(x), QuantLinear(w, linear.bias, placer)(x))
-
-
-@pytest.mark.parametrize("strict", [True, False])
-def test_a_placed_linear_is_exported(either: Placer, strict: bool) -> None:
-    linear, _ = layer(either)
-    x = torch.randn(3, K)
-    y = linear(x)
-    with torch.no_grad():
-        assert torch.equal(torch.export.export(linear, (x,), strict=strict).module()(x), y)
-
-
-def test_a_shallow_copy_of_a_linear_is_emptied_alone(either: Placer) -> None:
-    linear, w = layer(either)
-    x = torch.randn(3, K)
-    y = copy.copy(linear)(x)
-    assert_same(linear.weight, w)
-    assert torch.equal(linear(x), y)
-
-
-@pytest.mark.parametrize("name", ["first_codes", "second_scales", ""])
-def test_experts_compute_with_what_they_are_given_for_a_call(either: Placer, name: str) -> None:
-    host, _ = experts(either)
-    other, _ = experts(either)
-    args = routed()
-    own = host(*args)
-    state = {key: t for key, t in other.state_dict().items() if name in key or not name}
-    twin = copy.deepcopy(host)
-    twin.load_state_dict({**host.state_dict(), **state})
-    wanted = twin(*args)
-    assert not torch.equal(own, wanted)
-    for _ in range(2):
-        assert torch.equal(torch.func.functional_call(host, dict(state), args), wanted)
-        assert torch.equal(host(*args), own)
-    for key, t in state.items():
-        setattr(host, key, nn.Parameter(t, requires_grad=False) if key in host._parameters else t)
-    assert torch.equal(host(*args), wanted)
-    assert all(torch.equal(t, twin.state_dict()[key]) for key, t in host.state_dict().items())
-    assert torch.equal(copy.deepcopy(host)(*args), wanted)
-    host.microscale.take_back()
-    assert torch.equal(host(*args), wanted)
 
 
 def resident(t: Tensor) -> int:

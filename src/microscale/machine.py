@@ -132,6 +132,20 @@ class Machine:
         return min(both, key=CPU_LEVELS.index) if len(both) == 2 else self.level
 
 
+def lowered() -> Machine:
+    """The machine this process runs on, and its core as MICROSCALE_CPU_LEVEL lowers it.
+
+    Raises:
+        SettingError: to no level, or to one that it does not have.
+    """
+    machine = detect()
+    if not machine.core:
+        return machine
+    from microscale.backends import cpu_core
+
+    return replace(machine, core=CPU_LEVELS[cpu_core.level()])
+
+
 @cache
 def detect() -> Machine:
     """The machine this process runs on. Cheap after the first call; never raises for what is merely absent."""

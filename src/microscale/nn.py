@@ -88,10 +88,8 @@ class QuantLinear(nn.Module):
         return QuantTensor(self.format, shape, codes, scales, self.weight_tensor_scale, self.rule)
 
     def _parts(self) -> Parts:
-        held = self._buffers
-        return tuple(
-            held[name] if name in held else getattr(self, name) for name in _PARTS
-        )  # or parametrized
+        held = self._buffers  # what is not among them is parametrized
+        return tuple(held[name] if name in held else getattr(self, name) for name in _PARTS)
 
     def problem(self, dtype: torch.dtype, machine: Machine) -> Problem:
         """What the oracle is asked."""

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from dense_models import DENSE, dense, logits, round_weights, some_tokens
 from original import write
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 import microscale
 from microscale import FORMATS, CheckpointError, FormatError, NoBackendError, dequantize, get_format, quantize
@@ -25,69 +25,10 @@ from microscale.nn import QuantLinear
 # float32 all through: two orders of summation, a few layers deep, sums of a few hundred terms.
 FP32_BOUND = 256 * 2.0**-24 * 8
 
-SIZES = {
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "vocab_size": 96,
-    "max_position_embeddings": 128,
-    "pad_token_id": 0,
-}
-DENSE = {
-    "llama": {"tie_word_embeddings": True},
-    "mixtral": {"num_local_experts": 4},
-    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
-    "qwen2_moe": {
-        "num_experts": 4,
-        "num_experts_per_tok": 2,
-        "moe_intermediate_size": 32,
-        "shared_expert_intermediate_size": 32,
-    },
-    "gpt_oss": {
-        "num_local_experts": 4,
-        "num_experts_per_tok": 2,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
-    },
-    "nemotron_h": {
-        "n_routed_experts": 4,
-        "num_experts_per_tok": 2,
-        "moe_intermediate_size": 32,
-        "moe_shared_expert_intermediate_size": 32,
-        "hybrid_override_pattern": "*E",
-    },
-}
-
-
-def dense(kind: str, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
-    config = AutoConfig.for_model(kind, **SIZES | DENSE[kind] | changes)
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype, experts_implementation="eager").eval()
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(torch.randn(p.shape).to(dtype) * 0.05)
-    return model
-
-
-def logits(model: Any, tokens: Tensor) -> Tensor:
-    with torch.no_grad():
-        return model(tokens, use_cache=False).logits.double()
-
-
-def round_weights(model: nn.Module, fmt: str, names: Sequence[str]) -> None:
-    """What requantising does, the plain way: dense weights that were quantised and read back."""
-    modules = dict(model.named_modules())
-    for name in names:
-        module = modules[name]
-        dense_ones = dense_weights(module) or {"weight": module.weight.detach()}
-        for w in dense_ones.values():
-            w.copy_(dequantize(quantize(w.contiguous(), fmt)))
-
 
 @pytest.fixture
 def tokens() -> Tensor:
-    return torch.randint(2, 96, (1, 12))  # few: each is a chance that rounding decides between two experts
+    return some_tokens()
 
 
 @pytest.fixture(scope="module")
@@ -225,51 +166,6 @@ def test_a_tied_head_and_routers_are_left_alone_unless_listed(tokens: Tensor) ->
     assert isinstance(model.lm_head, QuantLinear)
     assert isinstance(model.model.embed_tokens, nn.Embedding)
     assert torch.isfinite(logits(model, tokens)).all()
-
-
-def test_hooks_stay_and_their_handles_remove_them(tokens: Tensor) -> None:
-    model = dense("qwen3_moe")
-    heard: list[str] = []
-    linear = model.model.layers[0].self_attn.q_proj
-    handles = [
-        linear.register_forward_pre_hook(lambda *_: heard.append("before")),
-        linear.register_forward_hook(lambda _m, _i, _k, y: heard.append("after") or 2 * y, with_kwargs=True),
-        linear.register_full_backward_hook(lambda *_: heard.append("back")),
-    ]
-    for change, kind in ((lambda m: requantize(m, "mxfp8_e4m3"), QuantLinear), (dequantize_model, nn.Linear)):
-        change(model)
-        assert type(model.model.layers[0].self_attn.q_proj) is kind
-        heard.clear()
-        heeded = model(tokens, labels=tokens)
-        heeded.loss.backward()
-        assert heard == ["before", "after", "back"]
-    for handle in handles:
-        handle.remove()
-    assert not torch.equal(model(tokens).logits, heeded.logits)
-    assert heard == ["before", "after", "back"]
-
-
-def test_a_linear_at_two_places_is_one_still(tokens: Tensor) -> None:
-    model = dense("llama")
-    first, second = (layer.self_attn for layer in model.model.layers)
-    second.q_proj = first.q_proj
-    reference = copy.deepcopy(model)
-    report = requantize(model, "nvfp4", backend="emulation")
-    assert isinstance(second.q_proj, QuantLinear)
-    assert second.q_proj is first.q_proj
-    round_weights(reference, "nvfp4", [row.name for row in report.rows])
-    torch.testing.assert_close(logits(model, tokens), logits(reference, tokens), rtol=1e-4, atol=1e-4)
-    dequantize_model(model)
-    assert second.q_proj is first.q_proj
-
-
-def test_a_linear_with_another_forward_is_left_alone(tokens: Tensor) -> None:
-    model = dense("llama")
-    linear = model.model.layers[0].self_attn.q_proj
-    linear.forward = lambda x: nn.Linear.forward(linear, x) * 2
-    report = requantize(model, "nvfp4")
-    assert model.model.layers[0].self_attn.q_proj is linear
-    assert "model.layers.0.self_attn.q_proj" not in [row.name for row in report.rows]
 
 
 def test_what_is_ignored_stays_and_runs(tokens: Tensor) -> None:

@@ -48,13 +48,11 @@ def write(
         CheckpointError: directory in the way, disk full, a tensor that safetensors cannot hold, or a config that
             `read_config` would refuse.
     """
-    directory = Path(
-        os.path.realpath(directory)
-    )  # "." has no name to derive one from, and no link is renamed to
+    # "." has no name to derive one from, and no link is renamed to.
+    directory = Path(os.path.realpath(directory))
     settings = json.dumps(dict(config), indent=2) + "\n"
-    parse_object(
-        directory / CONFIG, settings.encode(), constants=True
-    )  # before gigabytes are written beside it
+    # Before gigabytes are written beside it.
+    parse_object(directory / CONFIG, settings.encode(), constants=True)
     for name, t in state.items():
         if t.dtype not in _NAMES:
             raise CheckpointError(directory, f"safetensors cannot hold {t.dtype}", tensor=name)

@@ -129,13 +129,11 @@ def _forced() -> str | None:
 def _lowered() -> str | None:
     """MICROSCALE_CPU_LEVEL, if the core here has it."""
     from microscale import env
-    from microscale.machine import detect
+    from microscale.machine import lowered
 
-    if env.cpu_level() is not None and detect().core:
-        from microscale.backends import cpu_core
-
-        cpu_core.level()
-    return env.cpu_level()
+    word = env.cpu_level()
+    lowered()
+    return word
 
 
 def warnings(machine: Machine) -> list[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -144,29 +143,13 @@ def proven(backend: Backend, machine: Machine, device: str) -> bool:
 def _machines(names: list[str], everything: bool) -> list[Machine]:
     from microscale.cli.output import known
     from microscale.invented import INVENTED
+    from microscale.machine import lowered
 
     if everything:
-        return [_here(), *INVENTED.values()]
+        return [lowered(), *INVENTED.values()]
     for name in names:
         known(name, (HERE, *INVENTED), "machine")
-    return [_here() if name == HERE else INVENTED[name] for name in names or [HERE]]
-
-
-def _here() -> Machine:
-    """This machine, and its core as MICROSCALE_CPU_LEVEL lowers it.
-
-    Raises:
-        SettingError: to no level, or to one that it does not have.
-    """
-    from microscale.env import CPU_LEVELS
-    from microscale.machine import detect
-
-    machine = detect()
-    if not machine.core:
-        return machine
-    from microscale.backends import cpu_core
-
-    return replace(machine, core=CPU_LEVELS[cpu_core.level()])
+    return [lowered() if name == HERE else INVENTED[name] for name in names or [HERE]]
 
 
 def _packages(names: list[str]) -> list[str]:
@@ -207,8 +190,9 @@ def _gib(size: int) -> str:
 def _list_machines(as_json: bool) -> None:
     from microscale.cli.output import emit, say
     from microscale.invented import INVENTED
+    from microscale.machine import lowered
 
-    machines = {HERE: _here(), **INVENTED}
+    machines = {HERE: lowered(), **INVENTED}
     if as_json:
         emit({name: machine_document(m) for name, m in machines.items()})
         return

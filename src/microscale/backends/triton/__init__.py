@@ -6,7 +6,8 @@ a layout and kernels of its own: `placement` and `fragments`, `hopper` and `hopp
 tokens, `hopper_bulk`, for experts of a few `hopper_few`, all over `hopper_decode`; `hopper_routes` says whose a tile
 is, `hopper_token` has a single one's chosen by its logits, `hopper_results` ends experts, `hopper_fetch` asks for
 weights ahead, `cuts` chooses their sizes, and `fallback` takes over if they do not compile.
-`hopper_wide` is for many tokens, too, in CUDA C++, which `hopper_text` writes and `nvrtc` compiles: experts take it.
+For many tokens experts have `hopper_wide` and linears `hopper_linear`, in CUDA C++ that `hopper_text` writes and
+`nvrtc` compiles.
 For a decoded token there are `attend` over `spans`, `rows` for products with plain weights, `router`, `small`, and
 `likeliest`, the last two of which choose by `keys`.
 """
