@@ -174,8 +174,12 @@ void store(u64 to, T v) {
   for (u32 i = 0; i <= threadIdx.x % 128 / 64; i++) progress_++, give_way();
   std::memcpy(reinterpret_cast<void *>(to), &v, sizeof v);
 }
-static void store4(u64 to, u32 v) { store(to, v); }
-static void store8(u64 to, uint2 v) { store(to, v); }
+static void store4_if(bool yes, u64 to, u32 v) {
+  if (yes) store(to, v);
+}
+static void store8_if(bool yes, u64 to, uint2 v) {
+  if (yes) store(to, v);
+}
 
 // ---- products -----------------------------------------------------------------------------------------------------
 static std::deque<std::vector<std::function<void()>>> under_way_[1024];  // of each thread, groups of products
@@ -257,6 +261,7 @@ static u32 transposed(u32 v) {
 
 // ---- arithmetic ---------------------------------------------------------------------------------------------------
 static float quotient(float a, float b) { return a / b; }
+static float at_most(float v, float limit) { return v > limit ? limit : v; }  // a NaN stays one
 static float exponential(float v) { return std::exp(v); }
 static float __uint_as_float(u32 bits) {
   float v;

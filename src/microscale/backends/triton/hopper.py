@@ -99,7 +99,7 @@ def linear(x: Tensor, w: Fragments, bias: Tensor | None, cut: Cut | None = None)
     parts = PARTS[x.dtype]
     cut = cut or cuts.linear_cut(w.format, m, w.tiles, parts)
     if cut.wide:
-        if not hopper_wide.refuse(w, None, () if bias is None else (bias.dtype,)):
+        if not hopper_wide.refuse(w, None, (bias,)):
             with tiles.on(x.device):
                 return hopper_linear.linear(as_parts(x), w, bias, cut)
         cut = cut.usual(tail=False)

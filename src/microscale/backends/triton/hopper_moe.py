@@ -372,8 +372,10 @@ def moe(
     (m, top_k), experts = topk_ids.shape, w13.shape[0]
     cut13, cut2 = cuts or moe_cuts((w13.format, w2.format), m, top_k, experts, PARTS[x.dtype])
     if cut13.wide or cut2.wide:
-        others = (topk_weights, b13, b2)
-        cut13, cut2 = hopper_wide.taken((cut13, cut2), (w13, w2), activation, others, weight_on_input)
+        biases = (b13, b2)
+        cut13, cut2 = hopper_wide.taken(
+            (cut13, cut2), (w13, w2), activation, biases, topk_weights, weight_on_input
+        )
     cut13 = cut13.of_experts(w13, activation.apart)
     cut2 = cut2.of_experts(w2)
     # These need tokens in the order that routing finds, or where each expert's begin.

@@ -124,9 +124,16 @@ DEVICE void wait_until(u64 at, int least) {
     asm volatile("nanosleep.u32 100;");
   }
 }
-DEVICE void store4(u64 to, u32 v) { asm volatile("st.global.b32 [%0], %1;" ::"l"(to), "r"(v) : "memory"); }
-DEVICE void store8(u64 to, uint2 v) {
-  asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(to), "r"(v.x), "r"(v.y) : "memory");
+// Predicated, so that many follow one another without a branch.
+DEVICE void store4_if(bool yes, u64 to, u32 v) {
+  asm volatile("{\n.reg .pred p;\nsetp.ne.s32 p, %2, 0;\n@p st.global.b32 [%0], %1;\n}" ::"l"(to), "r"(v),
+               "r"(static_cast<int>(yes))
+               : "memory");
+}
+DEVICE void store8_if(bool yes, u64 to, uint2 v) {
+  asm volatile("{\n.reg .pred p;\nsetp.ne.s32 p, %3, 0;\n@p st.global.v2.b32 [%0], {%1, %2};\n}" ::"l"(to),
+               "r"(v.x), "r"(v.y), "r"(static_cast<int>(yes))
+               : "memory");
 }
 // Products are a group from their beginning to their end; waiting leaves so many groups under way.
 DEVICE void products_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
@@ -159,6 +166,12 @@ DEVICE float quotient(float a, float b) {
   float q;
   asm("div.full.f32 %0, %1, %2;" : "=f"(q) : "f"(a), "f"(b));
   return q;
+}
+// A NaN stays one.
+DEVICE float at_most(float v, float limit) {
+  float r;
+  asm("min.NaN.f32 %0, %1, %2;" : "=f"(r) : "f"(v), "f"(limit));
+  return r;
 }
 DEVICE float exponential(float v) { return __expf(v); }
 DEVICE u32 packed(float low, float high) {

@@ -73,13 +73,13 @@ DEVICE int results_of(const Tile &t) { return kInTurn && t.product == 0 ? 32 : 6
 
 DEVICE float activate(const Given &a, float gate, float up) {
 #if HAS_LIMIT
-  if (kGated) up = up > a.limit ? a.limit : up < -a.limit ? -a.limit : up;
-  if (KIND != SWIGLU_STEP) gate = gate > a.limit ? a.limit : gate;
+  if (kGated) up = -at_most(-at_most(up, a.limit), a.limit);
+  if (KIND != SWIGLU_STEP) gate = at_most(gate, a.limit);
 #endif
   float h;
   if (KIND == SILU || KIND == SWIGLU_STEP) {
     h = quotient(gate, 1.0f + exponential(-gate));
-    if (HAS_LIMIT && KIND == SWIGLU_STEP) h = h > a.limit ? a.limit : h;
+    if (HAS_LIMIT && KIND == SWIGLU_STEP) h = at_most(h, a.limit);
   } else {
     h = gate * quotient(1.0f, 1.0f + exponential(-(a.alpha * gate)));
     up = up + a.beta;
@@ -126,7 +126,7 @@ DEVICE void scaled(float (&c)[4], const Rows &r) {
   if constexpr (kBiases[which] != 0) c[0] += r.bias0, c[1] += r.bias0, c[2] += r.bias1, c[3] += r.bias1;
 }
 
-constexpr int kTogether = 3;  // pieces of 8 tokens whose results are worked out side by side: one alone mostly waits
+constexpr int kTogether = 5;  // pieces of 8 tokens whose results are worked out side by side: one alone mostly waits
 
 // What a thread stores of 8 tokens and its `e`th tile: four results of one of them, or, of gates and ups in turn, two.
 template <Kind KIND_OF>
@@ -175,13 +175,14 @@ DEVICE void store(const Sums &d, const Given &a, const Tile &t, int side, const 
         if (first + i < MOST / 8) c[i] = results<KIND_OF>(d, a, rows, e, first + i, shares);
 #pragma unroll
       for (int i = 0; i < kTogether; i++) {
+        if (first + i >= MOST / 8) continue;
         const int token = 8 * (first + i) + g;
-        if (first + i >= MOST / 8 || token >= t.count || !there) continue;
+        const bool stored = token < t.count && there;
         const u64 at = y + 2 * static_cast<u64>(KIND_OF == kSecond ? routes[token] : t.start + token) * o.width;
         if (in_turn)
-          store4(at, c[i].x);
+          store4_if(stored, at, c[i].x);
         else
-          store8(at, c[i]);
+          store8_if(stored, at, c[i]);
       }
     }
   }

@@ -61,10 +61,15 @@ def launch(spec: Spec, device: torch.device, units: int, given: ctypes.Structure
     _kernel(spec, index).launch(min(units, tiles.target(device).units), spec.threads, given, early=True)
 
 
-def refuse(w: Fragments, activation: Activation | None, dtypes: tuple[torch.dtype, ...]) -> bool:
-    """Whether these weights, with biases and routing weights of these dtypes, are for Gluon's kernels instead."""
+def refuse(
+    w: Fragments, activation: Activation | None, biases: tuple[Tensor | None, ...], weights: Tensor | None = None
+) -> bool:
+    """Whether these matrices, with biases and routing weights of their dtypes, are for Gluon's kernels instead."""
+    dtypes = [t.dtype for t in (*biases, weights) if t is not None]
     return (
         w.shape[-2] % 8 != 0
+        # The last bits of such sums differ from those of Gluon's kernels.
+        or (w.ratios is not None and any(bias is not None for bias in biases))
         or any(dtype not in _FLOATS for dtype in dtypes)
         or (activation is not None and activation.kind not in KINDS)
         or nvrtc.refuse() is not None
@@ -75,22 +80,22 @@ def taken(
     cuts: tuple[Cut, Cut],
     weights: tuple[Fragments, Fragments],
     activation: Activation,
-    others: tuple[Tensor | None, ...],
+    biases: tuple[Tensor | None, ...],
+    routing_weights: Tensor,
     weight_on_input: bool,
 ) -> tuple[Cut, Cut]:
     """These cuts of w13 and w2, or Gluon's for as many tokens. A wide one is for both, in one kernel.
 
     Args:
-        others: routing weights and biases.
+        biases: of w13 and w2.
     """
-    dtypes = tuple(t.dtype for t in others if t is not None)
     cut = cuts[0].of_experts(weights[0], activation.apart)
     if (
         weight_on_input
         or cuts[0] != cuts[1]
         or weights[0].format != weights[1].format
         or (activation.apart and cut.block_m > MOST_OF_TWO)
-        or any(refuse(w, activation, dtypes) for w in weights)
+        or any(refuse(w, activation, biases, routing_weights) for w in weights)
     ):
         return tuple(cut.usual(tail=True) if cut.wide else cut for cut in cuts)  # type: ignore[return-value]
     return cut, cut
