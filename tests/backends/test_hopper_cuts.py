@@ -115,15 +115,15 @@ def test_the_tuner_fits_wide_cuts_to_the_format(layout: Any, monkeypatch: pytest
     cuts, tune = import_module("microscale.backends.triton.cuts"), import_module("microscale.bench.tune")
     monkeypatch.setattr(tune.nvrtc, "refuse", lambda: None)
     for fmt in FORMATS.values():
-        assert tune.wide_candidates(fmt, 47) == []
-        for tokens in (48, 128, 256, 2048):
+        assert tune.wide_candidates(fmt, 27) == []
+        for tokens in (28, 48, 128, 256, 2048):
             found = tune.wide_candidates(fmt, tokens)
             assert found
             for cut in found:
                 assert cut.wide
                 assert cut.shared(fmt, 1) <= cuts.HOPPER_SHARED
-    assert str(tune.wide_candidates(FORMATS["mxfp4"], 128)[1]) == "m128t4c1w12s8x"
-    assert str(tune.wide_candidates(FORMATS["mxfp8_e4m3"], 128)[1]) == "m128t4c1w12s6x"
+    assert str(tune.wide_candidates(FORMATS["mxfp4"], 128)[2]) == "m128t4c1w12s8x"
+    assert str(tune.wide_candidates(FORMATS["mxfp8_e4m3"], 128)[2]) == "m128t4c1w12s6x"
 
 
 def test_a_cut_that_does_not_fit_is_refused_before_it_is_compiled(layout: Any) -> None:

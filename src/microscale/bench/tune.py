@@ -67,13 +67,15 @@ _FEW = ("m8t1c2w4s5f", "m8t1c2w4s8f", "m8t1c2w4s12f", "m8t2c2w8s6f", "m8t2c1w8s8
 
 # By `hopper_wide`, from so many tokens a matrix on.
 _WIDE = (
+    "m48t4c1w12s12x",
+    "m64t4c1w12s10x",
     "m80t4c1w12s10x",
     "m128t4c1w12s8x",
     "m144t3c1w16s8x",
     "m144t4c1w12s8x",
     "m256t2c1w12s5x",
 )
-_WIDE_FROM = 48
+_WIDE_FROM = 28
 
 
 def wide_candidates(fmt: Format, tokens: float) -> list[Cut]:

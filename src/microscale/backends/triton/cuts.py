@@ -149,7 +149,10 @@ class Cut:
         Args:
             tail: of experts.
         """
-        m = split(self.block_m)[0] if tail else 128
+        main, rest = split(self.block_m)
+        if tail and main == 4 * rest:  # in two parts that meet the same weights
+            return Cut(self.block_m, 2, 1, 4, 3, overlap=True, tail=True, bulk=4)
+        m = main << (2 * rest >= main) if tail else 128
         if m <= 64:
             return Cut(m, 2, 1, 4, 6, overlap=True, tail=tail)
         return Cut(m, 2, 1, 8, 3, overlap=True, tail=tail, bulk=1, programs=2 if m == 128 else 0)
