@@ -39,7 +39,7 @@ template <int kTile>
 inline __attribute__((always_inline)) void load(const uint8_t *from) {
 #define LOAD(t) \
   if constexpr (kTile == t) _tile_loadd(t, from, 64);
-  LOAD(5) LOAD(6) LOAD(7)
+  LOAD(4) LOAD(5) LOAD(6) LOAD(7)
 #undef LOAD
 }
 template <int kSum, int kWeights>
@@ -64,6 +64,26 @@ inline __attribute__((always_inline)) void twelve(const uint8_t *from) {
 template <int kSums, int kWeights>
 void products(const uint8_t *from) {
   for (int i = 0; i < 50; ++i) twelve<kSums, kWeights>(from);
+}
+// The core's schedules without decoding: a step of R tiles of rows (tile 4) times P of weights (tile 5), forth and back
+// through the weights, so that neighbours share a tile.
+template <int R, int P, int i = 0>
+inline __attribute__((always_inline)) void step(const uint8_t *from) {
+  if constexpr (i < R * P) {
+    constexpr int within = i % P, back = i / P % 2, panel = back ? P - 1 - within : within;
+    if constexpr (within == 0) load<4>(from + i / P % 2 * 1024);
+    if constexpr (i == 0 || (P > 1 && within > 0)) load<5>(from + 2048 + panel * 1024);
+    multiply<i / P * P + panel, 5>();
+    step<R, P, i + 1>(from);
+  }
+}
+template <int R, int P>
+void steps(const uint8_t *from) {
+  for (int i = 0; i < 600 / (R * P); ++i) step<R, P>(from);
+}
+void one_load_for_three(const uint8_t *from) {
+  load<5>(from);
+  for (int i = 0; i < 200; ++i) load<4>(from), multiply<0, 5>(), multiply<1, 5>(), multiply<2, 5>();
 }
 void only_loads(const uint8_t *from) {
   for (int i = 0; i < 600; ++i) load<5>(from + i % 4 * 1024);
@@ -98,7 +118,11 @@ constexpr Case kCases[] = {{"loads", only_loads},
                            {"both, 6 tiles: 4 sums", products<4, 1>},
                            {"both, 6 tiles: 3 sums, 2 weights", products<3, 2>},
                            {"both, 7 tiles: 4 sums, 2 weights", products<4, 2>},
-                           {"both, 8 tiles: 4 sums, 3 weights", products<4, 3>}};
+                           {"both, 8 tiles: 4 sums, 3 weights", products<4, 3>},
+                           {"rows by weights, 2x2: 5 loads for 4", steps<2, 2>},
+                           {"rows by weights, 3x1: 4 loads for 3", steps<3, 1>},
+                           {"rows by weights, 2x1: 3 loads for 2", steps<2, 1>},
+                           {"a load for 3 products", one_load_for_three}};
 constexpr int kCount = sizeof kCases / sizeof *kCases;
 
 // Three thousand cycles, and six thousand additions that do not wait for each other.
@@ -169,7 +193,7 @@ int main(int argc, char **argv) {
   measure(seconds, samples.data());
   for (std::thread &t : others) t.join();
   for (size_t i = 0; i < kCount; ++i) {
-    std::printf("%-34s", kCases[i].name);
+    std::printf("%-36s", kCases[i].name);
     for (const bool shared : {false, true}) {
       std::vector<double> times;
       for (size_t t = 0; t < threads; ++t)

@@ -1,4 +1,4 @@
-// AMX with bfloat16 tiles: products of the same two operand tiles into three sums, as many as hide the latency of one.
+// AMX with bfloat16 tiles: products of the same two operand tiles into three sums.
 // More registers would take longer where somebody else uses the core (bench/amx_tiles.cc), and no ceiling may be lower
 // than what is possible.
 #include "ceilings_avx512.h"
