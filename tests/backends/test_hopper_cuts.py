@@ -6,6 +6,7 @@ import json
 from importlib import import_module, resources
 from typing import Any
 
+import pytest
 import torch
 
 from microscale.formats import FORMATS
@@ -108,6 +109,28 @@ def test_of_many_tokens_the_sizes_decide_which_cut(layout: Any) -> None:
             least = min(cuts.rounds(cut, tokens, tiles) for cut in (row.cut, *row.others))
             assert least <= taken <= least / 0.97
             assert taken >= tiles * tokens / cuts.MULTIPROCESSORS
+
+
+def test_the_tuner_fits_wide_cuts_to_the_format(layout: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    cuts, tune = import_module("microscale.backends.triton.cuts"), import_module("microscale.bench.tune")
+    monkeypatch.setattr(tune.nvrtc, "refuse", lambda: None)
+    for fmt in FORMATS.values():
+        assert tune.wide_candidates(fmt, 47) == []
+        for tokens in (48, 128, 256, 2048):
+            found = tune.wide_candidates(fmt, tokens)
+            assert found
+            for cut in found:
+                assert cut.wide
+                assert cut.shared(fmt, 1) <= cuts.HOPPER_SHARED
+    assert str(tune.wide_candidates(FORMATS["mxfp4"], 128)[1]) == "m128t4c1w12s8x"
+    assert str(tune.wide_candidates(FORMATS["mxfp8_e4m3"], 128)[1]) == "m128t4c1w12s6x"
+
+
+def test_a_cut_that_does_not_fit_is_refused_before_it_is_compiled(layout: Any) -> None:
+    wide, text = (import_module(f"microscale.backends.triton.{m}") for m in ("hopper_wide", "hopper_text"))
+    spec = text.Spec(False, "e4m3", "e8m0", most=128, stages=8, each=2, even=True, bias=(0,))
+    with pytest.raises(wide.nvrtc.CompileError, match=r"8 stages of 128 tokens .* Cut\.fitted"):
+        wide._kernel(spec, 0)
 
 
 def test_the_tuner_tries_what_fits_and_keeps_the_fastest(layout: Any) -> None:

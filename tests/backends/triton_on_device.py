@@ -299,7 +299,7 @@ def test_every_cut_gives_the_same_bits(name: str) -> None:
 
     fmt = FORMATS[name]
     linear, moe = cuts.table()[cuts.group(fmt)]
-    more = wide_candidates(128)
+    more = wide_candidates(fmt, 128)
     first = cuts.Cut(8, 2, 2, 4, 4)
     matrix = backend.pack(quantize(torch.randn(200, 416, device=DEVICE), name))
     assert isinstance(matrix, Fragments)

@@ -76,11 +76,12 @@ _WIDE = (
 _WIDE_FROM = 48
 
 
-def wide_candidates(tokens: float) -> list[Cut]:
-    """Cuts in CUDA C++ for about `tokens` tokens a matrix, where they can be compiled."""
+def wide_candidates(fmt: Format, tokens: float) -> list[Cut]:
+    """Cuts in CUDA C++ for about `tokens` tokens a matrix, where they can be compiled; with as many stages as fit."""
     if tokens < _WIDE_FROM or nvrtc.refuse() is not None:
         return []
-    return [cut for cut in map(Cut.parse, _WIDE) if cut.block_m >= min(tokens, 256) / 2]
+    found = [Cut.parse(word).fitted(fmt, 1) for word in _WIDE]
+    return [cut for cut in found if cut.block_m >= min(tokens, 256) / 2]
 
 
 def candidates(fmt: Format, tokens: float, tail: bool) -> list[Cut]:
@@ -238,7 +239,7 @@ def tune_linear(name: str, say: Callable[[str], None]) -> Iterator[dict[str, Any
             continue
         m, of_row = timed_with(rows, row)
         times: dict[Cut, dict[str, float]] = {}
-        for cut in dict.fromkeys([row.cut, *candidates(fmt, m, tail=False), *wide_candidates(m)]):
+        for cut in dict.fromkeys([row.cut, *candidates(fmt, m, tail=False), *wide_candidates(fmt, m)]):
             found = {}
             for what in of_row:
                 x = torch.randn(m, gpu.LINEARS[what][1], device="cuda").bfloat16()
@@ -274,7 +275,7 @@ def tune_moe(name: str, say: Callable[[str], None]) -> Iterator[dict[str, Any]]:
                 ]
                 pairs = [(row.first, row.second)]
                 pairs += [(c, c) for c in tried if c.tiles > 1 or not apart]
-                pairs += [(c, c) for c in wide_candidates(size) if checked.moe(c)]
+                pairs += [(c, c) for c in wide_candidates(fmt, size) if checked.moe(c)]
                 if tokens == 1 and fmt.scale != "f32":
                     few = [cut for cut in map(Cut.parse, _FEW) if checked.moe(cut)]
                     pairs += itertools.product(few, few)

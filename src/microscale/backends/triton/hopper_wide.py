@@ -14,7 +14,7 @@ from torch import Tensor
 
 from microscale.activations import Activation
 from microscale.backends.triton import nvrtc, tiles
-from microscale.backends.triton.cuts import Cut
+from microscale.backends.triton.cuts import HOPPER_SHARED, Cut
 from microscale.backends.triton.fragments import Fragments
 from microscale.backends.triton.hopper_text import KINDS, MOST_OF_TWO, Spec, text
 from microscale.backends.triton.routing import Table
@@ -46,9 +46,13 @@ class Given(ctypes.Structure):
 
 @cache
 def _kernel(spec: Spec, device: int) -> nvrtc.Kernel:
-    return nvrtc.kernel(
-        f"hopper_{'wide' if spec.experts else 'linear'}.cu", text(spec), "wide", spec.shared, device
-    )
+    name = f"hopper_{'wide' if spec.experts else 'linear'}.cu"
+    if spec.shared > HOPPER_SHARED:
+        raise nvrtc.CompileError(
+            f"{name}: {spec.stages} stages of {spec.most} tokens and {64 * spec.users * spec.each} rows are "
+            f"{spec.shared} bytes of shared memory, of {HOPPER_SHARED} that there are: see Cut.fitted"
+        )
+    return nvrtc.kernel(name, text(spec), "wide", spec.shared, device)
 
 
 def launch(spec: Spec, device: torch.device, units: int, given: ctypes.Structure) -> None:
