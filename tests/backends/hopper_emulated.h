@@ -139,6 +139,7 @@ static void copy_box(u32 to, const void *map, int column, int row, u32 bar) {
   barrier_changes(bar, 0, -int64_t{128} * box.rows);
 }
 static void fetch_bytes(u64, u32) {}
+static void fetch_map(const void *) {}
 static bool elected() { return threadIdx.x % 32 == 0; }
 static void copies_wait() {}
 static void products_see_copies() {}
@@ -176,6 +177,9 @@ void store(u64 to, T v) {
 }
 static void store4(u64 to, u32 v) { store(to, v); }
 static void store8(u64 to, uint2 v) { store(to, v); }
+static void store8_if(bool there, u64 to, uint2 v) {
+  if (there) store(to, v);
+}
 
 // ---- products -----------------------------------------------------------------------------------------------------
 static std::deque<std::vector<std::function<void()>>> under_way_[1024];  // of each thread, groups of products

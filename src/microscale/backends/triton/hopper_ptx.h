@@ -66,6 +66,8 @@ DEVICE void copy_box(u32 to, const void *map, int column, int row, u32 bar) {
       "l"(map), "r"(column), "r"(row), "r"(bar)
       : "memory");
 }
+// The map will be needed soon.
+DEVICE void fetch_map(const void *map) { asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory"); }
 // A multiple of 16 bytes.
 DEVICE void copy_bytes(u32 to, u64 from, u32 bytes, u32 bar) {
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
@@ -127,6 +129,12 @@ DEVICE void wait_until(u64 at, int least) {
 DEVICE void store4(u64 to, u32 v) { asm volatile("st.global.b32 [%0], %1;" ::"l"(to), "r"(v) : "memory"); }
 DEVICE void store8(u64 to, uint2 v) {
   asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(to), "r"(v.x), "r"(v.y) : "memory");
+}
+// No branch around it, as others would wait behind that.
+DEVICE void store8_if(bool there, u64 to, uint2 v) {
+  asm volatile("{\n.reg .pred there;\nsetp.ne.u32 there, %3, 0;\n@there st.global.v2.b32 [%0], {%1, %2};\n}" ::"l"(to),
+               "r"(v.x), "r"(v.y), "r"(static_cast<u32>(there))
+               : "memory");
 }
 // Products are a group from their beginning to their end; waiting leaves so many groups under way.
 DEVICE void products_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
