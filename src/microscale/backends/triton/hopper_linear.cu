@@ -35,6 +35,7 @@ DEVICE void copy_unit(const Given &a, Ring &r, const Tile &t) {
 
 // The first group of warps, of which one thread copies.
 DEVICE void copy(const Given &a, Ring r, Units n) {
+  if (threadIdx.x == 127) fetch_map(a.boxes);
   if (threadIdx.x < TILES) {
     const u32 first = tile_there(a, unit(a, blockIdx.x), threadIdx.x) * a.chunks;
     fetch_bytes(a.codes + u64{first} * kTile, min(a.chunks, kEarly) * kTile);
@@ -60,9 +61,8 @@ DEVICE Places places_in_step(int side) {
   return {hidden(p.four), hidden(p.more), hidden(p.scales)};
 }
 
-// A thread's codes of a step, once they are there.
+// A thread's codes of a step that is there.
 DEVICE void next_codes(Codes (&c)[EACH], const Ring &r, const Places &at) {
-  barrier_wait(r.bar, r.parity);
 #pragma unroll
   for (int e = 0; e < EACH; e++) {
     const u32 tile = r.stage + e * kTile;
@@ -75,21 +75,37 @@ DEVICE const float *ratios_of(const Given &a, const Tile &t, int i) {
   return reinterpret_cast<const float *>(a.ratios) + row * ((a.chunks + 1) / 2 + 1);
 }
 
-// d = w @ x of all columns.
+constexpr int kSooner = 2;               // groups of products that are decoded ahead of the one that is asked for
+constexpr int kHeld = 2 * kSooner;       // that there are registers for,
+constexpr int kTurns = kHeld / kGroups;  // which are those of so many steps
+constexpr int kLoaded = kTurns;          // steps that codes are loaded ahead of their products
+
+// d = w @ x of all columns. Codes are loaded where nobody waits for them soon, so that with one tile a group, which has
+// registers for it, all of a step is decoded while the products of the one before are under way.
 DEVICE void multiply(Sums &d, const Given &a, const Tile &t, int side, Ring &r) {
   const bool speaks = threadIdx.x % 32 == 0;
   const Places at = places_in_step(side);
-  u32 pairs[kDecoded][8], before = 0;
-  Codes c[EACH];
+  u32 pairs[kHeld][8], before = 0;
+  Codes c[EACH], first[EACH];
 #if BLOCKS
 #pragma unroll
   for (int e = 0; e < EACH; e++)
 #pragma unroll
     for (int i = 0; i < MOST / 2; i++) d[e][i] = 0.0f;
 #endif
-  next_codes(c, r, at);
+  Ring codes = r;  // where the next ones are, which may be behind the last step
+  barrier_wait(r.bar, r.parity);
+  next_codes(first, r, at);
+  advance(codes);
 #pragma unroll
-  for (int g = 0; g < kAhead; g++) decode_half(c[g], 0, pairs[g]);
+  for (int e = 0; e < EACH; e++) c[e] = first[e];
+  if (kLoaded == 2) {
+    if (a.chunks > 1) barrier_wait(codes.bar, codes.parity);
+    next_codes(c, codes, at);
+    advance(codes);
+  }
+#pragma unroll
+  for (int g = 0; g < kSooner; g++) decode_half(first[g % EACH], g / EACH, pairs[g]);
 #if BLOCKS
   const float *ratios[EACH];
   float ratio[EACH];
@@ -97,33 +113,44 @@ DEVICE void multiply(Sums &d, const Given &a, const Tile &t, int side, Ring &r) 
   for (int e = 0; e < EACH; e++) ratios[e] = ratios_of(a, t, side * EACH + e), ratio[e] = __ldg(ratios[e]);
 #endif
 #pragma unroll 1
-  for (int step = 0; step < a.chunks; step++) {
-    const u64 x = descriptor(r.stage);
-#if BLOCKS
-    if (step % 2 == 0) {  // two steps are a block
-      products_wait<0>();
-      rescale<MOST>(d, ratio);
+  for (int done = 0; done < a.chunks; done += kTurns) {
 #pragma unroll
-      for (int e = 0; e < EACH; e++) ratio[e] = __ldg(ratios[e] + step / 2 + 1);
-    }
+    for (int turn = 0; turn < kTurns; turn++) {
+      const int step = done + turn;
+      if (turn && step >= a.chunks) break;
+      const bool more = step + kLoaded < a.chunks;
+      const bool there = !more || barrier_passed(codes.bar, codes.parity);  // asked long before it is looked at
+      const u64 x = descriptor(r.stage);
+#if BLOCKS
+      if (step % 2 == 0) {  // two steps are a block
+        products_wait<0>();
+        rescale<MOST>(d, ratio);
+#pragma unroll
+        for (int e = 0; e < EACH; e++) ratio[e] = __ldg(ratios[e] + step / 2 + 1);
+      }
 #endif
 #pragma unroll
-    for (int g = 0; g < kGroups; g++) {
-      products_begin();
-      Product<MOST>::add(d[g % EACH], &pairs[g % kDecoded][0], x + 4 * (g / EACH), BLOCKS || g >= EACH || step);
-      Product<MOST>::add(d[g % EACH], &pairs[g % kDecoded][4], x + 4 * (g / EACH) + 2, true);
-      products_end();
-      // All but kAhead groups are done, and with the registers that are decoded into next.
-      products_wait<kAhead>();
-      if (g == kAhead - 1 && step && speaks) barrier_arrive(before);
-      const int next = (g + kAhead) % kGroups;  // behind the last step its first ones are decoded once more
-      const Codes now = c[next % EACH];
-      if (g == kGroups - 1 - kAhead) {  // the last of these codes are decoded while the next come
-        before = r.bar + kEmpty;
-        advance(r);
-        if (step + 1 < a.chunks) next_codes(c, r, at);
+      for (int g = 0; g < kGroups; g++) {
+        const int of = turn * kGroups + g;
+        products_begin();
+        Product<MOST>::add(d[g % EACH], &pairs[of % kHeld][0], x + 4 * (g / EACH), BLOCKS || g >= EACH || step);
+        Product<MOST>::add(d[g % EACH], &pairs[of % kHeld][4], x + 4 * (g / EACH) + 2, true);
+        products_end();
+        // All but kSooner groups are done, and with the registers that are decoded into next.
+        products_wait<kSooner>();
+        if (g == kSooner - 1 && step && speaks) barrier_arrive(before);
+        // Behind the last step what is not there is decoded, for nobody.
+        const Codes now = c[g % EACH];
+        const int half = (g + kSooner) % kGroups / EACH;
+        if (g == kGroups - 1 - kSooner % kGroups) {  // the last of these codes are decoded while the next come
+          if (!there) barrier_wait(codes.bar, codes.parity);
+          next_codes(c, codes, at);
+          advance(codes);
+        }
+        decode_half(now, half, pairs[(of + kSooner) % kHeld]);
       }
-      decode_half(now, next / EACH, pairs[(g + kAhead) % kDecoded]);
+      before = r.bar + kEmpty;
+      advance(r);
     }
   }
   products_wait<0>();
@@ -146,8 +173,10 @@ DEVICE void leave_out(const Given &a, Ring &r) {
 DEVICE void use(const Given &a, Ring r, Units n) {
   const int side = __shfl_sync(~0u, threadIdx.x / 128, 0) - 1;
   Tile t = next_unit(n);
-  // Groups begin one after the other, and so they end: the matrix unit is never without one.
-  if (t.there >= 0) barrier_wait(r.full + min(side * STAGES / (2 * USERS - 2), a.chunks - 1) * 8, 0);
+  // Groups begin one after the other, and so they end: of programs of several units, one stores while another
+  // multiplies.
+  const int later = a.units > gridDim.x ? STAGES / (2 * USERS - 2) : 0;
+  if (t.there >= 0) barrier_wait(r.full + min(side * later, a.chunks - 1) * 8, 0);
   for (; t.there >= 0; t = next_unit(n)) {
     if ((TILES * t.block + side * EACH) * 64 >= a.rows) {
       leave_out(a, r);

@@ -66,33 +66,46 @@ DEVICE Rows rows_of(const Given &a, int tile) {
   return r;
 }
 
+constexpr int kTogether = 4;  // pieces of 8 tokens whose results are worked out side by side: one alone mostly waits
+
+// Four results of a token that a thread stores, of its `e`th tile and 8 tokens.
+DEVICE uint2 results(const Sums &d, const Rows (&rows)[EACH], int e, int j) {
+  const float *v = &d[e][4 * j];
+  float c[4] = {v[0], v[1], v[2], v[3]};
+#if ROW_SCALE
+  c[0] *= rows[e].scale0, c[1] *= rows[e].scale0, c[2] *= rows[e].scale1, c[3] *= rows[e].scale1;
+#endif
+#if BIAS
+  c[0] += rows[e].bias0, c[1] += rows[e].bias0, c[2] += rows[e].bias1, c[3] += rows[e].bias1;
+#endif
+  const u32 even = transposed(packed(c[0], c[1])), odd = transposed(packed(c[2], c[3]));
+  return make_uint2(__byte_perm(even, odd, 0x5410), __byte_perm(even, odd, 0x7632));
+}
+
 // Sums of a unit to y.
 DEVICE void store(const Sums &d, const Given &a, const Tile &t, int side) {
-  const int thread = threadIdx.x % 128, warp = thread / 32, g = thread % 32 / 4, t4 = thread % 4;
-  u8 *y = reinterpret_cast<u8 *>(a.y);
+  const int warp = threadIdx.x % 128 / 32, g = threadIdx.x % 32 / 4, t4 = threadIdx.x % 4;
   Rows rows[EACH];
 #pragma unroll
   for (int e = 0; e < EACH; e++) rows[e] = rows_of(a, TILES * t.block + side * EACH + e);
 #pragma unroll
   for (int e = 0; e < EACH; e++) {
-    const int tile = TILES * t.block + side * EACH + e;
+    const int n = (TILES * t.block + side * EACH + e) * 64 + 16 * warp + 4 * t4;
+    const bool there = n < a.rows;
+    const u64 y = a.y + 2 * static_cast<u64>(n);
 #pragma unroll
-    for (int j = 0; j < MOST / 8; j++) {
-      if (8 * j >= t.count) break;
-      const int token = 8 * j + g;
-      const float *v = &d[e][4 * j];
-      float c[4] = {v[0], v[1], v[2], v[3]};
-#if ROW_SCALE
-      c[0] *= rows[e].scale0, c[1] *= rows[e].scale0, c[2] *= rows[e].scale1, c[3] *= rows[e].scale1;
-#endif
-#if BIAS
-      c[0] += rows[e].bias0, c[1] += rows[e].bias0, c[2] += rows[e].bias1, c[3] += rows[e].bias1;
-#endif
-      const u32 even = transposed(packed(c[0], c[1])), odd = transposed(packed(c[2], c[3]));
-      const uint2 both = make_uint2(__byte_perm(even, odd, 0x5410), __byte_perm(even, odd, 0x7632));
-      const int n = tile * 64 + 16 * warp + 4 * t4;
-      if (token < t.count && n < a.rows)
-        *reinterpret_cast<uint2 *>(y + 2 * (static_cast<long long>(t.start + token) * a.rows + n)) = both;
+    for (int first = 0; first < MOST / 8; first += kTogether) {
+      if (8 * first >= t.count) break;
+      uint2 c[kTogether];
+#pragma unroll
+      for (int i = 0; i < kTogether; i++)
+        if (first + i < MOST / 8) c[i] = results(d, rows, e, first + i);
+#pragma unroll
+      for (int i = 0; i < kTogether; i++) {
+        const int token = 8 * (first + i) + g;
+        if (first + i < MOST / 8)
+          store8_if(there && token < t.count, y + 2 * static_cast<u64>(t.start + token) * a.rows, c[i]);
+      }
     }
   }
 }

@@ -66,6 +66,8 @@ DEVICE void copy_box(u32 to, const void *map, int column, int row, u32 bar) {
       "l"(map), "r"(column), "r"(row), "r"(bar)
       : "memory");
 }
+// The map will be needed soon.
+DEVICE void fetch_map(const void *map) { asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory"); }
 // A multiple of 16 bytes.
 DEVICE void copy_bytes(u32 to, u64 from, u32 bytes, u32 bar) {
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
@@ -124,7 +126,7 @@ DEVICE void wait_until(u64 at, int least) {
     asm volatile("nanosleep.u32 100;");
   }
 }
-// Predicated, so that many follow one another without a branch.
+// Predicated: a branch around each is what others would wait behind.
 DEVICE void store4_if(bool yes, u64 to, u32 v) {
   asm volatile("{\n.reg .pred p;\nsetp.ne.s32 p, %2, 0;\n@p st.global.b32 [%0], %1;\n}" ::"l"(to), "r"(v),
                "r"(static_cast<int>(yes))
