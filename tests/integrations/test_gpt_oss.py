@@ -13,7 +13,7 @@ from original import write
 from transformers import AutoModelForCausalLM, Mxfp4Config
 
 import microscale
-from microscale.checkpoints import Source
+from microscale.checkpoints import Source, strict
 from microscale.errors import CheckpointError, NoBackendError
 from microscale.integrations.hf.quantizer import runners
 from microscale.machine import detect
@@ -155,7 +155,9 @@ def test_a_checkpoint_that_lies_is_refused_on_both_ways_in(tmp_path: Path, load:
 
 
 @pytest.mark.parametrize("metadata", [{}, {"metadata": None}, {"metadata": 3}])
-def test_an_index_without_metadata_is_named(tmp_path: Path, metadata: dict[str, Any]) -> None:
+def test_an_index_without_metadata_is_named(
+    tmp_path: Path, metadata: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     write(tmp_path)
     names = dict.fromkeys(Source.open(tmp_path).names(), "one.safetensors")
     (tmp_path / "model.safetensors").rename(tmp_path / "one.safetensors")
@@ -164,7 +166,12 @@ def test_an_index_without_metadata_is_named(tmp_path: Path, metadata: dict[str, 
     with pytest.raises(CheckpointError, match=r"index.json: metadata, .* .expected an object"):
         microscale.load(tmp_path)
     index.write_text(json.dumps({"weight_map": names, "metadata": {}}))
+    parsed, parse = [], strict.parse_object
+    monkeypatch.setattr(
+        strict, "parse_object", lambda path, *args, **how: parsed.append(path) or parse(path, *args, **how)
+    )
     assert runners(microscale.load(tmp_path, device="cpu"))
+    assert parsed.count(index) == 1, "an index may have 100 MB"
 
 
 def test_config_alone_says_how_to_try_it() -> None:

@@ -13,7 +13,6 @@ import torch
 from microscale.canary import DTYPES
 from microscale.checkpoints import Checkpoint, open_checkpoint
 from microscale.checkpoints.config import MAX_CONFIG_BYTES, read_config
-from microscale.checkpoints.source import INDEX, MAX_INDEX_BYTES, SINGLE
 from microscale.checkpoints.strict import brief, read_object
 from microscale.errors import CheckpointError, CheckpointWarning, SettingError
 from microscale.integrations.hf import taking_over
@@ -86,7 +85,7 @@ def load(
     config = dummy_config(path, checkpoint.config, None)
     if (path / _GENERATION).exists():  # transformers would go on without one that it cannot read
         read_object(path / _GENERATION, MAX_CONFIG_BYTES, constants=True)
-    _check_index(path)
+    _check_index(checkpoint)
     with using(Options(backend, act, canary, place=False, checkpoint=checkpoint)) as options, taking_over():
         try:
             loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -111,15 +110,15 @@ def load(
     return _ready(host, target, options, progress, kwargs)
 
 
-def _check_index(path: Path) -> None:
+def _check_index(checkpoint: Checkpoint) -> None:
     """transformers writes into an index's `metadata`, which the shards do not need: it has to be there."""
-    index = path / INDEX
-    if (path / SINGLE).exists() or not index.exists():
-        return
-    metadata = read_object(index, MAX_INDEX_BYTES).get("metadata")
-    if not isinstance(metadata, dict):
+    index = checkpoint.source.index
+    if index is not None and not isinstance(index.metadata, dict):
         raise CheckpointError(
-            index, "metadata, which transformers asks for", expected="an object", found=brief(metadata)
+            index.path,
+            "metadata, which transformers asks for",
+            expected="an object",
+            found=brief(index.metadata),
         )
 
 
