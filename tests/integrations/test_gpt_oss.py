@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -219,3 +222,23 @@ def test_a_traced_model_computes_when_it_is_replayed(tmp_path: Path) -> None:
     with torch.no_grad():
         found, wanted = torch.jit.trace(run, seen, check_trace=False)(other), run(other)
     assert (found - wanted).abs().max() <= FP32_BOUND * wanted.abs().max()
+
+
+def test_threads_load_at_once() -> None:
+    """In a process of its own, which has imported nothing yet."""
+    code = """
+from concurrent.futures import ThreadPoolExecutor
+import microscale
+with ThreadPoolExecutor(4) as pool:
+    models = list(pool.map(lambda _: microscale.load("stdlib-moe", device="cpu"), range(4)))
+first = models[0].state_dict()
+assert all(t.equal(m.state_dict()[name]) for m in models for name, t in first.items())
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=180,
+        env={**os.environ, "PYTHONPATH": str(Path(microscale.__file__).parents[1])},
+    )
+    assert done.returncode == 0, done.stderr

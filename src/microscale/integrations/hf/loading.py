@@ -6,6 +6,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from microscale.models import has_weights, resolve
 
 _GENERATION = "generation_config.json"
 Progress = Callable[[Iterable[Any]], Iterable[Any]]
+_LOADING = Lock()  # transformers patches its own classes while it makes a model, for other threads, too
 
 
 def load(
@@ -65,9 +67,10 @@ def load(
     if load_format not in ("auto", "dummy"):
         raise CheckpointError(path, "unknown load_format", expected="auto or dummy", found=load_format)
     if load_format == "dummy":
-        from microscale.integrations.hf.dummy import dummy_model
+        options = Options(backend, act, canary, place=False, checkpoint=path)
+        with _LOADING, using(options):
+            from microscale.integrations.hf.dummy import dummy_model
 
-        with using(Options(backend, act, canary, place=False, checkpoint=path)) as options:
             host = dummy_model(path, read_config(path), layers, dtype, target)
         return _ready(host, target, options, progress, kwargs)
     if layers is not None:
@@ -77,16 +80,24 @@ def load(
         raise CheckpointError(path, f"no .safetensors files: {hint}")
     # Before transformers is imported: a file that lies is known in an instant.
     checkpoint = open_checkpoint(path)
+    options = Options(backend, act, canary, place=False, checkpoint=checkpoint)
+    with _LOADING, using(options):
+        host = _from_pretrained(checkpoint, dtype, kwargs)
+    return _ready(host, target, options, progress, kwargs)
 
+
+def _from_pretrained(checkpoint: Checkpoint, dtype: torch.dtype | str, kwargs: dict[str, Any]) -> Any:
+    """transformers' model of a checkpoint, whole, its experts packed and not placed."""
     from transformers import AutoModelForCausalLM
 
     from microscale.integrations.hf.dummy import dummy_config, meta_model
 
+    path = checkpoint.path
     config = dummy_config(path, checkpoint.config, None)
     if (path / _GENERATION).exists():  # transformers would go on without one that it cannot read
         read_object(path / _GENERATION, MAX_CONFIG_BYTES, constants=True)
     _check_index(checkpoint)
-    with using(Options(backend, act, canary, place=False, checkpoint=checkpoint)) as options, taking_over():
+    with taking_over():
         try:
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 path, dtype=dtype, output_loading_info=True, trust_remote_code=False, **kwargs
@@ -107,7 +118,7 @@ def load(
     host, info = loaded
     _check_complete(path, info)
     _check_kinds(checkpoint, host)
-    return _ready(host, target, options, progress, kwargs)
+    return host
 
 
 def _check_index(checkpoint: Checkpoint) -> None:
@@ -230,5 +241,5 @@ def _check_complete(path: Path, info: dict[str, Any]) -> None:
         warnings.warn(
             f"{path}: {count} tensors that the model of its config.json has no use for, such as {first!r}",
             CheckpointWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
