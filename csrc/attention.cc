@@ -2,6 +2,7 @@
 #include <algorithm>
 
 #include "buffer.h"
+#include "floats.h"
 #include "kernels/attend_table.h"
 #include "operands.h"
 #include "parallel.h"
@@ -65,6 +66,7 @@ void (*attend_for(int level))(const Attend *) {
 
 extern "C" int ms_attend(int level, const struct ms_attention *a, int threads) {
   using namespace microscale;
+  const StandardFloats floats;
   if (!a || a->dtype < 0 || a->dtype >= MS_DTYPES || a->batch < 0 || a->queries < 0 || a->tokens < 0 ||
       a->key_heads < 1 || a->heads < 1 || a->heads % a->key_heads || a->width < 1 || a->value_width < 0 || threads < 1)
     return MS_BAD_ARGUMENT;

@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "buffer.h"
+#include "floats.h"
 #include "kernels/dense_table.h"
 #include "operands.h"
 #include "parallel.h"
@@ -121,6 +122,7 @@ int dense_parts(int level, int weight_dtype, const DensePart *parts, int64_t cou
 
 extern "C" int ms_dense(int level, int weight_dtype, const void *w, int64_t w_stride, int64_t n, int64_t k,
                         const void *bias, int dtype, const void *x, int64_t x_stride, int64_t m, void *y, int threads) {
+  const microscale::StandardFloats floats;
   const microscale::DensePart part{w, w_stride, n, bias};
   return microscale::dense_parts(level, weight_dtype, &part, 1, k, dtype, x, x_stride, m, y, threads);
 }
@@ -128,6 +130,7 @@ extern "C" int ms_dense(int level, int weight_dtype, const void *w, int64_t w_st
 extern "C" int ms_rms_norm(int level, int dtype, const void *x, int64_t m, int64_t n, int weight_dtype, const void *w,
                            float epsilon, void *y) {
   using namespace microscale;
+  const StandardFloats floats;
   if (dtype < 0 || dtype >= MS_DTYPES || weight_dtype < 0 || weight_dtype >= MS_DTYPES || m < 0 || n < 1)
     return MS_BAD_ARGUMENT;
   const Small *small = small_for(level);

@@ -2,6 +2,7 @@
 #include <algorithm>
 
 #include "dispatch.h"
+#include "floats.h"
 #include "layout.h"
 #include "operands.h"
 #include "parallel.h"
@@ -63,6 +64,7 @@ struct Linear {
 extern "C" int ms_linear(int level, const void *weights, const float *outer, int dtype, const void *x, int64_t x_stride,
                          int64_t m, const float *bias, void *y, int threads) {
   using namespace microscale;
+  const StandardFloats floats;
   const ms_header *w = header_of(weights);
   if (!w) return MS_BAD_HEADER;
   if (w->experts != 1 || w->n < 1 || w->k < 1 || m < 0 || dtype < 0 || dtype >= MS_DTYPES || threads < 1)

@@ -3,6 +3,7 @@
 #include <cstring>
 
 #include "dispatch.h"
+#include "floats.h"
 #include "layout.h"
 #include "operands.h"
 #include "parallel.h"
@@ -281,6 +282,7 @@ extern "C" int ms_moe(int level, const void *w13, const float *outer13, const vo
                       const struct ms_activation *activation, const float *b13, const float *b2, int weight_on_input,
                       void *y, int threads) {
   using namespace microscale;
+  const StandardFloats floats;
   Moe c{};
   c.w13 = {header_of(w13), outer13, b13};
   c.w2 = {header_of(w2), outer2, b2};

@@ -22,6 +22,8 @@
 #include <unistd.h>
 #endif
 
+#include "floats.h"
+
 namespace microscale {
 namespace {
 
@@ -189,6 +191,7 @@ void *Pool::main(void *worker) {
 #ifdef __linux__
   pthread_setname_np(pthread_self(), "microscale");
 #endif
+  const StandardFloats floats;  // not those of the thread that hired it
   Worker &me = *static_cast<Worker *>(worker);
   Pool &self = *pool;
   Clock::time_point deadline = Clock::now() + kSpin;

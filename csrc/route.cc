@@ -3,6 +3,7 @@
 #include <cmath>
 
 #include "buffer.h"
+#include "floats.h"
 #include "operands.h"
 #include "small.h"
 
@@ -30,6 +31,7 @@ void best(const float *logits, int64_t experts, int64_t chosen, int64_t *ids) {
 extern "C" int ms_route(int level, int dtype, const void *logits, int64_t m, int64_t experts, int router,
                         int renormalize, int rounded, int64_t chosen, int64_t *ids, float *weights) {
   using namespace microscale;
+  const StandardFloats floats;
   if (dtype < 0 || dtype >= MS_DTYPES || m < 0 || chosen < 1 || experts < chosen || router < 0 ||
       router >= MS_ROUTERS || rounded < 0 || rounded >= MS_DTYPES)
     return MS_BAD_ARGUMENT;

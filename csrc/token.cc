@@ -4,6 +4,7 @@
 
 #include "buffer.h"
 #include "dense.h"
+#include "floats.h"
 #include "operands.h"
 #include "small.h"
 
@@ -157,6 +158,7 @@ struct Token {
 extern "C" int ms_token(int level, int dtype, int64_t m, const struct ms_step *steps, int64_t count, int64_t position,
                         int threads, double *seconds) {
   using namespace microscale;
+  const StandardFloats floats;
   if (dtype < 0 || dtype >= MS_DTYPES || m < 0 || count < 0 || position < 0 || threads < 1) return MS_BAD_ARGUMENT;
   const Token token{small_for(level), level, dtype, m, position, threads};
   if (!token.small) return MS_BAD_LEVEL;

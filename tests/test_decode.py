@@ -203,3 +203,19 @@ def test_the_chunk_does_not_show(name, dtype, monkeypatch):
         found = dequantize(q, dtype)
         assert torch.equal(found.isnan(), whole.isnan())
         assert torch.equal(found.nan_to_num(1).view(BITS[dtype]), whole.nan_to_num(1).view(BITS[dtype]))
+
+
+@by_dtype
+@by_mx
+def test_where_subnormal_numbers_are_flushed_normal_products_are_still_exact(fmt, dtype):
+    q = every_mx(fmt)
+    exact = dequantize(q, dtype)
+    assert torch.set_flush_denormal(True)
+    try:
+        found = dequantize(q, dtype)
+    finally:
+        torch.set_flush_denormal(False)
+    kept = (exact.abs() >= torch.finfo(dtype).tiny) & exact.isfinite()
+    assert kept[0].any() or dtype == torch.float16, "none of them under the scale that is subnormal itself"
+    assert kept.any()
+    torch.testing.assert_close(found[kept], exact[kept], rtol=0, atol=0)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from importlib.metadata import EntryPoint
+from pathlib import Path
 
 import pytest
 
 from microscale.activations import GPT_OSS, Activation
-from microscale.backends import BACKENDS, _load, measured, merge, table
+from microscale.backends import BACKENDS, _load, load, measured, merge, table
 from microscale.errors import NoBackendError
 from microscale.formats import FORMATS
 from microscale.invented import INVENTED
@@ -307,3 +309,15 @@ def test_a_choice_says_how_it_compares_where_that_was_measured(monkeypatch: pyte
     assert said(replace(MXFP4, weight="nvfp4")) is None
     assert said(MOE, INVENTED["b200"]) is None
     assert said(MOE, INVENTED["zen5"]) is None
+
+
+def test_a_backend_is_waited_for_while_another_thread_imports_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half a module has no functions yet, and the layer would go to the next backend, for good."""
+    (tmp_path / "slow_backend.py").write_text("import time\ntime.sleep(0.5)\ndef pack(w): return w\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    slow = Backend("slow", "slow_backend", lambda problem: None, "slowly")
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: hasattr(load(slow), "pack"), range(4)))
+    assert found == [True] * 4

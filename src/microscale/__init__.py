@@ -8,6 +8,7 @@ from microscale.errors import (
     FormatError,
     MicroscaleError,
     NoBackendError,
+    PackedError,
     PromptError,
 )
 from microscale.formats import FORMATS, Format, get_format
@@ -58,6 +59,7 @@ __all__ = [
     "FormatError",
     "MicroscaleError",
     "NoBackendError",
+    "PackedError",
     "PromptError",
     "QuantTensor",
     "dequantize",

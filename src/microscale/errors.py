@@ -29,6 +29,10 @@ class PromptError(MicroscaleError, ValueError):
     """There is nothing to go on from, or tokens that a model does not have."""
 
 
+class PackedError(MicroscaleError, AttributeError):
+    """Packed weights were taken for a tensor, by code that knows layers with plain ones."""
+
+
 class BackendError(MicroscaleError, ValueError):
     """A backend was called with operands that contradict each other (the message has both values)."""
 

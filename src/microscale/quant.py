@@ -4,14 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from microscale.elements import decode, encode, pack_codes
-from microscale.errors import FormatError
+from microscale.errors import FormatError, PackedError
 from microscale.formats import E4M3, Format, get_format
-from microscale.scales import divide, e4m3_from_amax, e8m0_from_amax, f32_from_amax, scale_value
+from microscale.scales import (
+    divide,
+    e4m3_from_amax,
+    e8m0_from_amax,
+    f32_from_amax,
+    scale_factors,
+    scale_value,
+)
 
 # Elements worked on at a time: temporaries stay in a core's L2, and quantising never needs a second full copy.
 CHUNK = 1 << 18
@@ -67,6 +75,19 @@ class QuantTensor:
         for what, part in (("scales", self.scales), ("tensor_scale", self.tensor_scale)):
             if part is not None and part.device != self.codes.device:
                 raise FormatError(f"{what} on {part.device}, codes on {self.codes.device}")
+
+    def __getattr__(self, name: str) -> Any:
+        """Asked for what it has not.
+
+        Raises:
+            PackedError: tensors have it.
+        """
+        if name.startswith("__") or not hasattr(Tensor, name):
+            raise AttributeError(f"QuantTensor has no attribute {name!r}")
+        raise PackedError(
+            f"packed weights are no tensor: they have no {name!r}. microscale.dequantize(weight) is one; what changes"
+            " a layer's weight, as resize_token_embeddings does, has to do it before the layer is quantised"
+        )
 
     @property
     def nbytes(self) -> int:
@@ -192,7 +213,8 @@ def dequantize(q: QuantTensor, dtype: torch.dtype = torch.float32) -> Tensor:
 
     Exact in float64 always. In float32 exact too where scales are E8M0, but for values of 2^128 and above
     (scale bytes near 254), which become infinite. A NaN scale makes its whole block NaN. Where the device has no
-    float64, 16-bit results of formats with float scales are rounded to float32 first.
+    float64, 16-bit results of formats with float scales are rounded to float32 first. Where torch is told to flush
+    subnormal numbers (`torch.set_flush_denormal`), it may read those among float scales and results as 0.
 
     Returns:
         `q.shape`, in `dtype`.
@@ -226,11 +248,11 @@ def dequantize(q: QuantTensor, dtype: torch.dtype = torch.float32) -> Tensor:
             index = torch.arange(part.start, part.stop, device=q.device)
             block_scales = scales[index // n * -(-n // height) + index % n // height]
         values = decode(codes[part], fmt.element, k, work)
-        multiplier = scale_value(block_scales, fmt, work)
         whole = k // width * width
-        values[:, :whole].unflatten(1, (k // width, width)).mul_(multiplier[:, : k // width, None])
-        if whole < k:
-            values[:, whole:].mul_(multiplier[:, -1:])
+        for multiplier in scale_factors(block_scales, fmt, work):
+            values[:, :whole].unflatten(1, (k // width, width)).mul_(multiplier[:, : k // width, None])
+            if whole < k:
+                values[:, whole:].mul_(multiplier[:, -1:])
         if outer is not None:
             values.mul_(outer[part])
         flat_out[part] = _to_odd(values) if work == torch.float64 != dtype else values

@@ -11,6 +11,7 @@ from microscale.formats import E4M3, Element, Format
 E8M0_NAN = 255
 E4M3_NAN = 0x7F
 E4M3_SMALLEST = 2.0**-9
+_SUBNORMAL = 5e-324  # which Python, too, reads as 0 where torch was told to
 
 
 def e8m0_from_amax(amax: Tensor, element: Element, rule: str) -> Tensor:
@@ -39,8 +40,20 @@ def e8m0_from_amax(amax: Tensor, element: Element, rule: str) -> Tensor:
     return byte.masked_fill_(~torch.isfinite(amax), E8M0_NAN).to(torch.uint8)
 
 
+def e8m0_factors(scales: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Two normal numbers whose product is 2^(b-127), NaN for 255: none is read as 0 where subnormal ones are."""
+    byte = scales.to(torch.int32)
+    half = byte >> 1
+    first = (half + 64).bitwise_left_shift_(23).masked_fill_(scales == E8M0_NAN, 0x7FC00000)
+    second = (byte - half + 63).bitwise_left_shift_(23)
+    return first.view(torch.float32).to(dtype), second.view(torch.float32).to(dtype)
+
+
 def e8m0_value(scales: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """2^(b-127), exact (byte 0 is a float32 subnormal); NaN for 255."""
+    if dtype == torch.float64:
+        first, second = e8m0_factors(scales, dtype)
+        return first * second
     bits = scales.to(torch.int32).bitwise_left_shift_(23)
     bits.masked_fill_(scales == 0, 0x00400000).masked_fill_(scales == E8M0_NAN, 0x7FC00000)
     return bits.view(torch.float32).to(dtype)
@@ -75,3 +88,10 @@ def scale_value(scales: Tensor, fmt: Format, dtype: torch.dtype = torch.float32)
         table = decode_table(E4M3, dtype, scales.device)
         return torch.nn.functional.embedding(scales.to(torch.int32), table).squeeze(-1)
     return scales.to(dtype)
+
+
+def scale_factors(scales: Tensor, fmt: Format, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """Numbers to multiply elements by, one after the other, instead of by `scale_value`; none is flushed to 0."""
+    if fmt.scale == "e8m0" and _SUBNORMAL * 1.0 == 0.0:  # torch.set_flush_denormal; it is a fifth slower
+        return e8m0_factors(scales, dtype)
+    return (scale_value(scales, fmt, dtype),)

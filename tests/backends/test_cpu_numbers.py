@@ -128,6 +128,26 @@ def test_the_number_of_threads_changes_nothing(cpu: Any, level: str, name: str, 
                 assert torch.equal(op(m), wanted), f"{count} threads"
 
 
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_caller_that_flushes_subnormal_numbers_changes_nothing(
+    cpu: Any, level: str, name: str, threads: Any
+) -> None:
+    """The pool's threads do not, and a result would depend on whose thread it came from."""
+    few = cpu.pack(every_code_and_scale(FORMATS[name]))
+    many = cpu.pack(quantize(torch.randn(4096, 256) * 2.0**-118, name))
+    for count in (1, 2):
+        threads(count)
+        for w in (few, many):
+            x = torch.ones(2, w.shape[1])
+            wanted = cpu.linear(x, w)
+            assert torch.set_flush_denormal(True)
+            try:
+                found = cpu.linear(x, w)
+            finally:
+                torch.set_flush_denormal(False)
+            torch.testing.assert_close(found, wanted, rtol=0, atol=0, equal_nan=True)
+
+
 def test_levels_agree_within_their_rounding(cpu: Any, level: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """float32 operands: every level sums the same numbers, if in another order."""
     w, x = cpu.pack(quantize(torch.randn(64, 512), "mxfp6_e3m2")), torch.randn(7, 512)

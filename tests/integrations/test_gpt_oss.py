@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +16,7 @@ from original import write
 from transformers import AutoModelForCausalLM, Mxfp4Config
 
 import microscale
-from microscale.checkpoints import Source
+from microscale.checkpoints import Source, strict
 from microscale.errors import CheckpointError, NoBackendError
 from microscale.integrations.hf.quantizer import runners
 from microscale.machine import detect
@@ -155,7 +158,9 @@ def test_a_checkpoint_that_lies_is_refused_on_both_ways_in(tmp_path: Path, load:
 
 
 @pytest.mark.parametrize("metadata", [{}, {"metadata": None}, {"metadata": 3}])
-def test_an_index_without_metadata_is_named(tmp_path: Path, metadata: dict[str, Any]) -> None:
+def test_an_index_without_metadata_is_named(
+    tmp_path: Path, metadata: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     write(tmp_path)
     names = dict.fromkeys(Source.open(tmp_path).names(), "one.safetensors")
     (tmp_path / "model.safetensors").rename(tmp_path / "one.safetensors")
@@ -164,7 +169,12 @@ def test_an_index_without_metadata_is_named(tmp_path: Path, metadata: dict[str, 
     with pytest.raises(CheckpointError, match=r"index.json: metadata, .* .expected an object"):
         microscale.load(tmp_path)
     index.write_text(json.dumps({"weight_map": names, "metadata": {}}))
+    parsed, parse = [], strict.parse_object
+    monkeypatch.setattr(
+        strict, "parse_object", lambda path, *args, **how: parsed.append(path) or parse(path, *args, **how)
+    )
     assert runners(microscale.load(tmp_path, device="cpu"))
+    assert parsed.count(index) == 1, "an index may have 100 MB"
 
 
 def test_config_alone_says_how_to_try_it() -> None:
@@ -212,3 +222,23 @@ def test_a_traced_model_computes_when_it_is_replayed(tmp_path: Path) -> None:
     with torch.no_grad():
         found, wanted = torch.jit.trace(run, seen, check_trace=False)(other), run(other)
     assert (found - wanted).abs().max() <= FP32_BOUND * wanted.abs().max()
+
+
+def test_threads_load_at_once() -> None:
+    """In a process of its own, which has imported nothing yet."""
+    code = """
+from concurrent.futures import ThreadPoolExecutor
+import microscale
+with ThreadPoolExecutor(4) as pool:
+    models = list(pool.map(lambda _: microscale.load("stdlib-moe", device="cpu"), range(4)))
+first = models[0].state_dict()
+assert all(t.equal(m.state_dict()[name]) for m in models for name, t in first.items())
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=180,
+        env={**os.environ, "PYTHONPATH": str(Path(microscale.__file__).parents[1])},
+    )
+    assert done.returncode == 0, done.stderr

@@ -235,6 +235,20 @@ def test_layers_are_placed_and_progress_sees_them(packed: Path) -> None:
     assert model.model.layers[2].mlp.experts.microscale.placement.proof.startswith("canary passed")
 
 
+def test_what_takes_packed_weights_for_a_tensor_is_told() -> None:
+    model = dense("llama")
+    requantize(model, "mxfp4", what=["lm_head"], backend="emulation")
+    with pytest.raises(microscale.PackedError, match=r"no 'size'.*resize_token_embeddings.* before"):
+        model.resize_token_embeddings(model.config.vocab_size + 8, mean_resizing=False)
+    weight = model.lm_head.weight
+    assert not hasattr(weight, "size")
+    assert not hasattr(weight, "no_such_word")
+    with pytest.raises(AttributeError, match="QuantTensor has no attribute 'no_such_word'"):
+        _ = weight.no_such_word
+    twin = copy.deepcopy(weight)
+    assert torch.equal(twin.codes, weight.codes)
+
+
 BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "format": ({"fmt": "mxfp5"}, FormatError, "unknown format 'mxfp5'; known: mxfp4"),
     "rule": ({"rule": "up"}, FormatError, "unknown scale rule 'up' for mxfp4; known: even"),

@@ -144,6 +144,13 @@ def _unusable(name: str, why: str) -> Backend:
 
 def load(backend: Backend) -> Contract:
     """The module of a chosen backend; imported here and nowhere else."""
-    # Looked up first, and in no cache of functools: torch.compile sees through this, not through an import.
+    # Looked up first, and in no cache of functools: torch.compile sees through this, not through an import. A module
+    # that another thread is importing is among these, too, and half empty.
     found = sys.modules.get(backend.module)
-    return cast(Contract, found if found is not None else importlib.import_module(backend.module))
+    if found is None or backend.module not in _complete:
+        found = importlib.import_module(backend.module)
+        _complete.add(backend.module)
+    return cast(Contract, found)
+
+
+_complete: set[str] = set()  # modules whose import has come to its end

@@ -6,6 +6,7 @@ import mmap
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -24,6 +25,21 @@ _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _NO_PICKLES = "pickles are never loaded, since loading one runs code from it; convert to safetensors"
 
 
+@dataclass(frozen=True)
+class Index:
+    """What says which tensors are in which shard.
+
+    Attributes:
+        path: of the file.
+        metadata: what it has under this word, unchecked: shards do not need it.
+        shards: names of tensors by the name of their file.
+    """
+
+    path: Path
+    metadata: object
+    shards: dict[str, set[str]]
+
+
 class Source:
     """Named tensors in one safetensors file, or in the shards that an index lists.
 
@@ -33,12 +49,20 @@ class Source:
     Attributes:
         path: the directory or file that was opened.
         files: the safetensors files, in index order.
+        index: of the shards, by its path; None: one file, without one.
         total_bytes: bytes of all tensors.
     """
 
-    def __init__(self, path: Path, infos: dict[str, TensorInfo], maps: dict[Path, mmap.mmap]) -> None:
+    def __init__(
+        self,
+        path: Path,
+        infos: dict[str, TensorInfo],
+        maps: dict[Path, mmap.mmap],
+        index: Index | None = None,
+    ) -> None:
         """Use `Source.open`, which checks what is given here."""
         self.path = path
+        self.index = index
         self.files = tuple(maps)
         self.total_bytes = sum(info.nbytes for info in infos.values())
         self._infos = infos
@@ -56,8 +80,8 @@ class Source:
         """
         path = Path(path)
         found = _find(path)
-        listed = _read_index(found) if found.name.endswith(".json") else None
-        files = [found] if listed is None else [found.parent / shard for shard in listed]
+        index = _read_index(found) if found.name.endswith(".json") else None
+        files = [found] if index is None else [found.parent / shard for shard in index.shards]
         infos: dict[str, TensorInfo] = {}
         maps: dict[Path, mmap.mmap] = {}
         with ExitStack() as stack:
@@ -66,8 +90,8 @@ class Source:
             sizes = {}
             for file, handle in opened.items():
                 tensors = read_header(file, handle)
-                if listed is not None:
-                    _check_shard(file, {t.name for t in tensors}, listed)
+                if index is not None:
+                    _check_shard(file, {t.name for t in tensors}, index.shards)
                 infos.update((t.name, t) for t in tensors)
                 sizes[file] = tensors[-1].offset + tensors[-1].nbytes
             _quiet()
@@ -77,7 +101,7 @@ class Source:
                 except (OSError, ValueError) as e:
                     raise CheckpointError(file, f"cannot be mapped: {e}") from e
                 handle.close()
-        return cls(path, infos, maps)
+        return cls(path, infos, maps, index)
 
     def names(self) -> tuple[str, ...]:
         """Every tensor's name, by file and offset."""
@@ -148,9 +172,9 @@ def _find(path: Path) -> Path:
     raise CheckpointError(path, "is no model: there is no .safetensors file")
 
 
-def _read_index(path: Path) -> dict[str, set[str]]:
-    """Shard -> names of its tensors."""
-    weight_map = read_object(path, MAX_INDEX_BYTES).get("weight_map")
+def _read_index(path: Path) -> Index:
+    content = read_object(path, MAX_INDEX_BYTES)
+    weight_map = content.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(path, "weight_map", expected="tensor: file, ...", found=brief(weight_map))
     shards: dict[str, set[str]] = {}
@@ -165,7 +189,7 @@ def _read_index(path: Path) -> dict[str, set[str]]:
                 path, "shard", tensor=name[:200], expected="a file of this directory", found=brief(shard)
             )
         shards.setdefault(shard, set()).add(name)
-    return shards
+    return Index(path, content.get("metadata"), shards)
 
 
 def _check_shard(file: Path, found: set[str], listed: dict[str, set[str]]) -> None:

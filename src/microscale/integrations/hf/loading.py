@@ -6,6 +6,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import torch
@@ -13,7 +14,6 @@ import torch
 from microscale.canary import DTYPES
 from microscale.checkpoints import Checkpoint, open_checkpoint
 from microscale.checkpoints.config import MAX_CONFIG_BYTES, read_config
-from microscale.checkpoints.source import INDEX, MAX_INDEX_BYTES, SINGLE
 from microscale.checkpoints.strict import brief, read_object
 from microscale.errors import CheckpointError, CheckpointWarning, SettingError
 from microscale.integrations.hf import taking_over
@@ -23,6 +23,7 @@ from microscale.models import has_weights, resolve
 
 _GENERATION = "generation_config.json"
 Progress = Callable[[Iterable[Any]], Iterable[Any]]
+_LOADING = Lock()  # transformers patches its own classes while it makes a model, for other threads, too
 
 
 def load(
@@ -66,9 +67,10 @@ def load(
     if load_format not in ("auto", "dummy"):
         raise CheckpointError(path, "unknown load_format", expected="auto or dummy", found=load_format)
     if load_format == "dummy":
-        from microscale.integrations.hf.dummy import dummy_model
+        options = Options(backend, act, canary, place=False, checkpoint=path)
+        with _LOADING, using(options):
+            from microscale.integrations.hf.dummy import dummy_model
 
-        with using(Options(backend, act, canary, place=False, checkpoint=path)) as options:
             host = dummy_model(path, read_config(path), layers, dtype, target)
         return _ready(host, target, options, progress, kwargs)
     if layers is not None:
@@ -78,16 +80,24 @@ def load(
         raise CheckpointError(path, f"no .safetensors files: {hint}")
     # Before transformers is imported: a file that lies is known in an instant.
     checkpoint = open_checkpoint(path)
+    options = Options(backend, act, canary, place=False, checkpoint=checkpoint)
+    with _LOADING, using(options):
+        host = _from_pretrained(checkpoint, dtype, kwargs)
+    return _ready(host, target, options, progress, kwargs)
 
+
+def _from_pretrained(checkpoint: Checkpoint, dtype: torch.dtype | str, kwargs: dict[str, Any]) -> Any:
+    """transformers' model of a checkpoint, whole, its experts packed and not placed."""
     from transformers import AutoModelForCausalLM
 
     from microscale.integrations.hf.dummy import dummy_config, meta_model
 
+    path = checkpoint.path
     config = dummy_config(path, checkpoint.config, None)
     if (path / _GENERATION).exists():  # transformers would go on without one that it cannot read
         read_object(path / _GENERATION, MAX_CONFIG_BYTES, constants=True)
-    _check_index(path)
-    with using(Options(backend, act, canary, place=False, checkpoint=checkpoint)) as options, taking_over():
+    _check_index(checkpoint)
+    with taking_over():
         try:
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 path, dtype=dtype, output_loading_info=True, trust_remote_code=False, **kwargs
@@ -108,18 +118,18 @@ def load(
     host, info = loaded
     _check_complete(path, info)
     _check_kinds(checkpoint, host)
-    return _ready(host, target, options, progress, kwargs)
+    return host
 
 
-def _check_index(path: Path) -> None:
+def _check_index(checkpoint: Checkpoint) -> None:
     """transformers writes into an index's `metadata`, which the shards do not need: it has to be there."""
-    index = path / INDEX
-    if (path / SINGLE).exists() or not index.exists():
-        return
-    metadata = read_object(index, MAX_INDEX_BYTES).get("metadata")
-    if not isinstance(metadata, dict):
+    index = checkpoint.source.index
+    if index is not None and not isinstance(index.metadata, dict):
         raise CheckpointError(
-            index, "metadata, which transformers asks for", expected="an object", found=brief(metadata)
+            index.path,
+            "metadata, which transformers asks for",
+            expected="an object",
+            found=brief(index.metadata),
         )
 
 
@@ -231,5 +241,5 @@ def _check_complete(path: Path, info: dict[str, Any]) -> None:
         warnings.warn(
             f"{path}: {count} tensors that the model of its config.json has no use for, such as {first!r}",
             CheckpointWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
