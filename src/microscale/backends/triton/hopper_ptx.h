@@ -133,8 +133,8 @@ DEVICE void store4_if(bool yes, u64 to, u32 v) {
                : "memory");
 }
 DEVICE void store8_if(bool yes, u64 to, uint2 v) {
-  asm volatile("{\n.reg .pred p;\nsetp.ne.s32 p, %3, 0;\n@p st.global.v2.b32 [%0], {%1, %2};\n}" ::"l"(to),
-               "r"(v.x), "r"(v.y), "r"(static_cast<int>(yes))
+  asm volatile("{\n.reg .pred p;\nsetp.ne.s32 p, %3, 0;\n@p st.global.v2.b32 [%0], {%1, %2};\n}" ::"l"(to), "r"(v.x),
+               "r"(v.y), "r"(static_cast<int>(yes))
                : "memory");
 }
 // Products are a group from their beginning to their end; waiting leaves so many groups under way.

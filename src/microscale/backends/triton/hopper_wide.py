@@ -62,7 +62,10 @@ def launch(spec: Spec, device: torch.device, units: int, given: ctypes.Structure
 
 
 def refuse(
-    w: Fragments, activation: Activation | None, biases: tuple[Tensor | None, ...], weights: Tensor | None = None
+    w: Fragments,
+    activation: Activation | None,
+    biases: tuple[Tensor | None, ...],
+    weights: Tensor | None = None,
 ) -> bool:
     """Whether these matrices, with biases and routing weights of their dtypes, are for Gluon's kernels instead."""
     dtypes = [t.dtype for t in (*biases, weights) if t is not None]
