@@ -12,6 +12,7 @@ from triton_ahead import random_bytes, suitable_bytes
 
 from microscale.formats import FORMATS
 from microscale.quant import dequantize
+from placed_layers import assert_same
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -24,10 +25,7 @@ def test_unpack_is_the_exact_inverse_of_fragments(layout: Any, name: str, shape:
     with pytest.warns(UserWarning, match="kept a second time"):
         plain = packed.plain
     for back in (fragments.unpack(packed), layout.unpack(plain)):
-        assert (back.format, back.shape, back.rule) == (w.format, w.shape, w.rule)
-        assert torch.equal(back.codes, w.codes)
-        assert torch.equal(back.scales, w.scales)
-        assert (back.tensor_scale is None) == (w.tensor_scale is None)
+        assert_same(back, w)
 
 
 @pytest.mark.parametrize("name", FORMATS)

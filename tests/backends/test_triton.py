@@ -20,6 +20,7 @@ from microscale.formats import FORMATS
 from microscale.invented import INVENTED
 from microscale.machine import Gpu
 from microscale.oracle import Problem
+from placed_layers import assert_same
 
 NO_TRITON = str(refuse(Problem("linear", "mxfp4", 64, 64, device="cuda", arch="sm_90")))
 LINEAR = Problem("linear", "mxfp4", 33, 95)
@@ -91,12 +92,7 @@ def layout() -> Any:
 def test_unpack_is_the_exact_inverse_of_pack(layout: Any, name: str, shape: tuple[int, ...]) -> None:
     w = random_bytes(name, shape)
     back = layout.unpack(layout.pack(w))
-    assert (back.format, back.shape, back.rule) == (w.format, w.shape, w.rule)
-    assert torch.equal(back.codes, w.codes)
-    assert torch.equal(back.scales, w.scales)
-    assert (w.tensor_scale is None) == (back.tensor_scale is None)
-    if w.tensor_scale is not None:
-        assert torch.equal(back.tensor_scale, w.tensor_scale)
+    assert_same(back, w)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

@@ -1,7 +1,7 @@
 // Linears of many tokens on Hopper: one thread has tokens and codes copied into shared memory, and two or three groups
 // of four warps decode 64 or 128 rows of weights each into registers and multiply. `hopper_text.py` writes the
-// constants in capitals, `decode_group` and `Product` above this text; `hopper_ptx.h`, `hopper_linear.h` and
-// `hopper_steps.h` come before.
+// constants in capitals, `decode_group` and `Product` above this text; `hopper_ptx.h`, `hopper_rows.h`,
+// `hopper_linear.h` and `hopper_steps.h` come before.
 //
 // A program stays on its multiprocessor and takes every gridDim-th unit: TILES of 64 rows times MOST tokens. No barrier
 // holds the groups together: who copies runs ahead, also into the next unit, and while one group decodes or stores,
@@ -75,17 +75,17 @@ DEVICE const float *ratios_of(const Given &a, const Tile &t, int i) {
   return reinterpret_cast<const float *>(a.ratios) + row * ((a.chunks + 1) / 2 + 1);
 }
 
-constexpr int kSooner = 2;               // groups of products that are decoded ahead of the one that is asked for
-constexpr int kHeld = 2 * kSooner;       // that there are registers for,
-constexpr int kTurns = kHeld / kGroups;  // which are those of so many steps
-constexpr int kLoaded = kTurns;          // steps that codes are loaded ahead of their products
+constexpr int kAhead = 2;                   // groups of products that are decoded ahead of the one that is asked for
+constexpr int kDecoded = 2 * kAhead;        // that there are registers for,
+constexpr int kTurns = kDecoded / kGroups;  // which are those of so many steps
+constexpr int kLoaded = kTurns;             // steps that codes are loaded ahead of their products
 
 // d = w @ x of all columns. Codes are loaded where nobody waits for them soon, so that with one tile a group, which has
 // registers for it, all of a step is decoded while the products of the one before are under way.
 DEVICE void multiply(Sums &d, const Given &a, const Tile &t, int side, Ring &r) {
   const bool speaks = threadIdx.x % 32 == 0;
   const Places at = places_in_step(side);
-  u32 pairs[kHeld][8], before = 0;
+  u32 pairs[kDecoded][8], before = 0;
   Codes c[EACH], first[EACH];
 #if BLOCKS
 #pragma unroll
@@ -105,7 +105,7 @@ DEVICE void multiply(Sums &d, const Given &a, const Tile &t, int side, Ring &r) 
     advance(codes);
   }
 #pragma unroll
-  for (int g = 0; g < kSooner; g++) decode_half(first[g % EACH], g / EACH, pairs[g]);
+  for (int g = 0; g < kAhead; g++) decode_half(first[g % EACH], g / EACH, pairs[g]);
 #if BLOCKS
   const float *ratios[EACH];
   float ratio[EACH];
@@ -133,21 +133,21 @@ DEVICE void multiply(Sums &d, const Given &a, const Tile &t, int side, Ring &r) 
       for (int g = 0; g < kGroups; g++) {
         const int of = turn * kGroups + g;
         products_begin();
-        Product<MOST>::add(d[g % EACH], &pairs[of % kHeld][0], x + 4 * (g / EACH), BLOCKS || g >= EACH || step);
-        Product<MOST>::add(d[g % EACH], &pairs[of % kHeld][4], x + 4 * (g / EACH) + 2, true);
+        Product<MOST>::add(d[g % EACH], &pairs[of % kDecoded][0], x + 4 * (g / EACH), BLOCKS || g >= EACH || step);
+        Product<MOST>::add(d[g % EACH], &pairs[of % kDecoded][4], x + 4 * (g / EACH) + 2, true);
         products_end();
-        // All but kSooner groups are done, and with the registers that are decoded into next.
-        products_wait<kSooner>();
-        if (g == kSooner - 1 && step && speaks) barrier_arrive(before);
+        // All but kAhead groups are done, and with the registers that are decoded into next.
+        products_wait<kAhead>();
+        if (g == kAhead - 1 && step && speaks) barrier_arrive(before);
         // Behind the last step what is not there is decoded, for nobody.
         const Codes now = c[g % EACH];
-        const int half = (g + kSooner) % kGroups / EACH;
-        if (g == kGroups - 1 - kSooner % kGroups) {  // the last of these codes are decoded while the next come
+        const int half = (g + kAhead) % kGroups / EACH;
+        if (g == kGroups - 1 - kAhead % kGroups) {  // the last of these codes are decoded while the next come
           if (!there) barrier_wait(codes.bar, codes.parity);
           next_codes(c, codes, at);
           advance(codes);
         }
-        decode_half(now, half, pairs[(of + kSooner) % kHeld]);
+        decode_half(now, half, pairs[(of + kAhead) % kDecoded]);
       }
       before = r.bar + kEmpty;
       advance(r);

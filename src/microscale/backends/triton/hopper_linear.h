@@ -35,35 +35,9 @@ DEVICE Tile unit_or_none(const Given &a, int u) {
   return u < a.units ? unit(a, u) : none;
 }
 
-#if BIAS
-DEVICE float bias_at(const Given &a, long long i) {
-#if BIAS == 1
-  return __uint_as_float(static_cast<u32>(__ldg(reinterpret_cast<const unsigned short *>(a.bias) + i)) << 16);
-#elif BIAS == 2
-  return __ldg(reinterpret_cast<const float *>(a.bias) + i);
-#endif
-}
-#endif
-
-// What a thread needs of the rows of one of its tiles, which are neighbours, behind their sums.
-struct Rows {
-  float bias0, bias1, scale0, scale1;
-};
-
 DEVICE Rows rows_of(const Given &a, int tile) {
-  Rows r = {0.0f, 0.0f, 1.0f, 1.0f};
-#if BIAS || ROW_SCALE
-  const int row = 64 * tile + threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4 * 2;
-  const long long row0 = min(row, a.rows - 1), row1 = min(row + 1, a.rows - 1);
-#endif
-#if BIAS
-  r.bias0 = bias_at(a, row0), r.bias1 = bias_at(a, row1);
-#endif
-#if ROW_SCALE
-  r.scale0 = __ldg(reinterpret_cast<const float *>(a.row_scale) + row0);
-  r.scale1 = __ldg(reinterpret_cast<const float *>(a.row_scale) + row1);
-#endif
-  return r;
+  const int row = first_row(tile);
+  return rows_at<BIAS, ROW_SCALE>(a.bias, a.row_scale, min(row, a.rows - 1), min(row + 1, a.rows - 1));
 }
 
 constexpr int kTogether = 4;  // pieces of 8 tokens whose results are worked out side by side: one alone mostly waits
@@ -72,14 +46,8 @@ constexpr int kTogether = 4;  // pieces of 8 tokens whose results are worked out
 DEVICE uint2 results(const Sums &d, const Rows (&rows)[EACH], int e, int j) {
   const float *v = &d[e][4 * j];
   float c[4] = {v[0], v[1], v[2], v[3]};
-#if ROW_SCALE
-  c[0] *= rows[e].scale0, c[1] *= rows[e].scale0, c[2] *= rows[e].scale1, c[3] *= rows[e].scale1;
-#endif
-#if BIAS
-  c[0] += rows[e].bias0, c[1] += rows[e].bias0, c[2] += rows[e].bias1, c[3] += rows[e].bias1;
-#endif
-  const u32 even = transposed(packed(c[0], c[1])), odd = transposed(packed(c[2], c[3]));
-  return make_uint2(__byte_perm(even, odd, 0x5410), __byte_perm(even, odd, 0x7632));
+  finish<BIAS, ROW_SCALE>(c, rows[e]);
+  return of_one_token(c);
 }
 
 // Sums of a unit to y.

@@ -102,9 +102,7 @@ DEVICE u64 descriptor(u32 address) {
   return (static_cast<u64>((address & 0x3FFFF) >> 4)) | (1ull << 16) | (64ull << 32) | (1ull << 62);
 }
 
-constexpr int kGroups = 2 * EACH;     // of products in a step: 32 columns of a tile each
-constexpr int kAhead = EACH;          // groups that are decoded ahead of the one that is asked for
-constexpr int kDecoded = 2 * kAhead;  // that there are registers for
+constexpr int kGroups = 2 * EACH;  // of products in a step: 32 columns of a tile each
 
 // Sums that nothing is added to at the moment, times what block FP8 has between two blocks, see `fragments.Fragments`.
 template <int N>

@@ -124,7 +124,7 @@ def text(spec: Spec) -> str:
 def kernel(spec: Spec) -> str:
     """What comes behind the instructions."""
     what = ("hopper_unit.h", "hopper_wide.cu") if spec.experts else ("hopper_linear.h", "hopper_linear.cu")
-    return part(what[0]) + part("hopper_steps.h") + part(what[1])
+    return part("hopper_rows.h") + part(what[0]) + part("hopper_steps.h") + part(what[1])
 
 
 def _decode(element: str, scale: str) -> str:

@@ -87,43 +87,23 @@ DEVICE float activate(const Given &a, float gate, float up) {
   return kGated ? h * up : h;
 }
 
-template <int BIAS_KIND>
-DEVICE float bias_at(u64 bias, long long i) {
-  if (BIAS_KIND == 1)
-    return __uint_as_float(static_cast<u32>(__ldg(reinterpret_cast<const unsigned short *>(bias) + i)) << 16);
-  return __ldg(reinterpret_cast<const float *>(bias) + i);
-}
-
 // A thread's sums of EACH tiles.
 typedef float Sums[EACH][MOST / 2];
-
-// What a thread needs of the rows of one of its tiles, which are neighbours, behind their sums.
-struct Rows {
-  float bias0, bias1, scale0, scale1;
-};
 
 template <Kind KIND_OF>
 DEVICE Rows rows_of(const Given &a, const Tile &t, int tile) {
   constexpr int which = KIND_OF == kSecond;
   const Operands &o = a.of[which];
-  Rows r = {0.0f, 0.0f, 1.0f, 1.0f};
-  const int row = 64 * tile + threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4 * 2;
+  const int row = first_row(tile);
   const long long row0 = static_cast<long long>(t.expert) * o.rows + min(row, o.rows - 1);
   const long long row1 = static_cast<long long>(t.expert) * o.rows + min(row + 1, o.rows - 1);
-  if constexpr (kBiases[which] != 0)
-    r.bias0 = bias_at<kBiases[which]>(o.bias, row0), r.bias1 = bias_at<kBiases[which]>(o.bias, row1);
-  if constexpr (kRowScales[which]) {
-    r.scale0 = __ldg(reinterpret_cast<const float *>(o.row_scale) + row0);
-    r.scale1 = __ldg(reinterpret_cast<const float *>(o.row_scale) + row1);
-  }
-  return r;
+  return rows_at<kBiases[which], kRowScales[which]>(o.bias, o.row_scale, row0, row1);
 }
 
 template <Kind KIND_OF>
-DEVICE void scaled(float (&c)[4], const Rows &r) {
+DEVICE void finish(float (&c)[4], const Rows &r) {
   constexpr int which = KIND_OF == kSecond;
-  if constexpr (kRowScales[which]) c[0] *= r.scale0, c[1] *= r.scale0, c[2] *= r.scale1, c[3] *= r.scale1;
-  if constexpr (kBiases[which] != 0) c[0] += r.bias0, c[1] += r.bias0, c[2] += r.bias1, c[3] += r.bias1;
+  finish<kBiases[which], kRowScales[which]>(c, r);
 }
 
 constexpr int kTogether = 5;  // pieces of 8 tokens whose results are worked out side by side: one alone mostly waits
@@ -133,13 +113,13 @@ template <Kind KIND_OF>
 DEVICE uint2 results(const Sums &d, const Given &a, const Rows (&rows)[EACH], int e, int j, const float *shares) {
   const float *v = &d[e][4 * j];
   float c[4] = {v[0], v[1], v[2], v[3]};
-  scaled<KIND_OF>(c, rows[e]);
+  finish<KIND_OF>(c, rows[e]);
   if (KIND_OF == kFirst && kInTurn)
     return make_uint2(transposed(packed(activate(a, c[0], c[2]), activate(a, c[1], c[3]))), 0);
   if (KIND_OF == kFirst) {
     const float *other = &d[EACH - 1][4 * j];
     float u[4] = {other[0], other[1], other[2], other[3]};
-    scaled<KIND_OF>(u, rows[EACH - 1]);
+    finish<KIND_OF>(u, rows[EACH - 1]);
 #pragma unroll
     for (int i = 0; i < 4; i++) c[i] = activate(a, c[i], APART ? u[i] : c[i]);
   }
@@ -147,8 +127,7 @@ DEVICE uint2 results(const Sums &d, const Given &a, const Rows (&rows)[EACH], in
     const float2 s = *reinterpret_cast<const float2 *>(&shares[8 * j + threadIdx.x % 4 * 2]);
     c[0] *= s.x, c[1] *= s.y, c[2] *= s.x, c[3] *= s.y;
   }
-  const u32 even = transposed(packed(c[0], c[1])), odd = transposed(packed(c[2], c[3]));
-  return make_uint2(__byte_perm(even, odd, 0x5410), __byte_perm(even, odd, 0x7632));
+  return of_one_token(c);
 }
 
 // Sums of a unit to y: `routes` and `shares` are those of its tokens, in the second product of experts.

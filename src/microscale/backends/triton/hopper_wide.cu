@@ -1,7 +1,7 @@
 // Products of many tokens on Hopper: one group of four warps copies tokens and codes into shared memory, two or three
 // others decode 64 or 128 rows of weights each into registers and multiply. `hopper_text.py` writes the constants in
-// capitals, `decode_group` and `Product` above this text; `hopper_ptx.h`, `hopper_unit.h` and `hopper_steps.h` come
-// before it.
+// capitals, `decode_group` and `Product` above this text; `hopper_ptx.h`, `hopper_rows.h`, `hopper_unit.h` and
+// `hopper_steps.h` come before it.
 //
 // A program stays on its multiprocessor and takes units: TILES of 64 rows times one tile of at most MOST tokens, whose
 // number is fitted to what is there: one of SIZES. No barrier holds the groups together: the one that copies runs
@@ -140,6 +140,9 @@ DEVICE const float *ratios_of(const Given &a, const Tile &t, int i) {
   const long long row = static_cast<long long>(t.expert) * ((o.tiles + 1) / 2) + tile_there(a, t, i) / 2;
   return reinterpret_cast<const float *>(o.ratios) + row * ((o.chunks + 1) / 2 + 1);
 }
+
+constexpr int kAhead = EACH;          // groups that are decoded ahead of the one that is asked for
+constexpr int kDecoded = 2 * kAhead;  // that there are registers for
 
 // d = w @ x of all columns. ptxas gives the loop of every size registers of its own for decoded weights.
 //
