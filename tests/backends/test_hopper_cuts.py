@@ -42,28 +42,26 @@ def test_every_number_of_tokens_has_a_cut_that_fits(layout: Any) -> None:
                     check(second, fmt, parts)
 
 
-def test_wide_experts_are_of_formats_that_have_run_with_them(layout: Any) -> None:
+def test_experts_of_many_tokens_take_wide_cuts_in_every_format(layout: Any) -> None:
     cuts = import_module("microscale.backends.triton.cuts")
-    wide = {n for n, fmt in FORMATS.items() if cuts.moe_cuts((fmt, fmt), 2048, 8, 128, 1)[0].wide}
-    assert wide == {"mxfp4", "nvfp4", "mxfp8_e4m3"}
+    for fmt in FORMATS.values():
+        assert all(cuts.moe_cuts((fmt, fmt), tokens, 8, 128, 1)[0].wide for tokens in (512, 1024, 2048)), fmt
 
 
-def test_block_fp8_with_a_bias_is_for_the_usual_kernels(layout: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_wide_kernels_leave_to_the_usual_ones(layout: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     wide, fragments = (import_module(f"microscale.backends.triton.{m}") for m in ("hopper_wide", "fragments"))
     monkeypatch.setattr(wide.nvrtc, "refuse", lambda: None)
     empty, bias = torch.empty(0, dtype=torch.int32), torch.zeros(128)
 
-    def refused(name: str, ratios: Any, *biases: Any) -> bool:
-        w = fragments.Fragments(FORMATS[name], (2, 128, 256), None, empty, empty, None, None, ratios)
+    def refused(name: str, rows: int, *biases: Any) -> bool:
+        ratios = empty if name == "fp8_block128" else None
+        w = fragments.Fragments(FORMATS[name], (2, rows, 256), None, empty, empty, None, None, ratios)
         return bool(wide.refuse(w, None, biases))
 
-    assert [refused("fp8_block128", empty, *b) for b in ((None,), (bias,), (None, bias))] == [
-        False,
-        True,
-        True,
-    ]
-    assert not refused("mxfp4", None, bias)
-    assert refused("mxfp4", None, bias.half())
+    for name in ("mxfp4", "fp8_block128"):
+        assert not refused(name, 128, None, bias)
+        assert refused(name, 128, bias.half())
+        assert refused(name, 124, None)
 
 
 def test_experts_that_a_loop_for_few_tokens_cannot_take_have_another(layout: Any) -> None:

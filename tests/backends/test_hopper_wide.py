@@ -226,13 +226,9 @@ def of_experts(
     w13 = quantize(random(generator, experts, activation.rows(inner), hidden) / 8, name)
     w2 = quantize(random(generator, experts, hidden, inner) / 8, name)
     x, share = random(generator, tokens, hidden).bfloat16(), random(generator, tokens, top_k).softmax(-1)
-    biases: tuple[Tensor | None, Tensor | None] = (
-        random(generator, *w13.shape[:2]).bfloat16(),
-        random(generator, *w2.shape[:2]).bfloat16().float(),
-    )
+    b13 = random(generator, *w13.shape[:2]).bfloat16()
+    biases = b13, random(generator, *w2.shape[:2]).bfloat16().float()
     matrices = packed(w13), packed(w2)
-    if matrices[0].ratios is not None:  # with biases these are for other kernels
-        biases = None, None
     one, _ = emulated.taken((cut(word), cut(word)), matrices, activation, biases, share, False)
     assert one.wide
     table = table_of(ids, experts, one.block_m)

@@ -14,6 +14,7 @@ from torch import Tensor
 from microscale.activations import GPT_OSS, Activation
 from microscale.backends import triton as backend
 from microscale.backends.triton import layout, routing, tiles
+from microscale.backends.triton.cuts import Cut
 from microscale.backends.triton.fragments import Fragments
 from microscale.backends.triton.layout import exponent_range
 from microscale.conformance import Case, cases, run
@@ -288,37 +289,56 @@ def test_one_copy_of_the_weights_serves_every_dtype(dtype: torch.dtype) -> None:
     assert not any("plain" in vars(w) for w in (w13, w2, packed))
 
 
-@pytest.mark.skipif(INTERPRETED, reason="needs a GPU")
-@pytest.mark.parametrize("name", FORMATS)
-def test_every_cut_gives_the_same_bits(name: str) -> None:
-    x, ids, weights, w13, w2 = experts(name, tokens=130)
-    if not isinstance(w13, Fragments) or not isinstance(w2, Fragments):
-        pytest.skip("this GPU has no cuts")
-    from microscale.backends.triton import cuts, hopper, hopper_moe
+def cuts_of(name: str) -> tuple[list[Cut], list[tuple[Cut, Cut]]]:
+    """Every cut of linears, and of experts, that the tables or `bench tune` may choose for a format."""
+    from microscale.backends.triton import cuts
     from microscale.bench.tune import wide_candidates
 
     fmt = FORMATS[name]
     linear, moe = cuts.table()[cuts.group(fmt)]
-    more = wide_candidates(fmt, 128)
-    first = cuts.Cut(8, 2, 2, 4, 4)
+    wide = wide_candidates(fmt, 128)
+    linears = [cut.fitted(fmt, 1) for row in linear for cut in (row.cut, *row.others)]
+    experts = [(row.first.fitted(fmt, 1), row.second.fitted(fmt, 1)) for row in moe]
+    return list(dict.fromkeys(linears + wide)), list(dict.fromkeys(experts + [(c, c) for c in wide]))
+
+
+ROWS = (slice(0, 130), slice(3, 7), slice(3, 4))
+FIRST = Cut(8, 2, 2, 4, 4)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="needs a GPU")
+@pytest.mark.parametrize("biased", [False, True], ids=["plain", "biased"])
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_cut_of_linears_gives_the_same_bits(name: str, biased: bool) -> None:
     matrix = backend.pack(quantize(torch.randn(200, 416, device=DEVICE), name))
-    assert isinstance(matrix, Fragments)
-    wide = torch.randn(130, 416, device=DEVICE).bfloat16()
-    y = hopper.linear(wide, matrix, None, first)
-    for cut in dict.fromkeys(
-        [*(cut.fitted(fmt, 1) for row in linear for cut in (row.cut, *row.others)), *more]
-    ):
-        for rows in (slice(0, 130), slice(3, 7), slice(3, 4)):
-            assert torch.equal(hopper.linear(wide[rows], matrix, None, cut), y[rows]), (cut, rows)
-    for activation in (GPT_OSS, Activation("silu")):
-        rest = (w13, w2, activation, None, None, None, False)
-        y = hopper_moe.moe(x, ids, weights, *rest, (first, first))
-        for cut13, cut2 in dict.fromkeys(
-            [*((r.first.fitted(fmt, 1), r.second.fitted(fmt, 1)) for r in moe), *((c, c) for c in more)]
-        ):
-            for rows in (slice(0, 130), slice(3, 7), slice(3, 4)):
-                found = hopper_moe.moe(x[rows], ids[rows], weights[rows], *rest, (cut13, cut2))
-                assert torch.equal(found, y[rows]), (activation, cut13, cut2, rows)
+    if not isinstance(matrix, Fragments):
+        pytest.skip("this GPU has no cuts")
+    from microscale.backends.triton import hopper
+
+    x = torch.randn(130, 416, device=DEVICE).bfloat16()
+    bias = torch.randn(200, device=DEVICE).bfloat16() if biased else None
+    y = hopper.linear(x, matrix, bias, FIRST)
+    for cut in cuts_of(name)[0]:
+        for rows in ROWS:
+            assert torch.equal(hopper.linear(x[rows], matrix, bias, cut), y[rows]), (cut, rows)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="needs a GPU")
+@pytest.mark.parametrize("biased", [False, True], ids=["plain", "biased"])
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_cut_of_experts_gives_the_same_bits(name: str, biased: bool) -> None:
+    x, ids, weights, w13, w2 = experts(name, tokens=130)
+    if not isinstance(w13, Fragments) or not isinstance(w2, Fragments):
+        pytest.skip("this GPU has no cuts")
+    from microscale.backends.triton import hopper_moe
+
+    biases = [torch.randn(6, n, device=DEVICE) if biased else None for n in (128, 96)]
+    rest = (w13, w2, GPT_OSS if biased else Activation("silu"), *biases, None, False)
+    y = hopper_moe.moe(x, ids, weights, *rest, (FIRST, FIRST))
+    for pair in cuts_of(name)[1]:
+        for rows in ROWS:
+            found = hopper_moe.moe(x[rows], ids[rows], weights[rows], *rest, pair)
+            assert torch.equal(found, y[rows]), (pair, rows)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="needs a GPU")

@@ -17,8 +17,6 @@ from typing import Any
 from microscale.backends.triton.fragments import Fragments
 from microscale.formats import Format
 
-# Formats whose experts have run on a GPU with `wide` cuts.
-_WIDE_RAN = ("mxfp4", "nvfp4", "mxfp8_e4m3")
 HOPPER_SHARED = 227 << 10  # bytes that a program may use
 REGISTERS = 1 << 16  # of a multiprocessor
 MULTIPROCESSORS = 132  # of an H100 or H200
@@ -301,8 +299,7 @@ def moe_cuts(
         return cut.fitted(fmts[0], parts), cut.fitted(fmts[1], parts)
     # Of formats of two groups the first decides.
     rows = table()[group(fmts[0])][1]
-    runs = fmts[0].name in _WIDE_RAN
-    row = next(r for r in rows if routes <= r.routes and each <= r.each and (runs or not r.first.wide))
+    row = next(r for r in rows if routes <= r.routes and each <= r.each)
     return row.first.fitted(fmts[0], parts), row.second.fitted(fmts[1], parts)
 
 

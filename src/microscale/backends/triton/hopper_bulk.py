@@ -29,6 +29,7 @@ from microscale.backends.triton.hopper_loop import (
     ratio_at,
     ratio_pointers,
     rescaled,
+    rescaled_last,
     scale_words,
     tile_of,
     wide_rows,
@@ -150,12 +151,12 @@ def _wait(PENDING: gl.constexpr, accs, operands):
 
 
 @gluon.jit
-def _rescaled(accs, ratio):
+def _rescaled(accs, ratio, by: gl.constexpr = rescaled):
     """Sums times a ratio for each row."""
-    first = rescaled(accs[0], ratio)
+    first = by(accs[0], ratio)
     if len(accs) == 2:
         ROWS: gl.constexpr = gl.SliceLayout(1, accs[1].type.layout)
-        return (first, rescaled(accs[1], gl.convert_layout(ratio, ROWS, assert_trivial=True)))
+        return (first, by(accs[1], gl.convert_layout(ratio, ROWS, assert_trivial=True)))
     else:
         return (first,)
 
@@ -375,7 +376,7 @@ def product(
         accs = _finish(accs, odd, odd_rates, xs, slot, 1, BLOCK_M, C, SCALE)
     accs = _wait(0, accs, flat(even) + flat(odd))
     if SCALE == "f32":
-        accs = _rescaled(accs, gl.load(rp + gl.cdiv(CHUNKS, 2)))
+        accs = _rescaled(accs, gl.load(rp + gl.cdiv(CHUNKS, 2)), rescaled_last)
     barrier()
     for s in gl.static_range(STAGES):
         mbarrier.invalidate(bars.index(s))

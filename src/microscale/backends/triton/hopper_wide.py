@@ -71,8 +71,6 @@ def refuse(
     dtypes = [t.dtype for t in (*biases, weights) if t is not None]
     return (
         w.shape[-2] % 8 != 0
-        # The last bits of such sums differ from those of Gluon's kernels.
-        or (w.ratios is not None and any(bias is not None for bias in biases))
         or any(dtype not in _FLOATS for dtype in dtypes)
         or (activation is not None and activation.kind not in KINDS)
         or nvrtc.refuse() is not None
