@@ -156,10 +156,10 @@ def outline(model: str | Path, *, act: str = "a16", layers: int | None = None) -
     from microscale.integrations.hf.graph import refuse_model
     from microscale.integrations.hf.options import Options, using
     from microscale.integrations.hf.quantizer import attach_all
-    from microscale.models import has_weights, resolve
+    from microscale.models import config_alone, resolve
 
     path = resolve(model, weights=False)
-    checkpoint = open_checkpoint(path) if has_weights(path) else None
+    checkpoint = None if config_alone(path) else open_checkpoint(path)
     config = read_config(path)
     if checkpoint is None and not any(d.matches(config) for d in DIALECTS):
         known = ", ".join(m for d in DIALECTS for m in d.METHODS)

@@ -57,7 +57,11 @@ def open_checkpoint(directory: str | Path) -> Checkpoint:
         CheckpointError: anything about it that is not exactly right, or quantised by a method not known here.
     """
     path = Path(directory)
-    if not path.is_dir():
+    try:
+        found = path.is_dir()
+    except OSError as e:
+        raise CheckpointError(path, f"cannot be read: {e.strerror or e}") from e
+    if not found:
         raise CheckpointError(path, "no such directory")
     config = read_config(path)
     method = quant_method(config, path / CONFIG)
