@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from threading import RLock
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from microscale.activations import Activation
-from microscale.canary import DTYPE_WORDS, Placement, Placer
+from microscale.canary import Placement, Placer, device_kind, dtype_word
 from microscale.errors import BackendError
 from microscale.experts_host import ExpertsHost, ExpertWeights
 from microscale.formats import Format, activation_format, activation_word
@@ -19,28 +20,14 @@ from microscale.oracle import Problem
 from microscale.pages import give_back
 from microscale.quant import QuantTensor
 
-
-def device_kind(device: torch.device) -> str:
-    """The oracle's word for a torch device: AMD GPUs are "cuda" to torch, and "rocm" here."""
-    return "rocm" if device.type == "cuda" and torch.version.hip else device.type
-
-
-def dtype_word(dtype: torch.dtype) -> str:
-    """The oracle's word for an activation dtype.
-
-    Raises:
-        BackendError: a dtype that no backend takes.
-    """
-    if dtype not in DTYPE_WORDS:
-        raise BackendError(f"activations are {dtype}; microscale runs {', '.join(DTYPE_WORDS.values())}")
-    return DTYPE_WORDS[dtype]
-
-
 # Path components of linears that choose experts: tiny, and an error there changes which expert runs.
 ROUTER_NAMES = frozenset({"router", "gate", "shared_expert_gate"})
 
-
 _PARTS = ("weight_codes", "weight_scales", "weight_tensor_scale")
+
+# Threads that call a layer before it is placed would each pack it, and read tensors that another has just emptied.
+# One lock for all layers: they share what their placer has proved.
+_PLACING = RLock()
 
 
 class QuantLinear(nn.Module):
@@ -118,15 +105,22 @@ class QuantLinear(nn.Module):
 
     def placed(self, dtype: torch.dtype) -> Placement:
         """The placement of the weight that the layer has now, made if there is none."""
-        others = given(self._parts(), self._made_of)
-        if self.placement is None:
-            self.place(dtype)
-        elif others:
-            self._place_given(dtype)
-        assert self.placement is not None
-        return self.placement
+        made_of, placement = self._made_of, self.placement  # another thread writes them the other way round
+        if given(self._parts(), made_of) or placement is None:
+            self._settle(dtype)
+            placement = self.placement
+        assert placement is not None
+        return placement
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _settle(self, dtype: torch.dtype) -> None:
+        """Place what the layer has now, unless another thread just did."""
+        with _PLACING:
+            if self.placement is None:
+                self.place(dtype)
+            elif given(self._parts(), self._made_of):
+                self._place_given(dtype)
+
     def _place_given(self, dtype: torch.dtype) -> None:
         """For other parts than were placed. They may be there for a call only, so they stay as they are."""
         parts = self._parts()
@@ -314,12 +308,21 @@ class QuantExperts:
 
     def placed(self, dtype: torch.dtype, device: torch.device) -> Placement:
         """The placement of the weights that the module has now, made if there is none for activations there."""
-        others = given(self._parts(), self._made_of)
-        if self.placement is None or self._placed_on != device:
-            return self.place(dtype)
-        if others:
-            self._place_given(dtype)
-        return self.placement
+        made_of, placement = self._made_of, self.placement  # another thread writes them the other way round
+        if given(self._parts(), made_of) or placement is None or self._placed_on != device:
+            self._settle(dtype, device)
+            placement = self.placement
+        assert placement is not None
+        return placement
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _settle(self, dtype: torch.dtype, device: torch.device) -> None:
+        """Place what the module has now, unless another thread just did."""
+        with _PLACING:
+            if self.placement is None or self._placed_on != device:
+                self.place(dtype)
+            elif given(self._parts(), self._made_of):
+                self._place_given(dtype)
 
     def _place_given(self, dtype: torch.dtype) -> None:
         """For other parts than were placed. They may be there for a call only, so they stay as they are."""

@@ -17,9 +17,8 @@ from transformers.masking_utils import sdpa_mask
 
 from microscale.backends import autograd
 from microscale.backends.triton_rules import refuse_steps
-from microscale.canary import DTYPES
+from microscale.canary import DTYPES, device_kind
 from microscale.machine import detect
-from microscale.nn import device_kind
 
 NAME = "microscale_sinks"  # the word for transformers' `attn_implementation`
 _ARCHITECTURES = ("gpt_oss",)  # those whose modules hand their sinks over as `s_aux`
