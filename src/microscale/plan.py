@@ -13,7 +13,7 @@ from typing import Any
 
 from microscale.activations import Activation
 from microscale.backends import table
-from microscale.errors import CheckpointError, FormatError, MicroscaleError
+from microscale.errors import CheckpointError, FormatError, MicroscaleError, brief
 from microscale.formats import activation_format, activation_word, get_format
 from microscale.kv_cache import KvCache, kv_cache
 from microscale.layer_classes import LayerClass, Packed, classes_of
@@ -110,10 +110,10 @@ class Outline:
         Raises:
             MicroscaleError: the machine has no such device.
         """
-        device = device or machine.device
+        device = machine.device if device is None else device
         kinds = list(dict.fromkeys(["cpu", *(g.kind for g in machine.gpus)]))
         if device not in kinds:
-            raise MicroscaleError(f"{machine.name} has no device {device!r}; it has {', '.join(kinds)}")
+            raise MicroscaleError(f"{machine.name} has no device {brief(device)}; it has {', '.join(kinds)}")
         backends = table() if backends is None else backends
         placed: Sequence[Placed] = [place(c, machine, device, backend, backends) for c in self.classes]
         choices = {p.layer.name: p.choice for p in placed}

@@ -16,9 +16,8 @@ from microscale.checkpoints.config import CONFIG, architecture, quant_method, re
 from microscale.checkpoints.dialect import Dialect, Entry
 from microscale.checkpoints.header import TensorInfo
 from microscale.checkpoints.source import Source
-from microscale.checkpoints.strict import brief
 from microscale.checkpoints.writer import write
-from microscale.errors import CheckpointError
+from microscale.errors import CheckpointError, brief
 from microscale.quant import QuantTensor
 
 DIALECTS: tuple[Dialect, ...] = (gpt_oss, plain)

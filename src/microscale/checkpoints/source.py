@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from microscale.checkpoints.header import TensorInfo, read_header
-from microscale.checkpoints.strict import brief, open_regular, read_object
-from microscale.errors import CheckpointError
+from microscale.checkpoints.strict import open_regular, read_object
+from microscale.errors import CheckpointError, brief
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from microscale.cli.output import SEED
-from microscale.errors import MicroscaleError
+from microscale.errors import MicroscaleError, brief
 
 if TYPE_CHECKING:
     from microscale.bench.ceilings import Probe
@@ -96,6 +96,8 @@ def kernels(
     names = ["mxfp4" if quick else "all"] if format == "all" else _words(format)
     formats = list(FORMATS) if names == ["all"] else [known(n, (*FORMATS, *DENSE), "format") for n in names]
     shapes = [parse_shape(word) for word in (SHAPES if shape == "all" else _words(shape))]
+    if not formats or not shapes:
+        raise MicroscaleError("--shape and --format: no " + ("format" if shapes else "shape") + " is given")
     shapes = [s for s in shapes if op in ("all", s.op)]
     if not shapes:
         raise MicroscaleError(f"--op {op}: no shape given is of that kind")
@@ -192,9 +194,9 @@ def _words(text: str) -> list[str]:
 
 
 def _numbers(text: str) -> tuple[int, ...]:
-    numbers = tuple(int(word) if word.isdecimal() else 0 for word in _words(text))
+    numbers = tuple(int(word) if word.isdecimal() and len(word) < 10 else 0 for word in _words(text))
     if not numbers or min(numbers) < 1 or max(numbers) > 1 << 20:
-        raise MicroscaleError(f"--m {text!r}: numbers from 1 to {1 << 20}, with commas between")
+        raise MicroscaleError(f"--m {brief(text)}: numbers from 1 to {1 << 20}, with commas between")
     return numbers
 
 

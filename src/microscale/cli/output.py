@@ -10,7 +10,7 @@ from contextlib import contextmanager, redirect_stdout
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, TextIO
 
-from microscale.errors import MicroscaleError
+from microscale.errors import MicroscaleError, brief
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -111,7 +111,7 @@ def known(name: str, names: Iterable[str], what: str) -> str:
         return name
     near = difflib.get_close_matches(name.lower(), names, n=1)
     hint = f"did you mean {near[0]}? " if near else ""
-    raise MicroscaleError(f"unknown {what} {name!r}; {hint}known: {', '.join(names)}")
+    raise MicroscaleError(f"unknown {what} {brief(name)}; {hint}known: {', '.join(names)}")
 
 
 def progress(items: Iterable[Any], what: str, total: int | None = None) -> Iterable[Any]:

@@ -15,8 +15,8 @@ import torch
 from microscale.canary import DTYPES
 from microscale.checkpoints import Checkpoint, open_checkpoint
 from microscale.checkpoints.config import MAX_CONFIG_BYTES, read_config
-from microscale.checkpoints.strict import brief, read_object
-from microscale.errors import CheckpointError, CheckpointWarning, SettingError, one_line
+from microscale.checkpoints.strict import read_object
+from microscale.errors import CheckpointError, CheckpointWarning, SettingError, brief, one_line
 from microscale.integrations.hf import taking_over
 from microscale.integrations.hf.options import Options, using
 from microscale.machine import detect
@@ -202,12 +202,12 @@ def target_device(device: str | torch.device | None = None) -> torch.device:
         SettingError: this machine has no such device, or torch knows no such word.
     """
     machine = detect()
-    word = str(device or machine.device)
+    word = machine.device if device is None else str(device)
     kind, _, index = word.partition(":")
     kind = "rocm" if kind == "cuda" and machine.device == "rocm" else kind
     kinds = list(dict.fromkeys(["cpu", *(g.kind for g in machine.gpus)]))
     if kind not in kinds:
-        raise SettingError(f"unknown device {word!r}; known: {', '.join(kinds)}")
+        raise SettingError(f"unknown device {brief(word)}; known: {', '.join(kinds)}")
     count = 1 if kind == "cpu" else sum(g.kind == kind for g in machine.gpus)
     if index and not (re.fullmatch(r"[0-9]{1,4}", index) and int(index) < count):
         raise SettingError(f"device {word}: this machine has {count} of that kind, numbered from 0")
