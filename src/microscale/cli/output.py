@@ -29,9 +29,13 @@ def console(*, stderr: bool = False) -> Console:
     """Where text goes. Tables are `PIPED_WIDTH` wide when it is no terminal; other lines are then never wrapped."""
     from rich.console import Console
 
+    class Piped(Console):
+        def on_broken_pipe(self) -> None:  # rich would exit with 1, which is a verdict here
+            raise BrokenPipeError
+
     stream = sys.stderr if stderr else sys.stdout
     width = None if stream.isatty() else PIPED_WIDTH
-    return Console(file=stream, width=width, highlight=False, markup=False, emoji=False)
+    return Piped(file=stream, width=width, highlight=False, markup=False, emoji=False)
 
 
 def say(text: str = "", *, indent: int = 0, hang: int = 2, style: str = "", stderr: bool = False) -> None:
