@@ -157,8 +157,9 @@ def _beyond(mask: Tensor, parts: list[tuple[slice, slice]]) -> bool:
     """Whether a caller's own mask lets queries look at keys that are none of their part's."""
     if mask.dtype is not torch.bool:
         return True
+    seen = mask.numpy()  # whose `any` took a fifth of torch's time, in every sliding layer
     return any(
-        bool(mask[:, :, queries, : keys.start].any() or mask[:, :, queries, keys.stop :].any())
+        seen[:, :, queries, : keys.start].any() or seen[:, :, queries, keys.stop :].any()
         for queries, keys in parts
     )
 
