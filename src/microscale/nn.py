@@ -20,9 +20,6 @@ from microscale.oracle import Problem
 from microscale.pages import give_back
 from microscale.quant import QuantTensor
 
-# Path components of linears that choose experts: tiny, and an error there changes which expert runs.
-ROUTER_NAMES = frozenset({"router", "gate", "shared_expert_gate"})
-
 _PARTS = ("weight_codes", "weight_scales", "weight_tensor_scale")
 
 # Threads that call a layer before it is placed would each pack it, and read tensors that another has just emptied.
@@ -95,11 +92,10 @@ class QuantLinear(nn.Module):
         """Choose, pack and prove, for activations of `dtype`."""
         problem, weight = self.problem(dtype, self.placer.machine), self.weight
         placement = self.placer.linear(problem, weight)
+        self._store(weight.codes, weight.scales, None)
         if placement.repacks:
             give_back((weight.codes, weight.scales))
             self._store(nothing(weight.codes), nothing(weight.scales), placement)
-        else:
-            self._store(weight.codes, weight.scales, None)
         self.placement, self._made_of = placement, self._parts()
         return placement
 
@@ -137,8 +133,14 @@ class QuantLinear(nn.Module):
         super().__setattr__(name, value)
 
     def _store(self, codes: Tensor, scales: Tensor, held: Placement | None) -> None:
-        self._buffers["weight_codes"], self._buffers["weight_scales"] = codes, scales
-        self._held, self._emptied = held, () if held is None else self._parts()
+        """Step by step such that the weight is whole for other threads, and after an interrupt."""
+        if held is not None:
+            self._emptied = codes, scales, *self._parts()[2:]
+            self._held = held
+        self._buffers["weight_codes"] = codes
+        self._buffers["weight_scales"] = scales
+        if held is None:
+            self._held, self._emptied = None, ()
 
     def _take_back(self) -> None:
         """The buffers hold the weight again, and the layer is not placed."""
@@ -220,9 +222,7 @@ class QuantExperts:
         self.activation = activation
         self.top_k = top_k
         self.placer = placer
-        self._held: Placement | tuple[QuantTensor, QuantTensor] | None = (
-            None  # the only copy, if not the module
-        )
+        self._held: Placement | tuple[QuantTensor, QuantTensor] | None = None  # the only copy, if any
         w13, w2 = host.weights(module)
         self.format = w13.format
         self.act: Format | None = activation_format(self.format.name, act)
@@ -271,11 +271,9 @@ class QuantExperts:
         held = None if self._held is None else self.weights[:2]
         return self.__dict__ | {"placement": None, "_made_of": (), "_held": held, "_biases": (Bias(), Bias())}
 
-    def problem(self, dtype: torch.dtype, machine: Machine) -> Problem:
-        """What the oracle is asked."""
-        return self._problem(self.weights, dtype, machine)
-
-    def _problem(self, weights: ExpertWeights, dtype: torch.dtype, machine: Machine) -> Problem:
+    def problem(self, dtype: torch.dtype, machine: Machine, weights: ExpertWeights | None = None) -> Problem:
+        """What the oracle is asked; `weights`: the layer's own, where they are at hand."""
+        weights = self.weights if weights is None else weights
         experts, hidden, intermediate = weights.w2.shape
         return Problem(
             op="moe",
@@ -294,7 +292,7 @@ class QuantExperts:
     def place(self, dtype: torch.dtype) -> Placement:
         """Choose, pack and prove, for activations of `dtype`."""
         weights = self.weights
-        placement = self.placer.moe(self._problem(weights, dtype, self.placer.machine), *weights)
+        placement = self.placer.moe(self.problem(dtype, self.placer.machine, weights), *weights)
         whole = self.host.parts(self.module, weights.w13, weights.w2)
         if placement.repacks:
             give_back(whole.values())
@@ -331,7 +329,7 @@ class QuantExperts:
             placement = self._held
         else:
             weights = self.weights
-            placement = self.placer.moe(self._problem(weights, dtype, self.placer.machine), *weights)
+            placement = self.placer.moe(self.problem(dtype, self.placer.machine, weights), *weights)
         self.placement, self._made_of = placement, parts
 
     def biases(self) -> tuple[Tensor | None, Tensor | None]:
@@ -344,7 +342,10 @@ class QuantExperts:
         return kept13.now(b13), kept2.now(b2)
 
     def _store(self, parts: dict[str, Tensor], held: Placement | None) -> None:
-        if held is not None or self._held is not None:
+        """Step by step such that the weights are whole for other threads, and after an interrupt."""
+        if held is not None:
+            self._held, self._emptied = held, ()
+        if self._held is not None:
             put(self.module, parts)
         self._held, self._emptied = held, () if held is None else self._parts()
 

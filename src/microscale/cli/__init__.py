@@ -101,7 +101,7 @@ def _options(
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Run the command line and exit: 0 done, 1 checked and found wanting, 2 an error, 130 interrupted, 141 nobody reads on."""
+    """Run and exit: 0 done, 1 checked and found wanting, 2 an error, 130 interrupted, 141 nobody reads on."""
     env.wait_quietly()
     _have_streams()
     warnings.showwarning = partial(_warn, warnings.showwarning)
