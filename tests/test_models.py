@@ -10,7 +10,7 @@ import pytest
 
 from microscale.checkpoints import open_checkpoint, read_config
 from microscale.errors import CheckpointError
-from microscale.models import BUNDLED, CONFIGS, has_weights, resolve
+from microscale.models import BUNDLED, CONFIGS, config_alone, resolve
 
 
 def test_the_bundled_model_is_a_sound_checkpoint_within_its_size() -> None:
@@ -30,7 +30,7 @@ def test_public_configs(name: str, layers: int, experts: int) -> None:
     config = read_config(resolve(name))
     assert (config["num_hidden_layers"], config["num_local_experts"]) == (layers, experts)
     assert len(config["layer_types"]) == layers
-    assert not has_weights(resolve(name))
+    assert config_alone(resolve(name))
     assert name in CONFIGS
 
 

@@ -14,7 +14,7 @@ from microscale.accumulation import FLOAT32, Accumulation
 from microscale.backends import load, table
 from microscale.backends.contract import Contract
 from microscale.backends.dense_rules import CORE, choose_dense
-from microscale.errors import NoBackendError, SettingError, one_line
+from microscale.errors import BackendError, NoBackendError, SettingError, one_line
 from microscale.formats import Format, get_format
 from microscale.machine import Machine, detect
 from microscale.oracle import Backend, Choice, Problem, choose
@@ -26,6 +26,22 @@ _ROWS = 64  # of a linear's output that are compared, at each end
 _TOKENS = 2
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 DTYPE_WORDS = {dtype: word for word, dtype in DTYPES.items()}
+
+
+def device_kind(device: torch.device) -> str:
+    """The oracle's word for a torch device: AMD GPUs are "cuda" to torch, and "rocm" here."""
+    return "rocm" if device.type == "cuda" and torch.version.hip else device.type
+
+
+def dtype_word(dtype: torch.dtype) -> str:
+    """The oracle's word for an activation dtype.
+
+    Raises:
+        BackendError: a dtype that no backend takes.
+    """
+    if dtype not in DTYPE_WORDS:
+        raise BackendError(f"activations are {dtype}; microscale runs {', '.join(DTYPE_WORDS.values())}")
+    return DTYPE_WORDS[dtype]
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,8 @@ from torch import Tensor, nn
 
 from microscale.backends import autograd
 from microscale.backends.dense_rules import CORE
-from microscale.canary import DTYPE_WORDS, Placement, Placer
+from microscale.canary import DTYPE_WORDS, Placement, Placer, device_kind, dtype_word
 from microscale.machine import Machine
-from microscale.nn import device_kind, dtype_word
 from microscale.oracle import Problem
 
 # So many rows are few: for more, PyTorch's product, which puts weights into an order of its own first, is as fast

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Sequence
+
+_short = reprlib.Repr()
+_short.maxstring = 160
+brief = _short.repr  # hostile values end up in messages, never whole
 
 
 def one_line(error: BaseException) -> str:

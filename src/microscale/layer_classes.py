@@ -8,14 +8,16 @@ from typing import Any
 from torch import nn
 
 from microscale.backends.dense_rules import WEIGHTS
-from microscale.canary import DTYPE_WORDS
+from microscale.canary import DTYPE_WORDS, dtype_word
 from microscale.dense import dense_problem
 from microscale.formats import activation_format, activation_word
 from microscale.machine import Machine
-from microscale.nn import ROUTER_NAMES, dtype_word, runner_of
+from microscale.nn import runner_of
 from microscale.oracle import Problem
 
 Packed = dict[tuple[str, str], tuple[str, int]]  # (module, role) -> format and bytes of a quantised tensor
+# Path components of linears that choose experts: tiny, and an error there changes which expert runs.
+ROUTER_NAMES = frozenset({"router", "gate", "shared_expert_gate"})
 CORE_NORMS, SINKS, OTHERS = "norms", "attention sinks", "norms etc."
 _NOWHERE = Machine("nowhere", "", frozenset(), False, 0, 0)
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from threading import RLock
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from microscale.activations import Activation
-from microscale.canary import DTYPE_WORDS, Placement, Placer
+from microscale.canary import Placement, Placer, device_kind, dtype_word
 from microscale.errors import BackendError
 from microscale.experts_host import ExpertsHost, ExpertWeights
 from microscale.formats import Format, activation_format, activation_word
@@ -19,28 +20,11 @@ from microscale.oracle import Problem
 from microscale.pages import give_back
 from microscale.quant import QuantTensor
 
-
-def device_kind(device: torch.device) -> str:
-    """The oracle's word for a torch device: AMD GPUs are "cuda" to torch, and "rocm" here."""
-    return "rocm" if device.type == "cuda" and torch.version.hip else device.type
-
-
-def dtype_word(dtype: torch.dtype) -> str:
-    """The oracle's word for an activation dtype.
-
-    Raises:
-        BackendError: a dtype that no backend takes.
-    """
-    if dtype not in DTYPE_WORDS:
-        raise BackendError(f"activations are {dtype}; microscale runs {', '.join(DTYPE_WORDS.values())}")
-    return DTYPE_WORDS[dtype]
-
-
-# Path components of linears that choose experts: tiny, and an error there changes which expert runs.
-ROUTER_NAMES = frozenset({"router", "gate", "shared_expert_gate"})
-
-
 _PARTS = ("weight_codes", "weight_scales", "weight_tensor_scale")
+
+# Threads that call a layer before it is placed would each pack it, and read tensors that another has just emptied.
+# One lock for all layers: they share what their placer has proved.
+_PLACING = RLock()
 
 
 class QuantLinear(nn.Module):
@@ -108,25 +92,31 @@ class QuantLinear(nn.Module):
         """Choose, pack and prove, for activations of `dtype`."""
         problem, weight = self.problem(dtype, self.placer.machine), self.weight
         placement = self.placer.linear(problem, weight)
+        self._store(weight.codes, weight.scales, None)
         if placement.repacks:
             give_back((weight.codes, weight.scales))
             self._store(nothing(weight.codes), nothing(weight.scales), placement)
-        else:
-            self._store(weight.codes, weight.scales, None)
         self.placement, self._made_of = placement, self._parts()
         return placement
 
     def placed(self, dtype: torch.dtype) -> Placement:
         """The placement of the weight that the layer has now, made if there is none."""
-        others = given(self._parts(), self._made_of)
-        if self.placement is None:
-            self.place(dtype)
-        elif others:
-            self._place_given(dtype)
-        assert self.placement is not None
-        return self.placement
+        made_of, placement = self._made_of, self.placement  # another thread writes them the other way round
+        if given(self._parts(), made_of) or placement is None:
+            self._settle(dtype)
+            placement = self.placement
+        assert placement is not None
+        return placement
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _settle(self, dtype: torch.dtype) -> None:
+        """Place what the layer has now, unless another thread just did."""
+        with _PLACING:
+            if self.placement is None:
+                self.place(dtype)
+            elif given(self._parts(), self._made_of):
+                self._place_given(dtype)
+
     def _place_given(self, dtype: torch.dtype) -> None:
         """For other parts than were placed. They may be there for a call only, so they stay as they are."""
         parts = self._parts()
@@ -143,8 +133,14 @@ class QuantLinear(nn.Module):
         super().__setattr__(name, value)
 
     def _store(self, codes: Tensor, scales: Tensor, held: Placement | None) -> None:
-        self._buffers["weight_codes"], self._buffers["weight_scales"] = codes, scales
-        self._held, self._emptied = held, () if held is None else self._parts()
+        """Step by step such that the weight is whole for other threads, and after an interrupt."""
+        if held is not None:
+            self._emptied = codes, scales, *self._parts()[2:]
+            self._held = held
+        self._buffers["weight_codes"] = codes
+        self._buffers["weight_scales"] = scales
+        if held is None:
+            self._held, self._emptied = None, ()
 
     def _take_back(self) -> None:
         """The buffers hold the weight again, and the layer is not placed."""
@@ -226,9 +222,7 @@ class QuantExperts:
         self.activation = activation
         self.top_k = top_k
         self.placer = placer
-        self._held: Placement | tuple[QuantTensor, QuantTensor] | None = (
-            None  # the only copy, if not the module
-        )
+        self._held: Placement | tuple[QuantTensor, QuantTensor] | None = None  # the only copy, if any
         w13, w2 = host.weights(module)
         self.format = w13.format
         self.act: Format | None = activation_format(self.format.name, act)
@@ -277,11 +271,9 @@ class QuantExperts:
         held = None if self._held is None else self.weights[:2]
         return self.__dict__ | {"placement": None, "_made_of": (), "_held": held, "_biases": (Bias(), Bias())}
 
-    def problem(self, dtype: torch.dtype, machine: Machine) -> Problem:
-        """What the oracle is asked."""
-        return self._problem(self.weights, dtype, machine)
-
-    def _problem(self, weights: ExpertWeights, dtype: torch.dtype, machine: Machine) -> Problem:
+    def problem(self, dtype: torch.dtype, machine: Machine, weights: ExpertWeights | None = None) -> Problem:
+        """What the oracle is asked; `weights`: the layer's own, where they are at hand."""
+        weights = self.weights if weights is None else weights
         experts, hidden, intermediate = weights.w2.shape
         return Problem(
             op="moe",
@@ -300,7 +292,7 @@ class QuantExperts:
     def place(self, dtype: torch.dtype) -> Placement:
         """Choose, pack and prove, for activations of `dtype`."""
         weights = self.weights
-        placement = self.placer.moe(self._problem(weights, dtype, self.placer.machine), *weights)
+        placement = self.placer.moe(self.problem(dtype, self.placer.machine, weights), *weights)
         whole = self.host.parts(self.module, weights.w13, weights.w2)
         if placement.repacks:
             give_back(whole.values())
@@ -314,12 +306,21 @@ class QuantExperts:
 
     def placed(self, dtype: torch.dtype, device: torch.device) -> Placement:
         """The placement of the weights that the module has now, made if there is none for activations there."""
-        others = given(self._parts(), self._made_of)
-        if self.placement is None or self._placed_on != device:
-            return self.place(dtype)
-        if others:
-            self._place_given(dtype)
-        return self.placement
+        made_of, placement = self._made_of, self.placement  # another thread writes them the other way round
+        if given(self._parts(), made_of) or placement is None or self._placed_on != device:
+            self._settle(dtype, device)
+            placement = self.placement
+        assert placement is not None
+        return placement
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _settle(self, dtype: torch.dtype, device: torch.device) -> None:
+        """Place what the module has now, unless another thread just did."""
+        with _PLACING:
+            if self.placement is None or self._placed_on != device:
+                self.place(dtype)
+            elif given(self._parts(), self._made_of):
+                self._place_given(dtype)
 
     def _place_given(self, dtype: torch.dtype) -> None:
         """For other parts than were placed. They may be there for a call only, so they stay as they are."""
@@ -328,7 +329,7 @@ class QuantExperts:
             placement = self._held
         else:
             weights = self.weights
-            placement = self.placer.moe(self._problem(weights, dtype, self.placer.machine), *weights)
+            placement = self.placer.moe(self.problem(dtype, self.placer.machine, weights), *weights)
         self.placement, self._made_of = placement, parts
 
     def biases(self) -> tuple[Tensor | None, Tensor | None]:
@@ -341,7 +342,10 @@ class QuantExperts:
         return kept13.now(b13), kept2.now(b2)
 
     def _store(self, parts: dict[str, Tensor], held: Placement | None) -> None:
-        if held is not None or self._held is not None:
+        """Step by step such that the weights are whole for other threads, and after an interrupt."""
+        if held is not None:
+            self._held, self._emptied = held, ()
+        if self._held is not None:
             put(self.module, parts)
         self._held, self._emptied = held, () if held is None else self._parts()
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from microscale.activations import Activation
 from microscale.backends import table
-from microscale.errors import CheckpointError, FormatError, MicroscaleError
+from microscale.errors import CheckpointError, FormatError, MicroscaleError, brief
 from microscale.formats import activation_format, activation_word, get_format
 from microscale.kv_cache import KvCache, kv_cache
 from microscale.layer_classes import LayerClass, Packed, classes_of
@@ -110,10 +110,10 @@ class Outline:
         Raises:
             MicroscaleError: the machine has no such device.
         """
-        device = device or machine.device
+        device = machine.device if device is None else device
         kinds = list(dict.fromkeys(["cpu", *(g.kind for g in machine.gpus)]))
         if device not in kinds:
-            raise MicroscaleError(f"{machine.name} has no device {device!r}; it has {', '.join(kinds)}")
+            raise MicroscaleError(f"{machine.name} has no device {brief(device)}; it has {', '.join(kinds)}")
         backends = table() if backends is None else backends
         placed: Sequence[Placed] = [place(c, machine, device, backend, backends) for c in self.classes]
         choices = {p.layer.name: p.choice for p in placed}
@@ -156,10 +156,10 @@ def outline(model: str | Path, *, act: str = "a16", layers: int | None = None) -
     from microscale.integrations.hf.graph import refuse_model
     from microscale.integrations.hf.options import Options, using
     from microscale.integrations.hf.quantizer import attach_all
-    from microscale.models import has_weights, resolve
+    from microscale.models import config_alone, resolve
 
     path = resolve(model, weights=False)
-    checkpoint = open_checkpoint(path) if has_weights(path) else None
+    checkpoint = None if config_alone(path) else open_checkpoint(path)
     config = read_config(path)
     if checkpoint is None and not any(d.matches(config) for d in DIALECTS):
         known = ", ".join(m for d in DIALECTS for m in d.METHODS)

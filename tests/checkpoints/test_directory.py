@@ -65,7 +65,7 @@ def indexed(directory: Path, weight_map: Any) -> Path:
 GOOD = {"a": "s1.safetensors", "b": "s2.safetensors"}
 INDEXES: list[tuple[str, Any, str]] = [
     ("missing shard", {**GOOD, "c": "s3.safetensors"}, "s3.safetensors: cannot be read: No such file"),
-    ("long shard name", {**GOOD, "c": "s" * 5000 + ".safetensors"}, "cannot be read"),
+    ("long shard name", {**GOOD, "c": "s" * 5000 + ".safetensors"}, "expected a file of this"),
     ("missing tensor", {**GOOD, "c": "s1.safetensors"}, "'c': the index says it is here"),
     ("unlisted tensor", {"a": "s1.safetensors", "c": "s2.safetensors"}, "'b': is not in the index"),
     ("wrong shard", {"a": "s2.safetensors", "b": "s1.safetensors"}, "in another shard than the index says"),
@@ -74,6 +74,11 @@ INDEXES: list[tuple[str, Any, str]] = [
     ("inner", {**GOOD, "a": "x/../s1.safetensors"}, "expected a file of this directory"),
     ("backslash", {**GOOD, "a": "..\\s1.safetensors"}, "expected a file of this directory"),
     ("drive", {**GOOD, "a": "c:s1.safetensors"}, "expected a file of this directory"),
+    (
+        "line end",
+        {**GOOD, "a": "s1\nerror.safetensors"},
+        r"expected a file of this directory, found 's1\\nerror",
+    ),
     ("NUL", {**GOOD, "a": "s1\0.safetensors"}, "expected a file of this directory"),
     ("pickle", {**GOOD, "a": "s1.bin"}, "expected a .safetensors file"),
     ("number", {**GOOD, "a": 1}, "expected a .safetensors file"),

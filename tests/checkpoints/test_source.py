@@ -100,6 +100,19 @@ def test_tensors_are_views_of_a_read_only_map_and_outlive_the_source(tmp_path: P
     assert first[-1] == 0
 
 
+def test_a_file_cut_short_after_it_was_opened_is_not_read(tmp_path: Path) -> None:
+    """A read of pages that a file no longer has would end the process."""
+    path = tmp_path / "model.safetensors"
+    save_file({"a": torch.zeros(5000), "b": torch.ones(5000)}, path)
+    source = Source.open(path)
+    first, second = source
+    os.truncate(path, second.offset)
+    assert torch.equal(source.tensor(first.name), torch.zeros(5000))
+    wanted = rf"{second.name}': its file was cut short .* .expected {path.stat().st_size + 20000} bytes"
+    with pytest.raises(CheckpointError, match=wanted):
+        source.tensor(second.name)
+
+
 def test_equal_storages_mean_tied_to_transformers_so_each_has_its_own(tmp_path: Path) -> None:
     save_file({"a": torch.ones(8), "b": torch.zeros(8)}, tmp_path / "x.safetensors")
     source = Source.open(tmp_path)

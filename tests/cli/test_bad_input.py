@@ -100,6 +100,31 @@ def test_a_device_that_is_not_here(cli: Cli, tiny: Path, command: str, device: s
     assert repr(device) in error or f"device {device}: this machine has 1" in error
 
 
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        (("bench", "kernels", "--m", "9" * 5000), "numbers from 1 to 1048576"),
+        (("bench", "kernels", "--shape", "9" * 5000 + "x64"), "unknown shape '999"),
+        (("bench", "kernels", "--shape", ","), "no shape is given"),
+        (("bench", "kernels", "--format", ""), "no format is given"),
+        (("explain", "--backend", ""), "unknown backend ''"),
+        (("explain", "--device", ""), "no device ''"),
+        (("explain", "--machine", "9" * 5000), "unknown machine '999"),
+        (("explain", "--op", "linear", "--n", "64", "--layers", "3"), "--layers cuts a model"),
+        (("run", "--device", ""), "unknown device ''"),
+        (("run", "--device", "9" * 5000), "unknown device '999"),
+        (("eval", "--text", "/dev/zero", "--formats", "none"), "/dev/zero: goes on behind 268435456 bytes"),
+    ],
+)
+def test_a_value_that_says_nothing(cli: Cli, words: tuple[str, ...], why: str) -> None:
+    """Neither the default, nor a whole screen, nor all of the memory."""
+    result = cli(*words)
+    assert result.exit_code == 2
+    assert why in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert len(result.stderr) < 600
+
+
 @pytest.mark.parametrize("command", [("run",), ("selftest",), ("bench", "kernels")])
 @pytest.mark.parametrize("seed", ["-1", SEED_BEYOND, "9" * 30])
 def test_a_seed_that_no_generator_takes(cli: Cli, command: tuple[str, ...], seed: str) -> None:

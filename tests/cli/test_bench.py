@@ -206,6 +206,12 @@ def test_plot(cli: Cli, tmp_path: Path) -> None:
     path = tmp_path / "roofline.png"
     assert cli(*TINY, "--m", "1,4", "--plot", path).exit_code == 0
     assert path.read_bytes().startswith(b"\x89PNG")
+    assert os.listdir(tmp_path) == ["roofline.png"]
+    both = cli(*TINY, "--m", "1", "--plot", path, "--save", tmp_path / "." / path.name)
+    assert (both.exit_code, both.stderr) == (
+        2,
+        f"microscale: error: {path}: --plot and --save are one file\n",
+    )
 
 
 def test_help(cli: Cli) -> None:

@@ -129,6 +129,27 @@ def test_piped_output_has_no_escape_codes_and_the_exit_code_survives() -> None:
     assert "did you mean h200?" in bad.stderr
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no broken pipes")
+@pytest.mark.parametrize("both", [False, True])
+@pytest.mark.parametrize(
+    "command", [("explain", "--machine", "list"), ("explain", "--json"), ("inspect",), ("inspect", "nothing")]
+)
+def test_a_reader_who_is_gone_is_no_verdict(command: tuple[str, ...], both: bool) -> None:
+    """`microscale inspect --require mxfp4 | head -1` in a shell with pipefail: 1 would be of the check."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    words = [sys.executable, "-m", "microscale.cli", *command]
+    try:
+        done = subprocess.run(
+            words, stdout=writer, stderr=writer if both else subprocess.PIPE, text=True, check=False
+        )
+    finally:
+        os.close(writer)
+    refused = command[-1] == "nothing" and not both  # on stderr, which has a reader
+    assert done.returncode == (2 if refused else 141)
+    assert both or refused or done.stderr == ""
+
+
 def test_libraries_that_print_do_not_spoil_the_json(capsys: pytest.CaptureFixture[str]) -> None:
     with only_json():
         print("a library says hello")

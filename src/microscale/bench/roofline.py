@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from io import BytesIO
 
 from microscale.bench.ceilings import Ceilings
 from microscale.errors import MicroscaleError
@@ -22,15 +22,11 @@ def check_matplotlib() -> None:
         )
 
 
-def draw(
-    path: Path, title: str, ceilings: Ceilings, series: Mapping[str, Sequence[tuple[float, float, str]]]
-) -> None:
-    """Write a PNG.
+def draw(title: str, ceilings: Ceilings, series: Mapping[str, Sequence[tuple[float, float, str]]]) -> bytes:
+    """A PNG.
 
     Args:
         series: label -> (FLOPs per byte, FLOPs per second, word beside the point), in any order.
-    Raises:
-        MicroscaleError: the file cannot be written.
     """
     from matplotlib.figure import Figure
 
@@ -58,7 +54,6 @@ def draw(
     axes.set(title=title, xlabel="FLOPs per byte of weights", ylabel="TFLOP/s", xscale="log", yscale="log")
     axes.grid(which="both", alpha=0.2)
     axes.legend(fontsize=7, ncols=2 if len(series) > 8 else 1, loc="lower right")
-    try:
-        figure.savefig(path, format="png", dpi=150)
-    except OSError as error:
-        raise MicroscaleError(f"{path}: {error.strerror or error}") from error
+    picture = BytesIO()
+    figure.savefig(picture, format="png", dpi=150)
+    return picture.getvalue()

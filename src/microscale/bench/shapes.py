@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from math import prod
 
 from microscale.activations import GPT_OSS, Activation
-from microscale.errors import FormatError
+from microscale.errors import FormatError, brief
 from microscale.formats import Format
 
 _MAX_SIZE = 1 << 20
@@ -77,10 +77,10 @@ def parse_shape(text: str) -> Shape:
     """
     if text in SHAPES:
         return SHAPES[text]
-    if re.fullmatch(r"\d+x\d+(x\d+x\d+)?", text) is None:
+    if re.fullmatch(r"\d{1,9}x\d{1,9}(x\d{1,9}x\d{1,9})?", text, re.ASCII) is None:
         known = ", ".join(SHAPES)
         raise FormatError(
-            f"unknown shape {text!r}; known: {known}, NxK (linear: outputs x inputs), "
+            f"unknown shape {brief(text)}; known: {known}, NxK (linear: outputs x inputs), "
             "ExTxHxI (MoE: experts x top-k x hidden x intermediate)"
         )
     sizes = [int(word) for word in text.split("x")]

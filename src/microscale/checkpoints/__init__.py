@@ -16,9 +16,8 @@ from microscale.checkpoints.config import CONFIG, architecture, quant_method, re
 from microscale.checkpoints.dialect import Dialect, Entry
 from microscale.checkpoints.header import TensorInfo
 from microscale.checkpoints.source import Source
-from microscale.checkpoints.strict import brief
 from microscale.checkpoints.writer import write
-from microscale.errors import CheckpointError
+from microscale.errors import CheckpointError, brief
 from microscale.quant import QuantTensor
 
 DIALECTS: tuple[Dialect, ...] = (gpt_oss, plain)
@@ -57,7 +56,11 @@ def open_checkpoint(directory: str | Path) -> Checkpoint:
         CheckpointError: anything about it that is not exactly right, or quantised by a method not known here.
     """
     path = Path(directory)
-    if not path.is_dir():
+    try:
+        found = path.is_dir()
+    except OSError as e:
+        raise CheckpointError(path, f"cannot be read: {e.strerror or e}") from e
+    if not found:
         raise CheckpointError(path, "no such directory")
     config = read_config(path)
     method = quant_method(config, path / CONFIG)

@@ -6,8 +6,8 @@ import math
 from pathlib import Path
 from typing import Any
 
-from microscale.checkpoints.strict import brief, read_object
-from microscale.errors import CheckpointError
+from microscale.checkpoints.strict import read_object
+from microscale.errors import CheckpointError, brief
 
 CONFIG = "config.json"
 MAX_CONFIG_BYTES = 10_000_000

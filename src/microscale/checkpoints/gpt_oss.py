@@ -20,8 +20,7 @@ from microscale.activations import GPT_OSS, Activation
 from microscale.checkpoints.config import CONFIG, flag, integer, positive, quant_method
 from microscale.checkpoints.dialect import Entry, expect, plain_entry
 from microscale.checkpoints.source import Source
-from microscale.checkpoints.strict import brief
-from microscale.errors import CheckpointError
+from microscale.errors import CheckpointError, brief
 from microscale.formats import get_format
 from microscale.quant import QuantTensor
 

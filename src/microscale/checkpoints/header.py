@@ -13,8 +13,8 @@ from typing import Any, BinaryIO
 
 import torch
 
-from microscale.checkpoints.strict import brief, parse_object, read
-from microscale.errors import CheckpointError
+from microscale.checkpoints.strict import parse_object, read
+from microscale.errors import CheckpointError, brief
 
 MAX_HEADER_BYTES = 100_000_000  # safetensors' own bound
 MAX_NAME = 1024  # characters of a tensor's name

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+import os
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -14,13 +15,14 @@ import torch
 from torch import Tensor
 
 from microscale.checkpoints.header import TensorInfo, read_header
-from microscale.checkpoints.strict import brief, open_regular, read_object
-from microscale.errors import CheckpointError
+from microscale.checkpoints.strict import open_regular, read_object
+from microscale.errors import CheckpointError, brief
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 MAX_INDEX_BYTES = 100_000_000
 
+_LONGEST_NAME = 255  # that a file has on any system
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _NO_PICKLES = "pickles are never loaded, since loading one runs code from it; convert to safetensors"
 
@@ -44,7 +46,7 @@ class Source:
     """Named tensors in one safetensors file, or in the shards that an index lists.
 
     One read-only memory map (and, by Python's mmap, one file descriptor) for each file, kept by the tensors
-    that view it. Files must not shrink while mapped: the system ends a process that reads beyond the end.
+    that view it. Files must not shrink while views are read: the system ends a process that reads beyond the end.
 
     Attributes:
         path: the directory or file that was opened.
@@ -129,12 +131,16 @@ class Source:
         A tensor that its file does not align to the element size (before safetensors 0.4) is copied instead.
 
         Raises:
-            CheckpointError: no such tensor.
+            CheckpointError: no such tensor, or its file has been cut short since it was opened.
         """
         info = self.info(name)
         if info.nbytes == 0:
             return torch.empty(info.shape, dtype=info.dtype, device="cpu")
         data, size = self._maps[info.file], info.dtype.itemsize
+        end, now = info.offset + info.nbytes, data.size()  # of the file, not of the map
+        if end > now:
+            problem = "its file was cut short after it was opened"
+            raise CheckpointError(info.file, problem, tensor=name, expected=f"{end} bytes", found=now)
         if info.offset % size:
             raw = torch.frombuffer(data, dtype=torch.uint8, count=info.nbytes, offset=info.offset)
             return raw.clone().view(info.dtype).view(info.shape)
@@ -155,7 +161,7 @@ def _find(path: Path) -> Path:
         if not path.is_dir():
             raise CheckpointError(path, "no such directory or file")
         for name in (SINGLE, INDEX):
-            if (path / name).exists():
+            if os.path.lexists(path / name):  # a link to nowhere, too: it was meant to be there
                 return path / name
         names = sorted(entry.name for entry in path.iterdir())
     except OSError as e:
@@ -184,7 +190,7 @@ def _read_index(path: Path) -> Index:
                 path, "shard", tensor=name[:200], expected="a .safetensors file", found=brief(shard)
             )
         # A name, not a path. The file itself may be a link out of the directory, as in Hugging Face's cache.
-        if any(c in shard for c in "/\\:\0"):
+        if any(c in shard for c in "/\\:") or not shard.isprintable() or len(shard) > _LONGEST_NAME:
             raise CheckpointError(
                 path, "shard", tensor=name[:200], expected="a file of this directory", found=brief(shard)
             )

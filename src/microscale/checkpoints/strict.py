@@ -6,7 +6,6 @@ import json
 import math
 import os
 import re
-import reprlib
 import stat
 from collections import Counter
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from microscale.errors import CheckpointError
+from microscale.errors import CheckpointError, brief
 
 MAX_DEPTH = 64
 # Bounds the parser's memory (about 100 bytes a value) and time. A tensor takes 6 to 9 of a shard's header.
@@ -22,10 +21,6 @@ MAX_VALUES = 1_000_000
 
 _STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+"', re.DOTALL)
 _NOT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
-
-_short = reprlib.Repr()
-_short.maxstring = 160
-brief = _short.repr  # hostile values end up in messages, never whole
 
 
 def open_regular(path: Path) -> BinaryIO:

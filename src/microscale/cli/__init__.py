@@ -21,6 +21,7 @@ from microscale.cli.output import clean, emit, only_json
 from microscale.errors import CheckpointWarning, MicroscaleError, one_line
 
 ERROR, INTERRUPTED = 2, 130
+UNREAD = 141  # as of a program that SIGPIPE ends: 1 would be a verdict
 
 
 class _Group(TyperGroup):
@@ -34,6 +35,14 @@ class _Group(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command."""
+        try:
+            return self._invoke(ctx)
+        except BrokenPipeError:
+            for stream in (sys.stdout, sys.stderr):
+                _abandon(stream)
+            raise typer.Exit(UNREAD) from None
+
+    def _invoke(self, ctx: Any) -> Any:
         with only_json() if ctx.obj["json"] else nullcontext():
             try:
                 return super().invoke(ctx)
@@ -92,7 +101,7 @@ def _options(
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Run the command line and exit: 0 done, 1 checked and found wanting, 2 an error, 130 interrupted."""
+    """Run and exit: 0 done, 1 checked and found wanting, 2 an error, 130 interrupted, 141 nobody reads on."""
     env.wait_quietly()
     _have_streams()
     warnings.showwarning = partial(_warn, warnings.showwarning)

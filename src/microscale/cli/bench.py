@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from microscale.cli.output import SEED
-from microscale.errors import MicroscaleError
+from microscale.errors import MicroscaleError, brief
 
 if TYPE_CHECKING:
     from microscale.bench.ceilings import Probe
@@ -84,6 +84,7 @@ def kernels(
     """
     from microscale.bench.roofline import check_matplotlib
     from microscale.bench.shapes import SHAPES, parse_shape
+    from microscale.cli.files import check_writable, write_file
     from microscale.cli.output import emit, known
     from microscale.formats import FORMATS
     from microscale.machine import detect
@@ -95,6 +96,8 @@ def kernels(
     names = ["mxfp4" if quick else "all"] if format == "all" else _words(format)
     formats = list(FORMATS) if names == ["all"] else [known(n, (*FORMATS, *DENSE), "format") for n in names]
     shapes = [parse_shape(word) for word in (SHAPES if shape == "all" else _words(shape))]
+    if not formats or not shapes:
+        raise MicroscaleError("--shape and --format: no " + ("format" if shapes else "shape") + " is given")
     shapes = [s for s in shapes if op in ("all", s.op)]
     if not shapes:
         raise MicroscaleError(f"--op {op}: no shape given is of that kind")
@@ -106,20 +109,27 @@ def kernels(
     if plot is not None:
         check_matplotlib()
     for path in (plot, save):
-        _check_writable(path)
+        check_writable(path)
+    if (
+        plot is not None
+        and save is not None
+        and plot.resolve() == save.resolve()
+        and not plot.is_char_device()
+    ):
+        raise MicroscaleError(f"{plot}: --plot and --save are one file")
 
     repeat = repeat or (QUICK_REPEAT if quick else 15)
     with _threads(threads) as count:
         results, probes = _run(levels, work, rows, count, repeat, seed)
     document = _document(results, probes, count, repeat, seed)
     if save is not None:
-        _write(save, document)
-    if plot is not None:
-        _plot(plot, document)
+        write_file(save, _json(document))
     if as_json:
         emit(document)
     else:
         _show(document)
+    if plot is not None:  # last: nothing is lost with a picture
+        write_file(plot, _plot(document))
 
 
 Result = tuple[str, "Shape", str, int, "Times"]
@@ -184,9 +194,9 @@ def _words(text: str) -> list[str]:
 
 
 def _numbers(text: str) -> tuple[int, ...]:
-    numbers = tuple(int(word) if word.isdecimal() else 0 for word in _words(text))
+    numbers = tuple(int(word) if word.isdecimal() and len(word) < 10 else 0 for word in _words(text))
     if not numbers or min(numbers) < 1 or max(numbers) > 1 << 20:
-        raise MicroscaleError(f"--m {text!r}: numbers from 1 to {1 << 20}, with commas between")
+        raise MicroscaleError(f"--m {brief(text)}: numbers from 1 to {1 << 20}, with commas between")
     return numbers
 
 
@@ -209,48 +219,10 @@ def _levels(text: str | None) -> list[str]:
     return levels
 
 
-def _check_writable(path: Path | None) -> None:
-    """Refuse before minutes of measuring what could not be written after them."""
-    import tempfile
-
-    if path is None or _is_device(path):
-        return
-    if path.is_dir():
-        raise MicroscaleError(f"{path}: is a directory")
-    path = path.resolve()
-    if not path.parent.is_dir():
-        raise MicroscaleError(f"{path}: there is no directory {path.parent}")
-    try:
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
-    except OSError as error:
-        raise MicroscaleError(f"{path}: nothing can be written there: {error.strerror or error}") from error
-
-
-def _is_device(path: Path) -> bool:
-    """A device, pipe or socket: written to, and never replaced by a file."""
-    return path.exists() and not path.is_file() and not path.is_dir()
-
-
-def _write(path: Path, document: dict[str, Any]) -> None:
-    """The whole file or none: beside it first, then in its place. A link stays one: what it leads to is written."""
+def _json(document: dict[str, Any]) -> bytes:
     import json
-    import os
 
-    text = json.dumps(document, indent=1) + "\n"
-    try:
-        if _is_device(path):
-            path.write_text(text, encoding="utf-8")
-            return
-        path = path.resolve()
-        beside = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
-            beside.write_text(text, encoding="utf-8")
-            beside.replace(path)
-        finally:
-            beside.unlink(missing_ok=True)
-    except OSError as error:
-        raise MicroscaleError(f"{path}: {error.strerror or error}") from error
+    return (json.dumps(document, indent=1) + "\n").encode()
 
 
 def _document(
@@ -331,7 +303,7 @@ def _show(document: dict[str, Any]) -> None:
     )
 
 
-def _plot(path: Path, document: dict[str, Any]) -> None:
+def _plot(document: dict[str, Any]) -> bytes:
     from microscale.bench.ceilings import Ceilings
     from microscale.bench.roofline import draw
 
@@ -342,7 +314,7 @@ def _plot(path: Path, document: dict[str, Any]) -> None:
         point = (c["flops"] / c["weight_bytes_median"], c["flop_rate"], f"M={c['m']}")
         series.setdefault(" ".join(words), []).append(point)
     title = f"{document['machine']['cpu']}, {document['threads']} threads, {level}"
-    draw(path, title, Ceilings(ceilings["read_rate"], ceilings["flop_rate"]), series)
+    return draw(title, Ceilings(ceilings["read_rate"], ceilings["flop_rate"]), series)
 
 
 @bench.command()
@@ -359,8 +331,7 @@ def tune(
 
     microscale bench tune --out cuts.json
     """
-    import json
-
+    from microscale.cli.files import check_writable, write_file
     from microscale.cli.output import known, say
 
     groups = ["4 bits", "6 or 8 bits", "block"]
@@ -368,7 +339,7 @@ def tune(
     for name in chosen:
         known(name, groups, "group of formats")
     known(op, ("all", "linear", "moe"), "kind of layer")
-    _check_writable(out)
+    check_writable(out)
     try:
         from microscale.bench.tune import tune as measure
     except ImportError as error:
@@ -377,6 +348,6 @@ def tune(
         chosen, ["linear", "moe"] if op == "all" else [op], lambda line: say(line, style="dim", stderr=True)
     )
     if out is None:
-        typer.echo(json.dumps(document, indent=1))
+        typer.echo(_json(document).decode(), nl=False)
     else:
-        _write(out, document)
+        write_file(out, _json(document))

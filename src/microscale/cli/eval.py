@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from microscale.perplexity import Perplexity
 
 SHIPPED = "as shipped"
+_LONGEST = 1 << 28  # bytes of a text
 _COLUMNS = ("weights", "quantised", "bits/weight", "perplexity", "bits/byte", "change", "SQNR")
 
 
@@ -168,7 +169,11 @@ def _setting(
     if tokenizer is None:
         raise CheckpointError(path, "has no tokenizer, so its perplexity on a text cannot be measured")
     try:
-        ids = tokenizer(text.read_bytes().decode(), verbose=False)["input_ids"]
+        with text.open("rb") as file:  # of a device or a pipe, perhaps, that has no end
+            raw = file.read(_LONGEST + 1)
+        if len(raw) > _LONGEST:
+            raise MicroscaleError(f"{text}: goes on behind {_LONGEST} bytes")
+        ids = tokenizer(raw.decode(), verbose=False)["input_ids"]
     except (OSError, UnicodeDecodeError) as error:
         raise MicroscaleError(f"{text}: {getattr(error, 'strerror', None) or error}") from error
     if len(ids) < 2:

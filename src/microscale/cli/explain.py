@@ -80,7 +80,7 @@ def explain(
         return
     added = _packages(packages or [])
     machines = [m.with_packages(added) for m in _machines(machine or [], all_machines)]
-    backend = backend or env.backend()
+    backend = env.backend() if backend is None else backend
     if backend is not None:
         known(backend, [b.name for b in table()], "backend")
     check_act(act)
@@ -96,6 +96,8 @@ def explain(
     else:
         if model is not None:
             raise MicroscaleError("give a model or --op, not both")
+        if layers is not None:
+            raise MicroscaleError("--layers cuts a model, and --op describes one layer")
         known(op, ("linear", "moe"), "op")
         needed = (
             ("format", "n", "k") if op == "linear" else ("format", "k", "experts", "top_k", "intermediate")

@@ -64,13 +64,13 @@ def inspect(
     from microscale.checkpoints import open_checkpoint
     from microscale.cli.output import emit, known
     from microscale.formats import FORMATS
-    from microscale.models import BUNDLED, has_weights, resolve
+    from microscale.models import BUNDLED, config_alone, resolve
 
     for word in require or ():
         known(word, FORMATS, "format")
     name = BUNDLED if model is None else model
     path = resolve(name)
-    if (path / "config.json").exists() and not has_weights(path):
+    if config_alone(path):
         raise CheckpointError(path, f"a config alone has no bytes; `microscale explain {name}` plans it")
     checkpoint = open_checkpoint(path)
     found = groups(checkpoint)

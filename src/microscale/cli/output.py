@@ -10,7 +10,7 @@ from contextlib import contextmanager, redirect_stdout
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, TextIO
 
-from microscale.errors import MicroscaleError
+from microscale.errors import MicroscaleError, brief
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -29,9 +29,13 @@ def console(*, stderr: bool = False) -> Console:
     """Where text goes. Tables are `PIPED_WIDTH` wide when it is no terminal; other lines are then never wrapped."""
     from rich.console import Console
 
+    class Piped(Console):
+        def on_broken_pipe(self) -> None:  # rich would exit with 1, which is a verdict here
+            raise BrokenPipeError
+
     stream = sys.stderr if stderr else sys.stdout
     width = None if stream.isatty() else PIPED_WIDTH
-    return Console(file=stream, width=width, highlight=False, markup=False, emoji=False)
+    return Piped(file=stream, width=width, highlight=False, markup=False, emoji=False)
 
 
 def say(text: str = "", *, indent: int = 0, hang: int = 2, style: str = "", stderr: bool = False) -> None:
@@ -111,7 +115,7 @@ def known(name: str, names: Iterable[str], what: str) -> str:
         return name
     near = difflib.get_close_matches(name.lower(), names, n=1)
     hint = f"did you mean {near[0]}? " if near else ""
-    raise MicroscaleError(f"unknown {what} {name!r}; {hint}known: {', '.join(names)}")
+    raise MicroscaleError(f"unknown {what} {brief(name)}; {hint}known: {', '.join(names)}")
 
 
 def progress(items: Iterable[Any], what: str, total: int | None = None) -> Iterable[Any]:

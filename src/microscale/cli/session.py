@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from transformers import AutoTokenizer
 
 from microscale import Decoder, load
 from microscale.checkpoints.config import CONFIG, quant_method, read_config
+from microscale.checkpoints.strict import open_regular
 from microscale.cli.generate import Generation, Settings, beams, generate
 from microscale.cli.output import clean, progress, quiet_libraries, say
 from microscale.dense import DenseModule
@@ -30,6 +32,8 @@ if TYPE_CHECKING:
     from microscale.cli.gpu_timing import GpuWatch
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
+# Read beside them, or passed over without a word where they cannot be.
+_BESIDE_TOKENIZERS = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 _SHORT = 100_000  # characters that any tokenizer is done with at once
 _NORMALISED = 4  # a tokenizer may drop what says nothing, such as spaces; not nearly so much of a text
 _RANDOM_PROMPT = 16  # token ids
@@ -249,8 +253,11 @@ def tokenizer_of(name: str) -> Any:
         CheckpointError: there is one, and it cannot be read.
     """
     path: Path = resolve(name)
-    if not any((path / file).exists() for file in _TOKENIZER_FILES):
+    if not any(os.path.lexists(path / file) for file in _TOKENIZER_FILES):
         return None
+    for file in (*_TOKENIZER_FILES, *_BESIDE_TOKENIZERS):
+        if os.path.lexists(path / file):
+            open_regular(path / file).close()
     quiet_libraries()
     if (path / CONFIG).exists():  # which the tokenizer reads, too: said of it, not of the tokenizer
         config = read_config(path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from microscale.errors import CheckpointError, one_line
@@ -21,13 +22,17 @@ def resolve(name: str | Path, weights: bool = True) -> Path:
     Args:
         weights: of a hub id; False fetches its configs only.
     Raises:
-        CheckpointError: none of these; says what was tried.
+        CheckpointError: none of these, or a file; says what was tried.
     """
     if str(name) == BUNDLED or str(name) in CONFIGS:
         return HERE / str(name)
     text = str(name)
     path = Path(text).expanduser()
     if text and _exists(path):
+        if not path.is_dir():
+            raise CheckpointError(
+                path, "is no directory; a model is one, with config.json and .safetensors files"
+            )
         return path
     if text.count("/") != 1 or text.startswith((".", "/", "~")) or len(text) > _LONGEST:
         names = ", ".join((BUNDLED, *CONFIGS))
@@ -45,9 +50,9 @@ def _exists(path: Path) -> bool:
         return False
 
 
-def has_weights(path: Path) -> bool:
-    """Whether any tensors lie beside the config."""
-    return any(path.glob("*.safetensors"))
+def config_alone(path: Path) -> bool:
+    """Whether a directory has a config and no tensors. What cannot be read is not said to be there."""
+    return os.path.exists(path / "config.json") and not any(path.glob("*.safetensors"))
 
 
 def _download(model_id: str, weights: bool) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import warnings
 from collections.abc import Callable, Iterable
@@ -14,12 +15,12 @@ import torch
 from microscale.canary import DTYPES
 from microscale.checkpoints import Checkpoint, open_checkpoint
 from microscale.checkpoints.config import MAX_CONFIG_BYTES, read_config
-from microscale.checkpoints.strict import brief, read_object
-from microscale.errors import CheckpointError, CheckpointWarning, SettingError
+from microscale.checkpoints.strict import read_object
+from microscale.errors import CheckpointError, CheckpointWarning, SettingError, brief, one_line
 from microscale.integrations.hf import taking_over
 from microscale.integrations.hf.options import Options, using
 from microscale.machine import detect
-from microscale.models import has_weights, resolve
+from microscale.models import config_alone, resolve
 
 _GENERATION = "generation_config.json"
 Progress = Callable[[Iterable[Any]], Iterable[Any]]
@@ -75,7 +76,7 @@ def load(
         return _ready(host, target, options, progress, kwargs)
     if layers is not None:
         raise CheckpointError(path, "layers can be cut with load_format='dummy' only")
-    if (path / "config.json").exists() and not has_weights(path):
+    if config_alone(path):
         hint = "it is a config alone; load_format='dummy' (--load-format dummy) runs it with random weights"
         raise CheckpointError(path, f"no .safetensors files: {hint}")
     # Before transformers is imported: a file that lies is known in an instant.
@@ -88,13 +89,14 @@ def load(
 
 def _from_pretrained(checkpoint: Checkpoint, dtype: torch.dtype | str, kwargs: dict[str, Any]) -> Any:
     """transformers' model of a checkpoint, whole, its experts packed and not placed."""
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     from microscale.integrations.hf.dummy import dummy_config, meta_model
 
     path = checkpoint.path
     config = dummy_config(path, checkpoint.config, None)
-    if (path / _GENERATION).exists():  # transformers would go on without one that it cannot read
+    if os.path.lexists(path / _GENERATION):  # transformers would go on without one that it cannot read
         read_object(path / _GENERATION, MAX_CONFIG_BYTES, constants=True)
     _check_index(checkpoint)
     with taking_over():
@@ -102,6 +104,9 @@ def _from_pretrained(checkpoint: Checkpoint, dtype: torch.dtype | str, kwargs: d
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 path, dtype=dtype, output_loading_info=True, trust_remote_code=False, **kwargs
             )
+        except (OSError, SafetensorError) as e:
+            # All files were read a moment ago: somebody has removed or rewritten them since.
+            raise CheckpointError(path, f"transformers cannot read it: {one_line(e)}") from e
         except (
             ArithmeticError,
             AttributeError,
@@ -197,12 +202,12 @@ def target_device(device: str | torch.device | None = None) -> torch.device:
         SettingError: this machine has no such device, or torch knows no such word.
     """
     machine = detect()
-    word = str(device or machine.device)
+    word = machine.device if device is None else str(device)
     kind, _, index = word.partition(":")
     kind = "rocm" if kind == "cuda" and machine.device == "rocm" else kind
     kinds = list(dict.fromkeys(["cpu", *(g.kind for g in machine.gpus)]))
     if kind not in kinds:
-        raise SettingError(f"unknown device {word!r}; known: {', '.join(kinds)}")
+        raise SettingError(f"unknown device {brief(word)}; known: {', '.join(kinds)}")
     count = 1 if kind == "cpu" else sum(g.kind == kind for g in machine.gpus)
     if index and not (re.fullmatch(r"[0-9]{1,4}", index) and int(index) < count):
         raise SettingError(f"device {word}: this machine has {count} of that kind, numbered from 0")

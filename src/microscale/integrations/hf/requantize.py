@@ -18,7 +18,8 @@ from microscale.integrations.hf.experts import activation_of, attach, hold
 from microscale.integrations.hf.options import Options
 from microscale.integrations.hf.quantizer import activation_dtype, top_k_of
 from microscale.integrations.hf.survey import GROUPS, Report, matrices, packable, row, weights_of
-from microscale.nn import ROUTER_NAMES, QuantLinear
+from microscale.layer_classes import ROUTER_NAMES
+from microscale.nn import QuantLinear
 from microscale.quant import QuantTensor, dequantize, quantize
 
 Progress = Callable[[Iterable[Any]], Iterable[Any]]
