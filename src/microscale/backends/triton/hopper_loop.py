@@ -224,8 +224,8 @@ def rescaled(acc, ratio):
 
 @gluon.jit
 def rescaled_last(acc, ratio):
-    """The same behind the last product, rounded: a compiler that fused it with what is added to it next, as `*` lets it,
-    would give other bits than kernels in which it did not."""
+    """The same behind the last product, rounded: a compiler that fused it with what is added to it next, as `*` lets
+    it, would give other bits than kernels in which it did not."""
     factor = gl.broadcast(ratio[:, None], acc)[0]
     return gl.inline_asm_elementwise(
         "mul.rn.f32 $0, $1, $2;", "=f,f,f", [acc, factor], dtype=gl.float32, is_pure=True, pack=1
