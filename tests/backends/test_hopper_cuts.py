@@ -155,6 +155,23 @@ def test_a_cut_that_does_not_fit_is_refused_before_it_is_compiled(layout: Any) -
         wide._kernel(spec, 0)
 
 
+def test_turns_of_two_steps_are_for_what_was_timed() -> None:
+    pytest.importorskip("triton", reason="the package triton is not installed")
+    cuts, text = (import_module(f"microscale.backends.triton.{m}") for m in ("cuts", "hopper_text"))
+    paired = set()
+    for name in ("mxfp4", "nvfp4", "mxfp8_e4m3"):
+        fmt = FORMATS[name]
+        wide = {r.first.fitted(fmt, 1) for r in cuts.table()[cuts.group(fmt)][1] if r.first.wide}
+        for most, stages, users, tiles in {(c.block_m, c.stages, c.users, c.tiles) for c in wide}:
+            assert stages >= 4
+            spec = text.Spec(True, fmt.element.name, fmt.scale, most, stages, users, tiles // users)
+            assert ("one_step" in text.kernel(spec)) == spec.paired
+            if spec.paired:
+                paired.add((name, most))
+    assert paired == {("mxfp4", 48), ("mxfp4", 64), ("mxfp4", 80)}
+    assert not text.Spec(True, "e2m1", "e8m0", 48, 3, 2, 2).paired
+
+
 def test_the_tuner_tries_what_fits_and_keeps_the_fastest(layout: Any) -> None:
     cuts = import_module("microscale.backends.triton.cuts")
     tune = import_module("microscale.bench.tune")

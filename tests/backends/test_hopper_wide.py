@@ -201,9 +201,18 @@ def test_experts_are_within_the_permitted_error(
     ids[0] = -1
     results = [
         of_experts(emulated, name, activation, ids, 3, seed, word, monkeypatch)
-        for word in ("m48t4c1w12s3x", "m64t4c1w12s5x", "m80t3c1w16s4x")
+        for word in ("m48t4c1w12s3x", "m48t4c1w12s4x", "m64t4c1w12s5x", "m80t3c1w16s4x")
     ]
     assert all(torch.equal(results[0], y) for y in results[1:])
+
+
+def test_turns_of_two_steps_end_anywhere(emulated: Any, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One, four and seven steps, with as few stages as there may be and one more; beside steps one by one."""
+    given = emulated, "mxfp4", GPT_OSS, (torch.arange(60)[:, None] % 3 > 0).long(), 2, seed
+    for columns in ((64, 448), (256, 64)):
+        words = (f"m48t4c1w12s{stages}x" for stages in (3, 4, 5))
+        single, *paired = (of_experts(*given, word, monkeypatch, columns) for word in words)
+        assert all(torch.equal(single, y) for y in paired)
 
 
 @pytest.mark.parametrize("activation", [GPT_OSS, Activation("silu")], ids=lambda a: a.kind)
@@ -217,12 +226,12 @@ def test_the_only_tile_is_done_with_w13_before_w2(
 
 def of_experts(
     emulated: Any, name: str, activation: Activation, ids: Tensor, experts: int, seed: int, word: str,
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, columns: tuple[int, int] = (96, 192),
 ) -> Tensor:  # fmt: skip
-    """Checked against what is permitted."""
+    """Checked against what is permitted. `columns`: of w13 and w2."""
     monkeypatch.setattr(emulated.nvrtc, "refuse", lambda: None)
     generator = torch.Generator().manual_seed(seed)
-    (tokens, top_k), hidden, inner = ids.shape, 96, 192
+    (tokens, top_k), (hidden, inner) = ids.shape, columns
     w13 = quantize(random(generator, experts, activation.rows(inner), hidden) / 8, name)
     w2 = quantize(random(generator, experts, hidden, inner) / 8, name)
     x, share = random(generator, tokens, hidden).bfloat16(), random(generator, tokens, top_k).softmax(-1)

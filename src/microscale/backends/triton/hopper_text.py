@@ -14,6 +14,7 @@ COPY_REGISTERS = (56, 72)  # up to 144 tokens, and of more: addresses of a step
 STEP = 8  # what numbers of tokens are multiples of
 MOST_OF_TWO = 144  # tokens that a group has registers for which has two tiles of weights
 PARTS = (8, 7, 6, 5, 3)  # eighths of the most
+MOST_PAIRED = 80  # tokens whose products take about as long as decoding two tiles does
 KINDS = ("silu", "swiglu_oai", "swiglu_step")
 
 
@@ -61,6 +62,17 @@ class Spec:
             return (self.most,)
         loops = (208 - self.most) // 32 if self.each == 2 else len(PARTS)
         return tuple(dict.fromkeys(-(-self.most * p // 8 // STEP) * STEP for p in PARTS[:loops]))
+
+    @property
+    def paired(self) -> bool:
+        """Whether a turn of experts' loop is two steps, `hopper_pair.h`: where that has been timed and was faster."""
+        return (
+            self.experts
+            and (self.element, self.scale) == ("e2m1", "e8m0")
+            and (self.users, self.each) == (2, 2)
+            and self.most <= MOST_PAIRED
+            and self.stages >= 4
+        )
 
     @property
     def threads(self) -> int:
@@ -123,8 +135,12 @@ def text(spec: Spec) -> str:
 
 def kernel(spec: Spec) -> str:
     """What comes behind the instructions."""
-    what = ("hopper_unit.h", "hopper_wide.cu") if spec.experts else ("hopper_linear.h", "hopper_linear.cu")
-    return part("hopper_rows.h") + part(what[0]) + part("hopper_steps.h") + part(what[1])
+    if not spec.experts:
+        names = ["hopper_rows.h", "hopper_linear.h", "hopper_steps.h", "hopper_linear.cu"]
+    else:
+        loop = "hopper_pair.h" if spec.paired else "hopper_single.h"
+        names = ["hopper_rows.h", "hopper_unit.h", "hopper_steps.h", loop, "hopper_wide.cu"]
+    return "".join(map(part, names))
 
 
 def _decode(element: str, scale: str) -> str:

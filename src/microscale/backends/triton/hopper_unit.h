@@ -28,6 +28,12 @@ struct Tile {
   int tile;     // of tokens
 };
 
+// A step in shared memory: its tokens, for products, and the barrier of those who are done with it.
+struct Step {
+  u64 x;
+  u32 empty;
+};
+
 DEVICE const Operands &operands(const Given &a, const Tile &t) { return a.of[t.product]; }
 
 // The least of SIZES that so many tokens fit in.
@@ -67,6 +73,9 @@ DEVICE int row_tile(const Given &a, const Tile &t, int i) {
   if (APART && t.product == 0) return USERS * t.block + i / 2 + i % 2 * (a.of[0].width / 64);
   return TILES * t.block + i;
 }
+
+// A tile of a unit's weights, or the last one.
+DEVICE int tile_there(const Given &a, const Tile &t, int i) { return min(row_tile(a, t, i), operands(a, t).tiles - 1); }
 
 // Columns of y that come of a tile.
 DEVICE int results_of(const Tile &t) { return kInTurn && t.product == 0 ? 32 : 64; }
