@@ -315,14 +315,14 @@ def test_experts_that_end_in_a_norm_are_refused() -> None:
 def test_a_change_of_dtype_rounds_no_scale(fmt: str, backend: str, tokens: Tensor) -> None:
     if backend == "cpu" and not detect().core:
         pytest.skip(detect().core_missing)
-    model = dense("qwen3_moe")
+    model = dense("qwen3_moe").to(torch.float16).to(torch.float32)  # else a router's rounding moves routes
     requantize(model, fmt, what=("experts",), backend=backend)
     experts = model.model.layers[1].mlp.experts
     before = read_back(experts)
     expected = logits(model, tokens)
     model.to(torch.float16).to(torch.float32)
     assert all(map(torch.equal, read_back(experts), before))
-    assert torch.allclose(logits(model, tokens), expected, atol=1e-2)
+    assert torch.equal(logits(model, tokens), expected)
 
 
 def read_back(experts: nn.Module) -> list[Tensor]:
