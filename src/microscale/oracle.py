@@ -157,6 +157,17 @@ class Choice:
         return "\n".join(lines + [f"- {name}: {why}" for name, why in self.refused])
 
 
+def check_forced(problem: object, backends: Sequence[Backend], force: str | None) -> None:
+    """That a backend that is the only one allowed is in the table.
+
+    Raises:
+        NoBackendError: it is not; says which are.
+    """
+    if force is not None and force not in {b.name for b in backends}:
+        names = ", ".join(b.name for b in backends)
+        raise NoBackendError(problem, [(force, f"no backend has this name; known: {names}")])
+
+
 def choose(
     problem: Problem,
     backends: Sequence[Backend],
@@ -174,9 +185,7 @@ def choose(
     """
     already = dict(failed)
     refused: list[tuple[str, str]] = []
-    if force is not None and force not in {b.name for b in backends}:
-        names = ", ".join(b.name for b in backends)
-        raise NoBackendError(problem, [(force, f"no backend has this name; known: {names}")])
+    check_forced(problem, backends, force)
     for i, backend in enumerate(backends):
         if force is not None and backend.name != force:
             why: str | None = f"not the forced one ({force})"

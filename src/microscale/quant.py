@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from math import prod
 from typing import Any
 
 import torch
@@ -24,11 +25,8 @@ from microscale.scales import (
 # Elements worked on at a time: temporaries stay in a core's L2, and quantising never needs a second full copy.
 CHUNK = 1 << 18
 
-_NARROW = (
-    torch.float32,
-    torch.bfloat16,
-    torch.float16,
-)  # float32 holds their numbers, and torch has their abs
+# Float32 holds their numbers, and torch has their abs.
+_NARROW = (torch.float32, torch.bfloat16, torch.float16)
 
 _SCALE_DTYPES = {"e8m0": torch.uint8, "e4m3": torch.uint8, "f32": torch.float32}
 
@@ -180,9 +178,7 @@ def quantize(
 
     shape = tuple(x.shape)
     n, k = (shape[-2] if len(shape) > 1 else 1), shape[-1]
-    lead = 1
-    for size in shape[:-2]:
-        lead *= size
+    lead = prod(shape[:-2])
     codes = torch.zeros(lead, n, fmt.packed_columns(k), dtype=torch.uint8, device=x.device)
     scales = torch.zeros(lead, *fmt.scale_shape(n, k), dtype=_SCALE_DTYPES[fmt.scale], device=x.device)
     flat = x.reshape(lead, n, k)

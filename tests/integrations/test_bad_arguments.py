@@ -77,5 +77,5 @@ def test_numbers_are_not_cut_off(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("name", ["", "x" * 5000, "a\0b", "/etc/passwd"])
 def test_names_of_models(name: str) -> None:
-    with pytest.raises(MicroscaleError, match="no such directory"):
+    with pytest.raises(MicroscaleError, match=r"no such directory|is no directory; a model is one"):
         microscale.load(name)

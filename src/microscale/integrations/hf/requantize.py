@@ -20,6 +20,7 @@ from microscale.integrations.hf.quantizer import activation_dtype, top_k_of
 from microscale.integrations.hf.survey import GROUPS, Report, matrices, packable, row, weights_of
 from microscale.layer_classes import ROUTER_NAMES
 from microscale.nn import QuantLinear
+from microscale.oracle import check_forced
 from microscale.quant import QuantTensor, dequantize, quantize
 
 Progress = Callable[[Iterable[Any]], Iterable[Any]]
@@ -70,6 +71,7 @@ def requantize(
             activation_of(module)
 
     placer = Options(backend, act, canary).placer()
+    check_forced(type(model).__name__, placer.backends, placer.force)
     dtype = activation_dtype(model)
     rows = []
     with torch.no_grad():
@@ -79,13 +81,16 @@ def requantize(
             rows.append(row(name, group, before, dict(after)))
             del before
             if group == "experts":
+                _forbid_saving(
+                    model, fmt
+                )  # ahead of what changes: an error or an interrupt may leave it at that
                 hold(module, after)
                 attach(module, top_k_of(model.config), placer, act).place(dtype)
             else:
                 linear = QuantLinear(after["weight"], _bias(module), placer, act).train(module.training)
                 linear.place(dtype)
+                _forbid_saving(model, fmt)
                 _replace(model, module, linear)
-    _forbid_saving(model, fmt)
     return Report(tuple(rows))
 
 
