@@ -15,6 +15,7 @@ namespace {
 constexpr int64_t kMaxTokens = 2048;  // at a time: bounds the intermediate, and a thread's sums
 // Of what a thread uses again and again, if there are many rows: it should stay in its L2 cache.
 constexpr int64_t kCacheBytes = 3 << 19;
+constexpr int64_t kSumBytes = 1 << 20;  // of a unit's sums of all tokens
 
 struct Weights {
   const ms_header *header;
@@ -44,8 +45,13 @@ struct Moe {
   const void **middle_rows;
   int64_t m, width;  // tokens; of the intermediate
   int threads;
-  int64_t block, blocks;  // intermediate columns that are made at a time; blocks of a unit of the first product
-  int64_t columns;        // panels of a unit of the second product
+  int64_t block;  // intermediate columns that are made at a time
+  // Units of the first product, most routes first: `large` experts in `parts` parts each, `whole` experts as they are,
+  // and the others in parts.
+  int64_t large, whole, parts;
+  int64_t units;               // of the second product
+  const int64_t *first_panel;  // of each of them, and behind the last
+  int64_t together;            // panels of its products
   int dtype;
   uint8_t *y;
   bool weighted;  // the routing weight is on the result
@@ -83,20 +89,30 @@ struct Moe {
     const ms_header *h = w.header;
     return w.expert(expert) + panel_place(h->format, h->n, h->k, row / kPanelColumns).codes;
   }
-  int64_t units_each() const { return ceil_div(ceil_div(width, block), blocks); }  // of the first product's
+  int64_t first_units() const { return whole + (routes->experts() - whole) * parts; }
+  struct Part {
+    int64_t hit, from, to;  // blocks [from, to) of that expert's intermediate
+  };
+  Part part(int64_t unit) const {
+    const int64_t all = ceil_div(width, block), after = unit - large * parts;
+    if (after >= 0 && after < whole) return {routes->by_size(large + after), 0, all};
+    const int64_t split = after < 0 ? unit : unit - whole, i = split % parts;
+    return {routes->by_size(split / parts + (after < 0 ? 0 : whole)), all * i / parts, all * (i + 1) / parts};
+  }
   const uint8_t *block_of_w13(int64_t expert, int64_t number) const {
     const int64_t column = number * block;
     return at(w13, expert, pairs() ? 2 * column : column);
   }
   // What a thread reads after a unit, if no other takes it: see parallel().
   const uint8_t *after_first(int64_t unit) const {
-    const int64_t next = unit + threads, units = routes->experts() * units_each();
-    if (next >= units) return after_second(unit % threads - threads);
-    return block_of_w13(routes->expert(routes->by_size(next / units_each())), next % units_each() * blocks);
+    const int64_t next = unit + threads;
+    if (next >= first_units()) return after_second(unit % threads - threads);
+    const Part p = part(next);
+    return block_of_w13(routes->expert(p.hit), p.from);
   }
   const uint8_t *after_second(int64_t unit) const {
-    const int64_t row = (unit + threads) * columns * kPanelColumns;
-    return at(w2, routes->expert(0), row < w2.header->n ? row : 0);
+    const int64_t next = unit + threads;
+    return at(w2, routes->expert(0), next < units ? first_panel[next] * kPanelColumns : 0);
   }
 
   bool pairs() const { return activation->gated && activation->interleaved; }
@@ -104,8 +120,8 @@ struct Moe {
 
   // One expert and some columns of its intermediate.
   void first(int64_t unit, uint8_t *own) const {
-    const int64_t hit = routes->by_size(unit / units_each()), expert = routes->expert(hit);
-    const int64_t from = unit % units_each() * blocks, to = std::min(from + blocks, ceil_div(width, block));
+    const auto [hit, from, to] = part(unit);
+    const int64_t expert = routes->expert(hit);
     const void *rows[1] = {own + gathered_at};
     int state = 0;
     if (!x) gather(hit, own + gathered_at);
@@ -135,22 +151,25 @@ struct Moe {
     const float *up = nullptr, *gate = rows_of_w13(p, row, pairs() ? 2 * count : count, raw,
                                                    apart ? at(w13, expert, width + column) : after);
     if (apart) up = rows_of_w13(p, width + column, count, raw + block + kPanelColumns, after);
+    void **out = reinterpret_cast<void **>(own + kernels->scratch + raw_bytes);
+    const int64_t step = layout.step(p.m), start = column / kTileK * step;
+    layout.each_row(hit, routes->first(hit), p.m, [&](int64_t i, int64_t offset) { out[i] = middle + offset + start; });
+    if (column == 0) std::copy_n(out, p.m, middle_rows + routes->first(hit));
     // Tiles of the second product one after the other.
-    for (int64_t part = 0; part < count; part += kTileK)
-      activate(p, hit, expert, column + part, std::min(kTileK, count - part), gate + (pairs() ? 2 * part : part),
-               up ? up + part : nullptr, own);
+    for (int64_t part = 0; part < count; part += kTileK) {
+      activate(p, expert, column + part, std::min(kTileK, count - part), gate + (pairs() ? 2 * part : part),
+               up ? up + part : nullptr, out);
+      for (int64_t i = 0; i < p.m; ++i) out[i] = static_cast<uint8_t *>(out[i]) + step;
+    }
   }
 
   // Sums of gates and ups to `count` columns of the intermediate.
-  void activate(const Product &p, int64_t hit, int64_t expert, int64_t column, int64_t count, const float *gate,
-                const float *up, uint8_t *own) const {
+  void activate(const Product &p, int64_t expert, int64_t column, int64_t count, const float *gate, const float *up,
+                void *const *out) const {
     const int64_t row = pairs() ? 2 * column : column;
-    void **out = reinterpret_cast<void **>(own + kernels->scratch + raw_bytes);
-    for (int64_t i = 0; i < p.m; ++i) {
-      out[i] = middle + layout.offset(hit, routes->first(hit), p.m, i) + column / kTileK * layout.step(p.m);
-      if (column == 0) middle_rows[routes->first(hit) + i] = out[i];
-      if (count < kTileK) std::memset(out[i], 0, static_cast<size_t>(kTileK * element_bytes(layout.operand)));
-    }
+    if (count < kTileK)
+      for (int64_t i = 0; i < p.m; ++i)
+        std::memset(out[i], 0, static_cast<size_t>(kTileK * element_bytes(layout.operand)));
     Activate a{};
     a.activation = activation;
     a.gate = gate;
@@ -167,34 +186,40 @@ struct Moe {
 
   // Some output columns of all tokens: every expert's share in ascending order, so that the sum is always the same.
   void second(int64_t unit, uint8_t *own) const {
-    const int64_t n = w2.header->n, panel = unit * columns, end = std::min(panel + columns, panels(n));
+    const int64_t n = w2.header->n, panel = first_panel[unit], end = first_panel[unit + 1];
     const int64_t column = panel * kPanelColumns, real = std::min(end * kPanelColumns, n) - column;
-    const int64_t stride = columns * kPanelColumns;
+    const int64_t stride = (end - panel) * kPanelColumns;
     float *sums = reinterpret_cast<float *>(own + kernels->scratch + raw_bytes);
     std::fill_n(sums, m * stride, 0.0f);
     int state = 0;
-    for (int64_t hit = 0; hit < routes->experts(); ++hit) add(unit, hit, end - panel, own, &state, sums);
+    for (int64_t hit = 0; hit < routes->experts(); ++hit)
+      for (int64_t p = panel; p < end; p += together) add(unit, hit, p, std::min(together, end - p), own, &state, sums);
     if (kernels->end) kernels->end();
     for (int64_t i = 0; i < m; ++i)
       kernels->store(sums + i * stride, nullptr, nullptr, real, dtype, y + (i * n + column) * element_bytes(dtype));
   }
 
-  // One expert's share of a unit of `count` panels to all its tokens' sums.
-  void add(int64_t unit, int64_t hit, int64_t count, uint8_t *own, int *state, float *sums) const {
-    const int64_t expert = routes->expert(hit), first_route = routes->first(hit), stride = columns * kPanelColumns;
+  // One expert's share of `count` panels of a unit to all its tokens' sums.
+  void add(int64_t unit, int64_t hit, int64_t panel, int64_t count, uint8_t *own, int *state, float *sums) const {
+    const int64_t expert = routes->expert(hit), first_route = routes->first(hit);
+    const int64_t from = first_panel[unit], end = first_panel[unit + 1];
+    const int64_t stride = together * kPanelColumns, sum_stride = (end - from) * kPanelColumns;
     float *raw = reinterpret_cast<float *>(own + kernels->scratch);
     Product p = product(w2, expert, hit, middle_rows + routes->first(hit), own, state);
-    p.first = unit * columns;
+    p.first = panel;
     p.count = count;
     p.out = raw;
     p.stride = stride;
     const int64_t column = p.first * kPanelColumns, real = std::min(count * kPanelColumns, p.n - column);
-    p.next = hit + 1 < routes->experts() ? at(w2, routes->expert(hit + 1), column) : after_second(unit);
+    p.next = panel + count < end           ? at(w2, expert, column + count * kPanelColumns)
+             : hit + 1 < routes->experts() ? at(w2, routes->expert(hit + 1), from * kPanelColumns)
+                                           : after_second(unit);
     kernels->product[w2.header->format](&p);
     const float *outer = w2.outer_of(expert, column), *bias = w2.bias_of(expert, column);
+    sums += column - from * kPanelColumns;
     for (int64_t i = 0; i < p.m; ++i) {
       const float weight = weighted ? routes->weights()[first_route + i] : 1.0f;
-      kernels->add(raw + i * stride, outer, bias, weight, real, sums + routes->tokens()[first_route + i] * stride);
+      kernels->add(raw + i * stride, outer, bias, weight, real, sums + routes->tokens()[first_route + i] * sum_stride);
     }
   }
 
@@ -207,6 +232,20 @@ struct Moe {
     c.second(unit, c.scratch + thread * c.scratch_each);
   }
 };
+
+// Shares `steps` steps out into units, `threads` of one size at a time: of at most `most` steps at first, since a unit
+// of the second product reads the intermediate of all tokens, and of few at the end, where threads wait for each other.
+// Returns how many there are; from[i] is the first step of unit i, from[units] is `steps`.
+int64_t share(int64_t steps, int64_t threads, int64_t most, int64_t *from) {
+  int64_t units = 0;
+  for (int64_t step = 0, size = 0; step < steps; step += size, ++units) {
+    const int64_t left = steps - step;
+    if (units % threads == 0) size = std::min(std::max<int64_t>((left + threads) / (2 * threads), 1), most);
+    from[units] = step;
+  }
+  from[units] = steps;
+  return units;
+}
 
 // The experts for at most kMaxTokens tokens.
 int some_tokens(Moe &c, const void *x, const int64_t *ids, const float *weights, int64_t t, int threads) {
@@ -248,23 +287,41 @@ int some_tokens(Moe &c, const void *x, const int64_t *ids, const float *weights,
   // Whole groups of panels where that leaves enough units. Interleaved gates and ups share a group.
   const int64_t all = panels(n), whole = c.pairs() ? 32 : 64;
   c.block = routes.experts() * ceil_div(c.width, whole) >= 4 * threads ? whole : 32;
-  // Units that gather have much to do with it.
-  const int64_t each = gather ? ceil_div(32 * threads, routes.experts()) : c.width;
-  c.blocks = std::max<int64_t>(ceil_div(c.width, c.block) / each, 1);
-  c.columns = all >= 32 * threads ? 4 : all >= 8 * threads ? 2 : 1;
-  // Each unit reads the intermediate of all tokens: fewer units where that is much.
-  const auto used = [&](int64_t columns) { return columns * kPanelColumns * c.m * 4 + c.layout.bytes(most, 0); };
-  if (routes.largest() > 16)
-    while (2 * c.columns * 4 * threads <= all && used(2 * c.columns) <= kCacheBytes) c.columns *= 2;
-  c.raw_bytes = most * std::max(c.raw_stride(), c.columns * kPanelColumns) * 4;
-  const int64_t others = std::max(c.m * c.columns * kPanelColumns * 4, most * static_cast<int64_t>(sizeof(void *)));
+  // Units that gather have much to do with it, so they are whole experts, but for those that would keep one thread busy
+  // for long, and the last few.
+  const int64_t blocks = ceil_div(c.width, c.block), experts = routes.experts();
+  c.large = c.whole = 0;
+  c.parts = blocks;
+  if (gather) {
+    while (c.large < experts && 4 * threads * routes.size(routes.by_size(c.large)) > routed) ++c.large;
+    c.whole = std::max<int64_t>(experts - c.large - 4 * threads, 0);
+    c.parts = std::min(blocks, ceil_div(16 * threads, experts - c.whole));
+  }
+  const int64_t step = all >= 32 * threads ? 4 : all >= 8 * threads ? 2 : 1, steps = ceil_div(all, step);
+  const int64_t step_bytes = step * kPanelColumns * c.m * 4;
+  // With many rows they, not weights, are most of what is read: more panels of an expert at a time.
+  const bool many = routes.largest() > 16;
+  c.together = step;
+  if (many)
+    while (8 * c.together * threads <= all &&
+           2 * c.together / step * step_bytes + c.layout.bytes(most, 0) <= kCacheBytes)
+      c.together *= 2;
+  Buffer<int64_t> first_panel(steps + 1);
+  if (!first_panel) return MS_NO_MEMORY;
+  c.units = share(steps, threads, many ? std::max<int64_t>(kSumBytes / step_bytes, 1) : 1, first_panel.get());
+  int64_t largest = 0;  // unit, in steps
+  for (int64_t i = 0; i < c.units; ++i) largest = std::max(largest, first_panel[i + 1] - first_panel[i]);
+  for (int64_t i = 0; i <= c.units; ++i) first_panel[i] = std::min(first_panel[i] * step, all);
+  c.first_panel = first_panel.get();
+  c.raw_bytes = most * std::max(c.raw_stride(), c.together * kPanelColumns) * 4;
+  const int64_t others = std::max(largest * step_bytes, most * static_cast<int64_t>(sizeof(void *)));
   c.gathered_at = ceil_div(static_cast<int64_t>(c.kernels->scratch) + c.raw_bytes + others, 64) * 64;
   c.scratch_each = c.gathered_at + (gather ? c.gathered.bytes(most, 0) : 0) + 64;
   Buffer<uint8_t> scratch(c.scratch_each * threads);
   if (!scratch) return MS_NO_MEMORY;
   c.scratch = scratch.get();
-  parallel(threads, routes.experts() * c.units_each(), Moe::run_first, &c);
-  parallel(threads, ceil_div(all, c.columns), Moe::run_second, &c);
+  parallel(threads, c.first_units(), Moe::run_first, &c);
+  parallel(threads, c.units, Moe::run_second, &c);
   return MS_OK;
 }
 

@@ -1,7 +1,7 @@
-// The non-linearities of microscale.activations in float32, 16 at a time.
+// The non-linearities of microscale.activations in float32, for one or several vectors at a time.
 #pragma once
 #include <math.h>
-#ifdef __AVX512F__
+#ifdef __AVX2__
 #include <immintrin.h>
 #endif
 
@@ -39,15 +39,49 @@ inline f32x16 times_power_of_two(f32x16 v, f32x16 exponent) {
 }
 inline f32x16 reciprocal(f32x16 v) { return 1.0f / v; }
 #endif
+#if defined(__AVX2__) && !defined(__AVX512F__)
+inline f32r between(float low, f32r v, float high) {
+  return _mm256_max_ps(_mm256_set1_ps(low), _mm256_min_ps(_mm256_set1_ps(high), v));
+}
+inline f32r nearest_integer(f32r v) { return (v + 12582912.0f) - 12582912.0f; }
+inline f32r times_power_of_two(f32r v, f32r exponent) {
+  const __m256i e = _mm256_cvttps_epi32(exponent), half = _mm256_srai_epi32(e, 1);
+  const auto power = [](__m256i n) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(n, _mm256_set1_epi32(127)), 23));
+  };
+  return v * power(half) * power(_mm256_sub_epi32(e, half));
+}
+inline f32r reciprocal(f32r v) { return 1.0f / v; }
+#endif
+
+template <class T, int N>
+MS_INLINE Several<T, N> between(float low, const Several<T, N> &v, float high) {
+  return v.each([low, high](T a) { return between(low, a, high); });
+}
+template <class T, int N>
+MS_INLINE Several<T, N> nearest_integer(const Several<T, N> &v) {
+  return v.each([](T a) { return nearest_integer(a); });
+}
+template <class T, int N>
+MS_INLINE Several<T, N> times_power_of_two(const Several<T, N> &v, const Several<T, N> &exponent) {
+  return v.each([](T a, T b) { return times_power_of_two(a, b); }, exponent);
+}
+template <class T, int N>
+MS_INLINE Several<T, N> reciprocal(const Several<T, N> &v) {
+  return v.each([](T a) { return reciprocal(a); });
+}
+
+// Below, V is a vector or several of them.
 
 // e^v within 1.5 ulp, and at most 2^127: the usual reduction by ln 2 and a degree 6 polynomial (Cody and Waite;
 // coefficients of Cephes' expf).
-inline f32x16 exponential(f32x16 v) {
+template <class V>
+MS_INLINE V exponential(V v) {
   v = between(-87.33f, v, 88.02f);
-  const f32x16 n = nearest_integer(v * 1.44269504f);
-  f32x16 r = v - n * 0.693359375f;
+  const V n = nearest_integer(v * 1.44269504f);
+  V r = v - n * 0.693359375f;
   r = r + n * 2.12194440e-4f;
-  f32x16 p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+  V p = r * 1.9875691500e-4f + 1.3981999507e-3f;
   p = p * r + 8.3334519073e-3f;
   p = p * r + 4.1665795894e-2f;
   p = p * r + 1.6666665459e-1f;
@@ -56,31 +90,65 @@ inline f32x16 exponential(f32x16 v) {
   return times_power_of_two(p, n);
 }
 
-inline f32x16 sigmoid(f32x16 v) { return reciprocal(1.0f + exponential(-v)); }
+template <class V>
+MS_INLINE V sigmoid(V v) {
+  return reciprocal(1.0f + exponential(-v));
+}
 
-inline f32x16 hyperbolic_tangent(f32x16 v) {
-  const f32x16 s = v * v;
-  f32x16 p = s * -5.70498872745e-3f + 2.06390887954e-2f;  // near zero: Cephes' tanhf
+// Of each lane a where v is less than the limit, else b.
+template <class T>
+inline T less(T v, float limit, T a, T b) {
+  return v < limit ? a : b;
+}
+template <class T, int N>
+MS_INLINE Several<T, N> less(const Several<T, N> &v, float limit, const Several<T, N> &a, const Several<T, N> &b) {
+  return v.each([limit](T x, T y, T z) { return less(x, limit, y, z); }, a, b);
+}
+
+template <class V>
+MS_INLINE V hyperbolic_tangent(V v) {
+  const V s = v * v;
+  V p = s * -5.70498872745e-3f + 2.06390887954e-2f;  // near zero: Cephes' tanhf
   p = p * s - 5.37397155531e-2f;
   p = p * s + 1.33314422036e-1f;
   p = p * s - 3.33332819422e-1f;
-  const f32x16 near = p * s * v + v;
-  const f32x16 far = 1.0f - 2.0f * reciprocal(exponential(v + v) + 1.0f);
-  return s < 0.390625f ? near : far;
+  const V near = p * s * v + v;
+  const V far = 1.0f - 2.0f * reciprocal(exponential(v + v) + 1.0f);
+  return less(s, 0.390625f, near, far);
 }
 
 // NaN passes every clamp.
-inline f32x16 at_most(f32x16 v, float limit) { return between(-INFINITY, v, limit); }
-inline f32x16 within(f32x16 v, float limit) { return between(-limit, v, limit); }
-
-inline f32x16 gelu(f32x16 v) {
-  f32x16 r;
-  for (int i = 0; i < kLanes; ++i) r[i] = 0.5f * v[i] * erfcf(v[i] * -0.707106781f);
-  return r;
+template <class V>
+MS_INLINE V at_most(V v, float limit) {
+  return between(-INFINITY, v, limit);
+}
+template <class V>
+MS_INLINE V within(V v, float limit) {
+  return between(-limit, v, limit);
 }
 
-template <int kKind>
-inline f32x16 activated(f32x16 g, f32x16 u, const ms_activation &a) {
+template <class T>
+inline T gelu(T v) {
+  T r;
+  for (size_t i = 0; i < sizeof v / 4; ++i) r[i] = 0.5f * v[i] * erfcf(v[i] * -0.707106781f);
+  return r;
+}
+template <class T, int N>
+MS_INLINE Several<T, N> gelu(const Several<T, N> &v) {
+  return v.each([](T a) { return gelu(a); });
+}
+
+template <class T>
+inline T square_of_positive(T v) {
+  return v > 0.0f ? v * v : (v != v ? v : T{});
+}
+template <class T, int N>
+MS_INLINE Several<T, N> square_of_positive(const Several<T, N> &v) {
+  return v.each([](T a) { return square_of_positive(a); });
+}
+
+template <int kKind, class V>
+MS_INLINE V activated(V g, V u, const ms_activation &a) {
   const float limit = a.limit;
   switch (kKind) {
     case MS_SILU:
@@ -100,7 +168,7 @@ inline f32x16 activated(f32x16 g, f32x16 u, const ms_activation &a) {
       g = g * sigmoid(g * 1.59576912f * (1.0f + 0.044715f * g * g));
       break;
     default:  // MS_RELU2
-      g = g > 0.0f ? g * g : (g != g ? g : splat(0.0f));
+      g = square_of_positive(g);
   }
   return a.gated ? g * within(u, limit) : g;
 }

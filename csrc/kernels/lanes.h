@@ -38,6 +38,58 @@ inline void store_lanes(S *p, T v, int64_t n) {
   __builtin_memcpy(p, &v, static_cast<size_t>(n) * sizeof(S));
 }
 
+// As many as a register holds: wider vectors GCC 12 passes through memory, and it compares them number by number.
+#if defined(__AVX2__) && !defined(__AVX512F__)
+constexpr int kRegisterLanes = 8;
+typedef float f32r __attribute__((vector_size(32)));
+#else
+constexpr int kRegisterLanes = kLanes;
+typedef f32x16 f32r;
+#endif
+
+// N vectors of type T side by side: a chain of operations, each of which needs the one before, leaves most of a core
+// idle, and N of them do not. One at a time where vectors are the compiler's own: which of two NaNs a sum or product
+// takes its sign from would depend on how many there are.
+#ifdef __AVX2__
+constexpr int kSideBySide = 4;
+#else
+constexpr int kSideBySide = 1;
+#endif
+#define MS_INLINE inline __attribute__((always_inline))
+template <class T, int N>
+struct Several {
+  T v[N];
+
+  Several() = default;
+  MS_INLINE Several(float all) {  // implicit, as of the compiler's vectors
+#pragma GCC unroll 4
+    for (int i = 0; i < N; ++i) v[i] = all - T{};
+  }
+  // f of each of them, and of what stands at its place in `more`.
+  template <class F, class... More>
+  MS_INLINE Several each(F f, const More &...more) const {
+    Several r;
+#pragma GCC unroll 4
+    for (int i = 0; i < N; ++i) r.v[i] = f(v[i], more.v[i]...);
+    return r;
+  }
+  friend MS_INLINE Several operator-(const Several &a) {
+    return a.each([](T x) { return -x; });
+  }
+  friend MS_INLINE Several operator+(const Several &a, const Several &b) {
+    return a.each([](T x, T y) { return x + y; }, b);
+  }
+  friend MS_INLINE Several operator-(const Several &a, const Several &b) {
+    return a.each([](T x, T y) { return x - y; }, b);
+  }
+  friend MS_INLINE Several operator*(const Several &a, const Several &b) {
+    return a.each([](T x, T y) { return x * y; }, b);
+  }
+  friend MS_INLINE Several operator/(const Several &a, const Several &b) {
+    return a.each([](T x, T y) { return x / y; }, b);
+  }
+};
+
 inline f32x16 from_bf16(u16x16 v) { return as_float(__builtin_convertvector(v, u32x16) << 16); }
 
 // To nearest, ties to even; a NaN stays one.

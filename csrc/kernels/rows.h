@@ -85,9 +85,60 @@ inline void store_row(const float *raw, const float *outer, const float *bias, i
   }
 }
 
-// `count` results of a row from the i-th on. Inlined by force where all lanes are used, and once for the rest.
+// Every second of a's and b's numbers, from the first or the second on.
+template <int kFrom>
+inline f32x16 every_second(f32x16 a, f32x16 b) {
+  return __builtin_shufflevector(a, b, kFrom, kFrom + 2, kFrom + 4, kFrom + 6, kFrom + 8, kFrom + 10, kFrom + 12,
+                                 kFrom + 14, kFrom + 16, kFrom + 18, kFrom + 20, kFrom + 22, kFrom + 24, kFrom + 26,
+                                 kFrom + 28, kFrom + 30);
+}
+#if defined(__AVX2__) && !defined(__AVX512F__)
+template <int kFrom>
+inline f32r every_second(f32r a, f32r b) {
+  return __builtin_shufflevector(a, b, kFrom, kFrom + 2, kFrom + 4, kFrom + 6, kFrom + 8, kFrom + 10, kFrom + 12,
+                                 kFrom + 14);
+}
+#endif
+
+// A register of raw sums from the i-th on.
+inline f32r finished(const float *raw, const float *outer, const float *bias, int64_t i) {
+  f32r v = load_lanes<f32r>(raw + i);
+  if (outer) v = v * load_lanes<f32r>(outer + i);
+  if (bias) v = v + load_lanes<f32r>(bias + i);
+  return v;
+}
+
+// R registers of results, from the i-th on of as many rows.
+template <int kOperand, int kKind, int R>
+MS_INLINE void activate_whole(const Activate &a, int64_t row, int64_t i) {
+  const ms_activation &kind = *a.activation;
+  Several<f32r, R> g, u{};
+#pragma GCC unroll 4
+  for (int r = 0; r < R; ++r) {
+    const float *gate = a.gate + (row + r) * a.stride;
+    if (kind.gated && kind.interleaved) {
+      const f32r first = finished(gate, a.gate_outer, a.gate_bias, 2 * i);
+      const f32r second = finished(gate, a.gate_outer, a.gate_bias, 2 * i + kRegisterLanes);
+      g.v[r] = every_second<0>(first, second);
+      u.v[r] = every_second<1>(first, second);
+    } else {
+      g.v[r] = finished(gate, a.gate_outer, a.gate_bias, i);
+      if (kind.gated) u.v[r] = finished(a.up + (row + r) * a.stride, a.up_outer, a.up_bias, i);
+    }
+  }
+  const Several<f32r, R> result = activated<kKind>(g, u, kind);
+#pragma GCC unroll 4
+  for (int r = 0; r < R; ++r) {
+    if constexpr (kRegisterLanes == kLanes)
+      store_operand<kOperand>(a.out[row + r], i, result.v[r], kLanes);
+    else
+      store_lanes(static_cast<float *>(a.out[row + r]) + i, result.v[r]);
+  }
+}
+
+// The last `count` results of a row, from the i-th on: fewer than kLanes.
 template <int kOperand, int kKind>
-inline __attribute__((always_inline)) void activate_lanes(const Activate &a, int64_t row, int64_t i, int64_t count) {
+void activate_rest(const Activate &a, int64_t row, int64_t i, int64_t count) {
   const ms_activation &kind = *a.activation;
   const float *gate = a.gate + row * a.stride;
   f32x16 g, u{};
@@ -97,8 +148,8 @@ inline __attribute__((always_inline)) void activate_lanes(const Activate &a, int
     if (second)
       both[1] =
           finished(load_as(MS_FP32, gate, 2 * i + kLanes, second), a.gate_outer, a.gate_bias, 2 * i + kLanes, second);
-    g = __builtin_shufflevector(both[0], both[1], 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
-    u = __builtin_shufflevector(both[0], both[1], 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+    g = every_second<0>(both[0], both[1]);
+    u = every_second<1>(both[0], both[1]);
   } else {
     g = finished(load_as(MS_FP32, gate, i, count), a.gate_outer, a.gate_bias, i, count);
     if (kind.gated) u = finished(load_as(MS_FP32, a.up + row * a.stride, i, count), a.up_outer, a.up_bias, i, count);
@@ -106,14 +157,19 @@ inline __attribute__((always_inline)) void activate_lanes(const Activate &a, int
   store_operand<kOperand>(a.out[row], i, activated<kKind>(g, u, kind), count);
 }
 
+template <int kOperand, int kKind, int R>
+MS_INLINE void activate_some(const Activate &a, int64_t row) {
+  int64_t i = 0;
+  for (; i + kRegisterLanes <= a.n; i += kRegisterLanes) activate_whole<kOperand, kKind, R>(a, row, i);
+  if (i < a.n)
+    for (int r = 0; r < R; ++r) activate_rest<kOperand, kKind>(a, row + r, i, a.n - i);
+}
 // One kind at a time, so that its constants stay in registers.
 template <int kOperand, int kKind>
 void activate_rows(const Activate *a) {
-  for (int64_t row = 0; row < a->m; ++row) {
-    int64_t i = 0;
-    for (; i + kLanes <= a->n; i += kLanes) activate_lanes<kOperand, kKind>(*a, row, i, kLanes);
-    if (i < a->n) activate_lanes<kOperand, kKind>(*a, row, i, a->n - i);
-  }
+  int64_t row = 0;
+  for (; row + kSideBySide <= a->m; row += kSideBySide) activate_some<kOperand, kKind, kSideBySide>(*a, row);
+  for (; row < a->m; ++row) activate_some<kOperand, kKind, 1>(*a, row);
 }
 template <int kOperand>
 void activate_rows(const Activate *a) {
