@@ -16,17 +16,6 @@ DEVICE void steps_there(const Ring &r, int left) {
   products_see_copies();
 }
 
-// A thread's codes of the next step, which is there.
-DEVICE Step take_step(Codes (&c)[EACH], Ring &r, int side) {
-#pragma unroll
-  for (int e = 0; e < EACH; e++)
-    c[e] = load_codes(places_of(r.stage + kCodes + (side * EACH + e) * kTile,
-                                r.stage + kScales + (side * EACH + e) * kTileScales, threadIdx.x % 128));
-  const Step s = {descriptor(r.stage), r.bar + kEmpty};
-  advance(r);
-  return s;
-}
-
 typedef u32 Half[EACH][8];  // of a step, decoded: 32 columns of each tile
 
 // The products of a step, a half at a time, and behind each the decoding of the half that follows, at last of the next

@@ -5,13 +5,7 @@
 DEVICE Step next_step(Codes (&c)[EACH], Ring &r, int side, bool there) {
   if (!there) barrier_wait(r.bar, r.parity);
   products_see_copies();
-#pragma unroll
-  for (int e = 0; e < EACH; e++)
-    c[e] = load_codes(places_of(r.stage + kCodes + (side * EACH + e) * kTile,
-                                r.stage + kScales + (side * EACH + e) * kTileScales, threadIdx.x % 128));
-  const Step s = {descriptor(r.stage), r.bar + kEmpty};
-  advance(r);
-  return s;
+  return take_step(c, r, side);
 }
 
 DEVICE const float *ratios_of(const Given &a, const Tile &t, int i) {

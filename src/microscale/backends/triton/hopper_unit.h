@@ -28,12 +28,6 @@ struct Tile {
   int tile;     // of tokens
 };
 
-// A step in shared memory: its tokens, for products, and the barrier of those who are done with it.
-struct Step {
-  u64 x;
-  u32 empty;
-};
-
 DEVICE const Operands &operands(const Given &a, const Tile &t) { return a.of[t.product]; }
 
 // The least of SIZES that so many tokens fit in.
