@@ -201,7 +201,7 @@ def test_experts_are_within_the_permitted_error(
     ids[0] = -1
     results = [
         of_experts(emulated, name, activation, ids, 3, seed, word, monkeypatch)
-        for word in ("m48t4c1w12s3x", "m48t4c1w12s4x", "m64t4c1w12s5x", "m80t3c1w16s4x")
+        for word in ("m48t4c1w12s3x", "m64t4c1w12s5x", "m80t3c1w16s4x")
     ]
     assert all(torch.equal(results[0], y) for y in results[1:])
 
