@@ -1,5 +1,7 @@
 // The rows of an activation matrix as a level's kernels want them.
 #pragma once
+#include <algorithm>
+
 #include "buffer.h"
 #include "kernels/table.h"
 #include "layout.h"
@@ -30,13 +32,14 @@ struct OperandLayout {
     const int64_t rows = tile_rows(size);
     return (first + 15 * g + i / rows * rows) * row_bytes() + i % rows * 64;
   }
-  // f(i, offset) of each row, in order.
+  // f(i, offset()) of each row, in order: divides once for a tile.
   template <class F>
   void each_row(int64_t g, int64_t first, int64_t size, F f) const {
     const int64_t rows = tiled ? tile_rows(size) : size, apart = tiled ? 64 : row_bytes();
-    int64_t start = (first + (tiled ? 15 * g : 0)) * row_bytes();
-    for (int64_t tile = 0; tile < size; tile += rows, start += rows * row_bytes())
-      for (int64_t i = tile, offset = start; i < size && i < tile + rows; ++i, offset += apart) f(i, offset);
+    for (int64_t tile = 0; tile < size; tile += rows) {
+      const int64_t start = offset(g, first, size, tile), end = std::min(tile + rows, size);
+      for (int64_t i = tile; i < end; ++i) f(i, start + (i - tile) * apart);
+    }
   }
   // Bytes from 32 k of a row to its next 32 k.
   int64_t step(int64_t size) const {

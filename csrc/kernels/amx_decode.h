@@ -66,8 +66,7 @@ struct BalancedFourBits {
     return _mm512_set1_epi64(both(0) | both(1) | both(2) | both(3));
   }
   template <bool kSpecial, class F, class Lower = AsIs>
-  inline __attribute__((always_inline)) void pairs(const uint8_t *tile, int first, int last, F f,
-                                                   Lower lower = {}) const {
+  MS_INLINE void pairs(const uint8_t *tile, int first, int last, F f, Lower lower = {}) const {
     // Copies: closures that hold `this` would keep the tables in memory.
     const __m512i by_word = table, by_byte = bytes, fields[2] = {second, fourth};
     const auto words_of = [lower, by_word](__m512i v) { return lower(_mm512_permutexvar_epi16(v, by_word)); };
@@ -106,8 +105,7 @@ struct Decoder {
   // A quarter of a tile from its codes and scales, four vectors: other work may go between quarters. `change` is kept
   // from one to the next.
   template <int kQuarter>
-  inline __attribute__((always_inline)) void quarter(const uint8_t *from, const uint8_t *scales, Change &change,
-                                                     uint8_t *out) const {
+  MS_INLINE void quarter(const uint8_t *from, const uint8_t *scales, Change &change, uint8_t *out) const {
     constexpr int first = 4 * kQuarter, last = first + 4;
     const auto put = [out](int pair, __m512i v) { _mm512_store_si512(out + 64 * pair, v); };
     if constexpr (kFormat == MS_FP8_BLOCK128) {

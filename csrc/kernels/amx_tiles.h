@@ -2,6 +2,7 @@
 #pragma once
 #include <immintrin.h>
 
+#include "inline.h"
 #include "table.h"
 #include "../layout.h"
 
@@ -36,7 +37,7 @@ inline void configure(int64_t rows) {
 // The instructions name their tiles in their text.
 #define MS_EACH_TILE(f) f(0) f(1) f(2) f(3) f(4) f(5)
 template <int kTileNumber>
-inline __attribute__((always_inline)) void load_tile(const uint8_t *from) {
+MS_INLINE void load_tile(const uint8_t *from) {
 #define MS_LOAD(t) \
   if constexpr (kTileNumber == t) _tile_loadd(t, from, 64);
   MS_EACH_TILE(MS_LOAD)
@@ -57,7 +58,7 @@ inline void zero_tile() {
 #undef MS_ZERO
 }
 template <int kSum>
-inline __attribute__((always_inline)) void multiply_tiles() {
+MS_INLINE void multiply_tiles() {
   static_assert(kSum < 4);
 #define MS_MULTIPLY(t) \
   if constexpr (kSum == t) _tile_dpbf16ps(t, 4, 5);
@@ -117,7 +118,7 @@ constexpr int panel_of(int product) {
 }
 // What product i needs and the one before it had not.
 template <int R, int P, int i>
-inline __attribute__((always_inline)) void loads_of_step(const Rows<R> &rows, int64_t tile, const uint8_t *weights) {
+MS_INLINE void loads_of_step(const Rows<R> &rows, int64_t tile, const uint8_t *weights) {
   if constexpr (i % P == 0) load_tile<4>(rows.at(i / P, tile));
   if constexpr (i == 0 || panel_of<P>(i) != panel_of<P>(i - 1)) load_tile<5>(weights + panel_of<P>(i) * kTile);
 }

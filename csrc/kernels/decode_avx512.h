@@ -5,6 +5,7 @@
 
 #include "../layout.h"
 #include "elements.h"
+#include "inline.h"
 
 namespace microscale {
 namespace {
@@ -31,8 +32,7 @@ struct FourBits {
   const __m512i table = load512(&kTable);
 
   template <bool kSpecial, class F, class Lower = AsIs>
-  inline __attribute__((always_inline)) void pairs(const uint8_t *tile, int first, int last, F f,
-                                                   Lower lower = {}) const {
+  MS_INLINE void pairs(const uint8_t *tile, int first, int last, F f, Lower lower = {}) const {
 #pragma GCC unroll 4
     for (int q = first / 4; q < last / 4; ++q) {
       const __m512i v = load512(tile + 64 * q);
@@ -51,8 +51,7 @@ struct SixBits {
   const __m512i low = load512(&kTable), high = load512(kTable.entry + 32);
 
   template <bool kSpecial, class F, class Lower = AsIs>
-  inline __attribute__((always_inline)) void pairs(const uint8_t *tile, int first, int last, F f,
-                                                   Lower lower = {}) const {
+  MS_INLINE void pairs(const uint8_t *tile, int first, int last, F f, Lower lower = {}) const {
     const __m512i four = words(15);
 #pragma GCC unroll 4
     for (int q = first / 4; q < last / 4; ++q) {
@@ -77,8 +76,7 @@ struct EightBits {
   const __m512i table = load512(&kTable);
 
   template <bool kSpecial, class Lower>
-  inline __attribute__((always_inline)) __m512i
-  value(__m512i v, Lower lower) const {  // words with a code in their high byte and zeros below
+  MS_INLINE __m512i value(__m512i v, Lower lower) const {  // words with a code in their high byte and zeros below
     constexpr int kTop = kEncoding.exponent_bits == 4 ? 0x7f00 : 0x7c00;  // the smallest code that is no number
     const __m512i magnitude = _mm512_and_si512(v, words(0x7f00));
     __m512i r = _mm512_add_epi16(_mm512_srli_epi16(magnitude, 8 - kEncoding.exponent_bits),
@@ -94,8 +92,7 @@ struct EightBits {
   }
 
   template <bool kSpecial, class F, class Lower = AsIs>
-  inline __attribute__((always_inline)) void pairs(const uint8_t *tile, int first, int last, F f,
-                                                   Lower lower = {}) const {
+  MS_INLINE void pairs(const uint8_t *tile, int first, int last, F f, Lower lower = {}) const {
 #pragma GCC unroll 8
     for (int q = first / 2; q < last / 2; ++q) {
       const __m512i v = load512(tile + 64 * q);
@@ -108,8 +105,7 @@ struct EightBits {
 // 8 bits, integers: converted where they stand, in the top byte of a float's integer, and so too large by 2^24.
 struct Integers {
   template <bool kSpecial, class F, class Lower = AsIs>
-  inline __attribute__((always_inline)) void pairs(const uint8_t *tile, int first, int last, F f,
-                                                   Lower lower = {}) const {
+  MS_INLINE void pairs(const uint8_t *tile, int first, int last, F f, Lower lower = {}) const {
     const auto value = [](__m512i even, __m512i odd) {
       const __m512i low = _mm512_castps_si512(_mm512_cvtepi32_ps(even));
       const __m512i high = _mm512_castps_si512(_mm512_cvtepi32_ps(odd));

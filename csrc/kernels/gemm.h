@@ -6,6 +6,7 @@
 // or for a thousand, a row's result is the same to the bit. `D::order`: decoders may give every eight steps in another
 // order, and all paths take that one; order(i) is the i-th of the eight.
 #pragma once
+#include "inline.h"
 #include "table.h"
 #include "../layout.h"
 
@@ -39,14 +40,14 @@ inline void units_of_tile(const D &decoder, const uint8_t *const *codes, const u
 
 // Asks for bytes from `from` on, into the L2 cache: a core can wait for far fewer lines of its L1, and stops when it
 // has asked for as many. Inlined by force: GCC takes a function that only prefetches for pure, and deletes its calls.
-inline __attribute__((always_inline)) void prefetch(const uint8_t *from, int64_t bytes) {
+MS_INLINE void prefetch(const uint8_t *from, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(from + i, 0, 2);
 }
 
 // Asks for what is read some 8 KB after `panels` panels' tile, and near their end for the first of what is read next.
 template <class D>
-inline __attribute__((always_inline)) void fetch(const PanelPlace &at, int64_t panels, const uint8_t *weights,
-                                                 int64_t tile, int64_t tiles, const uint8_t *next) {
+MS_INLINE void fetch(const PanelPlace &at, int64_t panels, const uint8_t *weights, int64_t tile, int64_t tiles,
+                     const uint8_t *next) {
   constexpr int64_t kAhead = (8 << 10) / tile_step(D::kFormat, kGroupPanels);
   constexpr int64_t kScales = tile_scale_bytes(D::kFormat);
   const int64_t left = tiles - tile - kAhead;

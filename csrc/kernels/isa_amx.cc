@@ -52,8 +52,8 @@ struct Panels {
     return reinterpret_cast<const float *>(scales + p * next_scales)[tile / 4];
   }
   template <int kQuarter>
-  inline __attribute__((always_inline)) void decode(const Decoder<kFormat> &decoder, int p, int64_t tile,
-                                                    typename Decoder<kFormat>::Change &change, uint8_t *out) const {
+  MS_INLINE void decode(const Decoder<kFormat> &decoder, int p, int64_t tile, typename Decoder<kFormat>::Change &change,
+                        uint8_t *out) const {
     decoder.template quarter<kQuarter>(codes + tile * step + p * kCodes, scales + tile * scale_step + p * next_scales,
                                        change, out);
   }
@@ -83,14 +83,14 @@ struct Fetch {
   // A quarter of panel p's step: many lines at once would take all the buffers that loads wait in.
   // Inlined by force: GCC takes a function that only prefetches for one without effect, and drops its calls.
   template <int kQuarter>
-  inline __attribute__((always_inline)) void quarter(int p) const {
+  MS_INLINE void quarter(int p) const {
     constexpr int64_t kLines = tile_bytes(kFormat) / 64, kFrom = kQuarter * kLines / 4;
     lines<(kQuarter + 1) * kLines / 4 - kFrom>(at + p * tile_bytes(kFormat) + 64 * kFrom);
     if (p == 0 && kQuarter == 0) lines<(P * tile_scale_bytes(kFormat) + 63) / 64>(at + scales);
   }
-  inline __attribute__((always_inline)) void advance() { at = --left == 0 ? next : at + step; }
+  MS_INLINE void advance() { at = --left == 0 ? next : at + step; }
   template <int64_t kCount>
-  static inline __attribute__((always_inline)) void lines(const uint8_t *from) {
+  static MS_INLINE void lines(const uint8_t *from) {
 #pragma GCC unroll 16
     for (int64_t i = 0; i < kCount; ++i) _mm_prefetch(reinterpret_cast<const char *>(from + 64 * i), _MM_HINT_T1);
   }
@@ -120,9 +120,8 @@ inline void end_block(const Panels<kFormat, P> &panels, int64_t tile, const Rows
 
 // Product i of a step, and the loads of the next.
 template <int kFormat, int R, int P, int i>
-inline __attribute__((always_inline)) void product_of_step(const Panels<kFormat, P> &panels, const Rows<R> &rows,
-                                                           int64_t tiles, int64_t t, const uint8_t *weights,
-                                                           float *sums) {
+MS_INLINE void product_of_step(const Panels<kFormat, P> &panels, const Rows<R> &rows, int64_t tiles, int64_t t,
+                               const uint8_t *weights, float *sums) {
   multiply_tiles<i / P * P + panel_of<P>(i)>();
   if constexpr (i + 1 < R * P) loads_of_step<R, P, i + 1>(rows, t, weights);
   if (kFormat == MS_FP8_BLOCK128 && i == R * P - 1 && (t % 4 == 3 || t + 1 == tiles))
@@ -135,11 +134,10 @@ inline __attribute__((always_inline)) void product_of_step(const Panels<kFormat,
 // loaded right behind the product before. What is at hand is passed on by reference to what is inlined; closures that
 // hold closures would keep it in memory.
 template <int kFormat, int R, int P, bool kFetch, bool kDecode, bool kMultiply, int kQuarter = 0>
-inline __attribute__((always_inline)) void step(const Panels<kFormat, P> &panels, const Rows<R> &rows, int64_t tiles,
-                                                const Decoder<kFormat> &decoder,
-                                                typename Decoder<kFormat>::Change &change, Fetch<kFormat, P> &fetch,
-                                                int64_t t, int64_t now, uint8_t *to, const uint8_t *weights,
-                                                float *sums) {
+MS_INLINE void step(const Panels<kFormat, P> &panels, const Rows<R> &rows, int64_t tiles,
+                    const Decoder<kFormat> &decoder, typename Decoder<kFormat>::Change &change,
+                    Fetch<kFormat, P> &fetch, int64_t t, int64_t now, uint8_t *to, const uint8_t *weights,
+                    float *sums) {
   if constexpr (kQuarter < 4 * P) {
     constexpr int p = kQuarter / 4, product = kQuarter * R / 4;
     if constexpr (kMultiply && kQuarter == 0) {

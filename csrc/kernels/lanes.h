@@ -2,6 +2,8 @@
 #pragma once
 #include <stdint.h>
 
+#include "inline.h"
+
 namespace microscale {
 namespace {
 
@@ -55,7 +57,6 @@ constexpr int kSideBySide = 4;
 #else
 constexpr int kSideBySide = 1;
 #endif
-#define MS_INLINE inline __attribute__((always_inline))
 template <class T, int N>
 struct Several {
   T v[N];

@@ -81,9 +81,8 @@ def requantize(
             rows.append(row(name, group, before, dict(after)))
             del before
             if group == "experts":
-                _forbid_saving(
-                    model, fmt
-                )  # ahead of what changes: an error or an interrupt may leave it at that
+                # Ahead of what changes: an error or an interrupt may leave it at that.
+                _forbid_saving(model, fmt)
                 hold(module, after)
                 attach(module, top_k_of(model.config), placer, act).place(dtype)
             else:
