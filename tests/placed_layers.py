@@ -17,9 +17,10 @@ from microscale.canary import Placer
 from microscale.experts_host import ExpertsHost
 from microscale.formats import FORMATS
 from microscale.machine import detect
-from microscale.nn import QuantExperts, QuantLinear
+from microscale.nn import QuantLinear
 from microscale.oracle import Backend
 from microscale.quant import QuantTensor, quantize
+from microscale.quant_experts import QuantExperts
 
 N, K = 48, 64
 

@@ -19,8 +19,9 @@ from microscale.elements import decode_table
 from microscale.formats import FORMATS
 from microscale.machine import detect
 from microscale.module_tensors import Bias
-from microscale.nn import QuantExperts, QuantLinear
+from microscale.nn import QuantLinear
 from microscale.quant import dequantize, quantize
+from microscale.quant_experts import QuantExperts
 from placed_layers import EMULATION, HOST, Host, K, N, assert_same, cloned, experts, layer, routed
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import os
+import signal
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +18,8 @@ import torch
 from torch import Tensor
 
 from microscale.canary import Placer
-from microscale.nn import QuantExperts, QuantLinear, runner_of
+from microscale.nn import QuantLinear, runner_of
+from microscale.quant_experts import QuantExperts
 from placed_layers import K, assert_same, cloned, experts, layer, routed
 
 THREADS = 4
@@ -65,6 +68,25 @@ def test_experts(either: Placer, slow: list[str]) -> None:
     ys = at_once(lambda: host(*args))
     assert slow == ["moe"]
     assert all(torch.equal(y, host(*args)) for y in ys)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+@pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
+def test_a_child_forked_while_another_thread_places(either: Placer, slow: list[str]) -> None:
+    """It has none of that thread's lock, and the weights whole."""
+    linear, w = layer(either)
+    x = torch.randn(3, K)
+    wanted = QuantLinear(cloned(w), linear.bias, either)(x)
+    slow.clear()
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(linear, x)
+        while not slow:
+            time.sleep(0.01)
+        child = os.fork()
+        if child == 0:
+            signal.alarm(30)  # the end of one that waits for ever
+            os._exit(0 if torch.equal(linear(x), wanted) else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
 class Interrupted(dict[str, Any]):

@@ -181,13 +181,17 @@ def test_what_nobody_foresaw_is_one_line_too(
         raise RuntimeError("one\ntwo")
 
     monkeypatch.setattr(doctor_module, "requirements", fail)
-    for options, traceback in (((), False), (("--debug",), True)):
+    said = "RuntimeError: one (not foreseen: --debug shows where)"
+    for options, traceback in (((), False), (("--debug",), True), (("--json",), False)):
         with pytest.raises(SystemExit) as caught:
             main(["doctor", *options])
         assert caught.value.code == 2
         out, err = capsys.readouterr()
-        assert out == ""
-        assert err.endswith("microscale: error: RuntimeError: one (not foreseen: --debug shows where)\n")
+        if "--json" in options:
+            assert json.loads(out) == {"error": {"type": "RuntimeError", "message": said}}
+        else:
+            assert out == ""
+        assert err.endswith(f"microscale: error: {said}\n")
         assert ("Traceback" in err) is traceback
 
 

@@ -194,6 +194,16 @@ def test_machines_are_listed(cli: Cli) -> None:
     assert set(document(cli("explain", "--machine", "list", "--json"))) == {"this", *INVENTED}
 
 
+@pytest.mark.parametrize(
+    "rest",
+    [SHAPE, ("gpt-oss-20b",), ("--machine", "h200"), ("--all-machines",), ("--act", "a8"), ("--with", "all")],
+)
+def test_a_list_of_machines_explains_nothing(cli: Cli, rest: tuple[str, ...]) -> None:
+    result = cli("explain", "--machine", "list", *rest)
+    assert result.exit_code == 2
+    assert "only --json has a meaning" in result.stderr
+
+
 def test_a_bare_moe(cli: Cli) -> None:
     sizes = ("--k", "2880", "--experts", "32", "--top-k", "4", "--intermediate", "2880")
     found = document(

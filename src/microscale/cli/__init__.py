@@ -7,7 +7,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from functools import partial
 from typing import Annotated, Any, TextIO
 
@@ -56,11 +56,29 @@ class _Group(TyperGroup):
                     traceback.print_exc()
                 print("microscale: interrupted", file=sys.stderr)
                 raise typer.Exit(INTERRUPTED) from None
+            except Exception as error:
+                # Exits, and errors of the command line, are no errors of a command: these have a code already.
+                coded = hasattr(error, "exit_code") or isinstance(error, typer.Abort | BrokenPipeError)
+                if ctx.obj["json"] and not coded:
+                    with suppress(OSError):  # it may be stdout that failed
+                        emit(_error(type(error), _unforeseen(error)))
+                raise
+
+
+def _error(kind: type[BaseException], message: str) -> dict[str, dict[str, str]]:
+    return {"error": {"type": kind.__name__, "message": message}}
+
+
+def _unforeseen(error: Exception) -> str:
+    """What is said of an error that nobody foresaw; those of the operating system say it themselves."""
+    if isinstance(error, OSError):
+        return one_line(error)
+    return f"{type(error).__name__}: {one_line(error)} (not foreseen: --debug shows where)"
 
 
 def _say(kind: type[BaseException], message: str, as_json: bool) -> None:
     if as_json:
-        emit({"error": {"type": kind.__name__, "message": message}})
+        emit(_error(kind, message))
     print(f"microscale: error: {clean(message)}", file=sys.stderr)
 
 
@@ -120,8 +138,7 @@ def main(args: Sequence[str] | None = None) -> None:
         if "--debug" in options:
             traceback.print_exc()
         _abandon(sys.stdout)
-        unforeseen = f"{type(error).__name__}: {one_line(error)} (not foreseen: --debug shows where)"
-        _say(type(error), one_line(error) if isinstance(error, OSError) else unforeseen, as_json=False)
+        _say(type(error), _unforeseen(error), as_json=False)
         sys.exit(ERROR)
 
 

@@ -17,7 +17,8 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from microscale.integrations.hf.architectures import Kind
 from microscale.integrations.hf.step_cache import StepCache
-from microscale.nn import QuantExperts, QuantLinear, runner_of
+from microscale.nn import QuantLinear, runner_of
+from microscale.quant_experts import QuantExperts
 
 
 def token(kind: Kind, model: Any, ids: Tensor, cache: StepCache) -> Any:

@@ -16,7 +16,8 @@ from microscale.canary import DTYPE_WORDS
 from microscale.dense import DenseLinear
 from microscale.integrations.hf.architectures import KINDS, Kind
 from microscale.integrations.hf.step_cache import layer_kinds, moves
-from microscale.nn import QuantExperts, QuantLinear, runner_of
+from microscale.nn import QuantLinear, runner_of
+from microscale.quant_experts import QuantExperts
 
 GATES = {"silu": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh"}  # transformers' words, and ours
 _FAMILIES = {kind.prefix: kind for kind in KINDS.values()}

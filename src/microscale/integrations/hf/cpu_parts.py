@@ -20,7 +20,8 @@ from microscale.integrations.hf.in_place import replacement
 from microscale.integrations.hf.linears import dense_class
 from microscale.integrations.hf.listeners import hooks_of, hooks_of_all
 from microscale.machine import detect
-from microscale.nn import QuantExperts, QuantLinear, runner_of
+from microscale.nn import QuantLinear, runner_of
+from microscale.quant_experts import QuantExperts
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,8 @@ from microscale.canary import Placer
 from microscale.errors import CheckpointError
 from microscale.experts_host import ExpertsHost
 from microscale.formats import FORMATS, Format
-from microscale.nn import QuantExperts
 from microscale.quant import QuantTensor
+from microscale.quant_experts import QuantExperts
 from microscale.reference import activate
 
 NAME = "microscale"  # the word for transformers' `experts_implementation`

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from microscale.dense import DenseLinear
 from microscale.errors import CheckpointError
 from microscale.integrations.hf.experts import dense_weights, experts_modules, read
-from microscale.nn import QuantExperts, QuantLinear, runner_of
+from microscale.nn import QuantLinear, runner_of
 from microscale.quant import QuantTensor, dequantize
+from microscale.quant_experts import QuantExperts
 
 GROUPS = ("experts", "linear")
 
