@@ -216,7 +216,7 @@ def outline_shape(
     if op not in ("linear", "moe"):
         raise FormatError(f"unknown op {op!r}; known: linear, moe")
     sizes = {"experts": experts, "top_k": top_k, "intermediate": intermediate} if op == "moe" else {}
-    for name, size in {"n": n, "k": k, **sizes}.items():
+    for name, size in {"k": k, "n": n, **sizes}.items():  # of a MoE, n is what k is
         if not 1 <= size <= _MAX_SIZE:
             raise FormatError(f"{op} needs {name} from 1 to {_MAX_SIZE}, not {size}")
     problem = Problem(op, fmt.name, n, k, activation_word(act_format), bias=bias)

@@ -194,6 +194,12 @@ def test_machines_are_listed(cli: Cli) -> None:
     assert set(document(cli("explain", "--machine", "list", "--json"))) == {"this", *INVENTED}
 
 
+def test_a_size_is_named_as_it_was_given(cli: Cli) -> None:
+    sizes = ("--k", "0", "--experts", "1", "--top-k", "1", "--intermediate", "32")
+    result = cli("explain", "--op", "moe", "--format", "mxfp4", *sizes)
+    assert "moe needs k from 1" in result.stderr
+
+
 @pytest.mark.parametrize(
     "rest",
     [SHAPE, ("gpt-oss-20b",), ("--machine", "h200"), ("--all-machines",), ("--act", "a8"), ("--with", "all")],
