@@ -44,7 +44,7 @@ INVENTED: MappingProxyType[str, Machine] = MappingProxyType(
             _host("sapphire-rapids", "Intel Xeon Platinum 8480+", _AMX, 56, 512, amx=True),
             _host("sapphire-rapids-no-amx", "Intel Xeon Platinum 8480+", _AMX, 56, 512),
             _host("plain-x86", "Intel Pentium Silver N6000", frozenset(), 4, 8),
-            _server("t4", "cuda", "sm_75", "NVIDIA T4", 16),
+            _server("t4", "cuda", "sm_75", "NVIDIA T4", 15),
             _server("a100", "cuda", "sm_80", "NVIDIA A100-SXM4-80GB", 80),
             _server("rtx4090", "cuda", "sm_89", "NVIDIA GeForce RTX 4090", 24),
             _server("h100", "cuda", "sm_90", "NVIDIA H100 80GB HBM3", 80),

@@ -123,7 +123,7 @@ def test_experts_that_wait_for_the_gpu_are_not_said_to_be_replayed(cli: Cli) -> 
     )
     said = cli(*forced, "--machine", "mi300x").stdout
     assert (
-        f"token runs the model's modules, not replayed from a CUDA graph {waiting}: a token's kernels" in said
+        f"token runs the model's modules, not replayed from a HIP graph {waiting}: a token's kernels" in said
     )
     assert "CUDA graph" not in cli(*forced, "--machine", "zen5").stdout
     words = ("--machine", "h200", "--json")

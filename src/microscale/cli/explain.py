@@ -22,6 +22,7 @@ _CHAIN = {
     "cpu": "* in prompts; a generated token is one call of the C++ core for all layers: experts and linears as above, "
     "and its own embedding, norms, attention and routes.",
 }
+GRAPHS = {"cuda": "CUDA graph", "rocm": "HIP graph"}
 HERE = "this"  # the word for the machine that this runs on
 
 
@@ -335,8 +336,8 @@ def _replayed(plan: Plan) -> str:
     if plan.device == "cpu" or plan.why_no_graph == plan.why_modules is not None:
         return ""
     if plan.why_no_graph is not None:
-        return f", not replayed from a CUDA graph ({plan.why_no_graph})"
-    return ", replayed from a CUDA graph"
+        return f", not replayed from a {GRAPHS[plan.device]} ({plan.why_no_graph})"
+    return f", replayed from a {GRAPHS[plan.device]}"
 
 
 def _show_reasons(plan: Plan) -> None:

@@ -14,8 +14,10 @@ import torch
 from transformers import AutoTokenizer
 
 from microscale import Decoder, load
+from microscale.canary import device_kind
 from microscale.checkpoints.config import CONFIG, quant_method, read_config
 from microscale.checkpoints.strict import open_regular
+from microscale.cli.explain import GRAPHS
 from microscale.cli.generate import Generation, Settings, beams, generate
 from microscale.cli.output import clean, progress, quiet_libraries, say
 from microscale.dense import DenseModule
@@ -162,7 +164,7 @@ class Session:
         parts = [f"{self.name} on {self.model.device}: " + (", ".join(made) or "nothing is quantised")]
         if result is not None:
             parts.append(rates(result))
-            parts.append(_steps(result, self.model.device.type))
+            parts.append(_steps(result, device_kind(self.model.device)))
             if (count := beams(self.model)) > 1:
                 parts.append(f"by one beam, of the {count} that its generation config asks for")
             if self.bytes and result.timing is None:
@@ -183,8 +185,8 @@ def _steps(result: Generation, device: str) -> str:
     if result.eager:
         return f"not from a graph: {result.eager}"
     if result.fused:
-        return "from a CUDA graph of one chain of kernels"
-    return f"from a CUDA graph of its modules: {result.why_modules}"
+        return f"from a {GRAPHS[device]} of one chain of kernels"
+    return f"from a {GRAPHS[device]} of its modules: {result.why_modules}"
 
 
 def _proofs(layer: dict[str, Any]) -> str:
