@@ -77,21 +77,9 @@ def explain(
     from microscale.plan import outline, outline_shape
 
     if machine and "list" in machine:
-        others = [
-            model,
-            *(packages or []),
-            backend,
-            layers,
-            op,
-            format,
-            n,
-            k,
-            experts,
-            top_k,
-            intermediate,
-            device,
-        ]
-        if machine != ["list"] or all_machines or act != "a16" or any(o is not None for o in others):
+        layer = (op, format, n, k, experts, top_k, intermediate)
+        asked = model or packages or all_machines or act != "a16" or backend or device or layers is not None
+        if asked or machine != ["list"] or any(given is not None for given in layer):
             raise MicroscaleError("`--machine list` lists the machines; with it only --json has a meaning")
         _list_machines(as_json)
         return
