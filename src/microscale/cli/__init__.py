@@ -56,7 +56,7 @@ class _Group(TyperGroup):
                     traceback.print_exc()
                 print("microscale: interrupted", file=sys.stderr)
                 raise typer.Exit(INTERRUPTED) from None
-            except Exception as error:
+            except Exception as error:  # whoever reads JSON is owed a document; `main` says and ends the rest
                 # Exits, and errors of the command line, are no errors of a command: these have a code already.
                 coded = hasattr(error, "exit_code") or isinstance(error, typer.Abort | BrokenPipeError)
                 if ctx.obj["json"] and not coded:

@@ -76,10 +76,10 @@ def explain(
     from microscale.models import BUNDLED
     from microscale.plan import outline, outline_shape
 
+    shape = {"n": n, "k": k, "experts": experts, "top_k": top_k, "intermediate": intermediate}
     if machine and "list" in machine:
-        layer = (op, format, n, k, experts, top_k, intermediate)
         asked = model or packages or all_machines or act != "a16" or backend or device or layers is not None
-        if asked or machine != ["list"] or any(given is not None for given in layer):
+        if asked or machine != ["list"] or any(given is not None for given in (op, format, *shape.values())):
             raise MicroscaleError("`--machine list` lists the machines; with it only --json has a meaning")
         _list_machines(as_json)
         return
@@ -89,7 +89,6 @@ def explain(
     if backend is not None:
         known(backend, [b.name for b in table()], "backend")
     check_act(act)
-    shape = {"n": n, "k": k, "experts": experts, "top_k": top_k, "intermediate": intermediate}
     if op is None:
         given = [
             f"--{key.replace('_', '-')}" for key, v in {"format": format, **shape}.items() if v is not None
