@@ -214,13 +214,10 @@ def table_kernels() -> list[tuple[Any, Any, int, str]]:
     for name, (linear, moe) in cuts.table().items():
         formats = [fmt for fmt in FORMATS.values() if cuts.group(fmt) == name]
         turn = cycle(formats)
-        kernels = [
-            (hopper._linear_kernel, usual(cut, tail=False))
-            for row in linear
-            for cut in (row.cut, *row.others)
-        ]
-        kernels += [(experts._first_kernel, usual(row.first, tail=True)) for row in moe]
-        kernels += [(experts._second_kernel, usual(row.second, tail=True)) for row in moe]
+        kernels = [(hopper._linear_kernel, usual(cut, tail=False)) for row in linear for cut in row.cuts]
+        for first, second in [pair for row in moe for pair in row.pairs]:
+            kernels.append((experts._first_kernel, usual(first, tail=True)))
+            kernels.append((experts._second_kernel, usual(second, tail=True)))
         for kernel, cut in dict.fromkeys(kernels):
             fmt = next(turn)
             found.append((kernel, cut.fitted(fmt, 1), 1, fmt.name))

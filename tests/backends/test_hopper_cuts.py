@@ -19,7 +19,7 @@ def test_every_number_of_tokens_has_a_cut_that_fits(layout: Any) -> None:
         assert cuts.Cut.parse(str(cut)) == cut
         assert cut.shared(fmt, parts) <= cuts.HOPPER_SHARED
         assert cut.stages >= 3
-        assert cut.warps == 4 or cut.tiles >= 2
+        assert cut.warps == 4 or cut.tiles >= 2 or cut.wide
         assert parts == 1 or cut.chunks == 1
         assert not cut.bulk or (parts == 1 and cut.overlap)
         assert cut.bulk or cut.wide or cuts.split(cut.block_m)[1] == 0
@@ -30,7 +30,7 @@ def test_every_number_of_tokens_has_a_cut_that_fits(layout: Any) -> None:
                 for tiles in (1, 80, 128):
                     check(cuts.linear_cut(fmt, tokens, tiles, parts), fmt, parts)
                 for experts, top_k in ((8, 2), (32, 4), (128, 8)):
-                    first, second = cuts.moe_cuts((fmt, fmt), tokens, top_k, experts, parts)
+                    first, second = cuts.moe_cuts((fmt, fmt), tokens, top_k, experts, 768, parts)
                     assert (first.block_m, first.tail) == (second.block_m, second.tail)
                     # Gates and ups that lie apart: `Cut.of_experts` sees to it.
                     assert first.tiles >= 2 or first.few
@@ -45,7 +45,8 @@ def test_every_number_of_tokens_has_a_cut_that_fits(layout: Any) -> None:
 def test_experts_of_many_tokens_take_wide_cuts_in_every_format(layout: Any) -> None:
     cuts = import_module("microscale.backends.triton.cuts")
     for fmt in FORMATS.values():
-        assert all(cuts.moe_cuts((fmt, fmt), tokens, 8, 128, 1)[0].wide for tokens in (512, 1024, 2048)), fmt
+        for tokens in (512, 1024, 2048):
+            assert cuts.moe_cuts((fmt, fmt), tokens, 8, 128, 768, 1)[0].wide, fmt
 
 
 def test_what_wide_kernels_leave_to_the_usual_ones(layout: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,29 +113,56 @@ def test_of_many_tokens_the_sizes_decide_which_cut(layout: Any) -> None:
     def block(tokens: int, rows: int) -> int:
         return int(cuts.linear_cut(fmt, tokens, rows // 64, 1).block_m)
 
-    # 80 and 128 tiles of rows, of which programs have two or four, and 132 multiprocessors.
-    assert [block(m, 5120) for m in (200, 256, 384, 512, 640, 768)] == [88, 88, 128, 176, 216, 128]
-    assert [block(m, 5120) for m in (1024, 1152, 1280, 2048, 3072, 8192)] == [176, 384, 104, 160, 120, 128]
-    assert [block(m, 8192) for m in (256, 512, 768, 1024, 2048, 8192)] == [128, 128, 384, 128, 128, 128]
-    # Few tiles of rows: more programs, each with one.
-    assert str(cuts.linear_cut(fmt, 256, 16, 1)) == "m128t1c2w4s3ob4"
-    row = cuts.table()["4 bits"][0][-1]
-    assert str(row.cut) == "m128t4c1w12s8x"
-    assert cuts.rounds(row.cut, 768, 80) == 4 * (128 + cuts.START[2])  # 120 programs
-    assert cuts.rounds(row.cut, 769, 80) == 2 * 4 * (128 + cuts.START[2])  # 140
-    # Fewer tokens than what is decoded in their time.
-    narrow = cuts.Cut.parse("m88t2c1w12s13x")
-    assert cuts.rounds(narrow, 88, 80) == 2 * (cuts.DECODING[1] + cuts.START[1])
-    for tokens in (257, 1000, 5000, 100_000):
-        for tiles in (1, 45, 80, 128, 1000):
-            taken = cuts.rounds(row.fit(tokens, tiles), tokens, tiles)
-            least = min(cuts.rounds(cut, tokens, tiles) for cut in (row.cut, *row.others))
-            assert least <= taken <= least / 0.97
-            assert taken >= tiles * tokens / cuts.MULTIPROCESSORS
+    # 80 and 128 tiles of rows, of which programs have one, two or four, and 132 multiprocessors.
+    assert [block(m, 5120) for m in (96, 128, 192, 256, 384, 512)] == [96, 128, 64, 88, 128, 176]
+    assert [block(m, 8192) for m in (96, 128, 192, 256, 384, 512)] == [96, 128, 192, 128, 192, 128]
+    # Few tiles of rows: more programs, each with fewer tokens.
+    assert block(256, 2048) == 64
+    for name in ("mxfp4", "mxfp8_e4m3", "fp8_block128"):
+        row = cuts.table()[cuts.group(FORMATS[name])][0][-1]
+        assert len(row.cuts) == len(row.steps) == len(set(row.cuts))
+        for tokens in (65, 257, 1000, 5000, 100_000):
+            for tiles in (1, 45, 80, 128, 1000):
+                taken = dict(zip(row.cuts, row.steps, strict=True))
+                taken = {c: step * cuts.rounds(c, tokens, tiles) for c, step in taken.items()}
+                assert taken[row.fit(tokens, tiles)] == min(taken.values())
+
+
+def test_rounds_of_a_linear_are_programs_one_after_the_other(layout: Any) -> None:
+    cuts = import_module("microscale.backends.triton.cuts")
+    four, one = cuts.Cut.parse("m128t4c1w12s8x"), cuts.Cut.parse("m128t1c1w8s11x")
+    # 120 programs of 132, 140, and of a tile each 131 to 133.
+    assert [cuts.rounds(four, m, 80) for m in (1, 768, 769)] == [1, 1, 2]
+    assert [cuts.rounds(one, 128, tiles) for tiles in (1, 131, 132, 133, 264, 265)] == [1, 1, 1, 2, 2, 3]
+
+
+def test_experts_of_many_tokens_take_what_multiplies_least(layout: Any) -> None:
+    cuts = import_module("microscale.backends.triton.cuts")
+    cut = cuts.Cut.parse("m112t4c1w12s9x")
+    assert cuts.loops(112, 2) == (112, 104, 88)
+    assert cuts.loops(144, 2) == (144, 128)
+    assert cuts.loops(48, 2) == (48, 40, 32, 24)
+    # Nearly all experts have one program, or two of which the second multiplies 88 or more.
+    assert 88 + cuts.START <= cuts.padded(cut, 80) < 112 + cuts.START
+    assert 112 + 88 + 2 * cuts.START <= cuts.padded(cut, 170) < 230 + 2 * cuts.START
+    row = cuts.table()["4 bits"][1][-1]
+    found = [row.fit(each)[0].block_m for each in (32, 40, 64, 72, 96, 128, 160, 192, 256)]
+    assert found == [48, 64, 80, 96, 112, 144, 96, 112, 144]
+    for each in (27.5, 61.0, 333.3, 5000.0):
+        assert cuts.padded(row.fit(each)[0], each) == min(cuts.padded(a, each) for a, _ in row.pairs)
+
+
+def test_columns_of_w2_choose_its_cut(layout: Any) -> None:
+    cuts = import_module("microscale.backends.triton.cuts")
+    pair = (FORMATS["mxfp4"],) * 2
+    assert [cuts.moe_cuts(pair, 64, 8, 128, k, 1)[1].tiles for k in (768, 2048, 2049, 14336)] == [4, 4, 2, 2]
+    assert cuts.moe_cuts(pair, 4, 8, 128, 768, 1)[1].tiles == 2  # too few programs
 
 
 def test_the_tuner_fits_wide_cuts_to_the_format(layout: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    cuts, tune = import_module("microscale.backends.triton.cuts"), import_module("microscale.bench.tune")
+    cuts, tune = (
+        import_module(f"microscale.{name}") for name in ("backends.triton.cuts", "bench.tune_candidates")
+    )
     monkeypatch.setattr(tune.nvrtc, "refuse", lambda: None)
     for fmt in FORMATS.values():
         assert tune.wide_candidates(fmt, 27) == []
@@ -161,39 +189,79 @@ def test_turns_of_two_steps_are_for_what_was_timed() -> None:
     paired = set()
     for name in ("mxfp4", "nvfp4", "mxfp8_e4m3"):
         fmt = FORMATS[name]
-        wide = {r.first.fitted(fmt, 1) for r in cuts.table()[cuts.group(fmt)][1] if r.first.wide}
+        rows = cuts.table()[cuts.group(fmt)][1]
+        wide = {c.fitted(fmt, 1) for r in rows for c, _ in r.pairs if c.wide}
         for most, stages, users, tiles in {(c.block_m, c.stages, c.users, c.tiles) for c in wide}:
             assert stages >= 4
             spec = text.Spec(True, fmt.element.name, fmt.scale, most, stages, users, tiles // users)
             assert ("one_step" in text.kernel(spec)) == spec.paired
             if spec.paired:
                 paired.add((name, most))
-    assert paired == {("mxfp4", 48), ("mxfp4", 64), ("mxfp4", 80)}
+    assert paired == {(name, most) for name in ("mxfp4", "nvfp4") for most in (48, 64, 80)}
     assert not text.Spec(True, "e2m1", "e8m0", 48, 3, 2, 2).paired
 
 
 def test_the_tuner_tries_what_fits_and_keeps_the_fastest(layout: Any) -> None:
     cuts = import_module("microscale.backends.triton.cuts")
-    tune = import_module("microscale.bench.tune")
+    tune, candidates, linears = (
+        import_module(f"microscale.bench.{name}") for name in ("tune", "tune_candidates", "tune_linears")
+    )
     assert set(tune.FORMAT_OF) == set(cuts.table())
     for name, word in tune.FORMAT_OF.items():
         fmt = FORMATS[word]
         assert cuts.group(fmt) == name
         for tokens in (1, 8, 16, 32, 64, 128, 256, 2048):
-            found = tune.candidates(fmt, tokens, tail=True)
+            found = candidates.candidates(fmt, tokens, tail=True)
             assert len(found) == len(set(found)) >= 2
             for cut in found:
                 assert cut.shared(fmt, 1) <= cuts.HOPPER_SHARED
                 assert cut.overlap or not cut.bulk
     for linear, _ in cuts.table().values():
         for row in linear:
-            entry = tune._entry(row)
-            assert cuts.LinearRow(
-                entry["tokens"] or float("inf"), entry.get("tiles", 0), cuts.Cut.parse(entry["cut"]),
-                tuple(map(cuts.Cut.parse, entry.get("or", ()))),
-            ) == row  # fmt: skip
-            m, names = tune.timed_with(linear, row)
+            m, names = linears.timed_with(linear, row)
             assert names
             assert m <= row.tokens
     times = {"a": {"x": 1.0, "y": 4.0}, "b": {"x": 1.5, "y": 2.0}, "c": {"x": 3.0, "y": 2.0}}
-    assert tune._best(times) == "b"
+    assert candidates.least_loss(times) == "b"
+
+
+def test_the_tuner_writes_rows_as_they_are_read(layout: Any) -> None:
+    cuts = import_module("microscale.backends.triton.cuts")
+    linears, experts = (import_module(f"microscale.bench.tune_{name}") for name in ("linears", "experts"))
+    text = (resources.files("microscale.backends.triton") / "cuts.json").read_text("utf-8")
+    for name, written in json.loads(text)["tables"]["sm_90"].items():
+        linear, moe = cuts.table()[name]
+        for row, was in zip(linear, written["linear"], strict=True):
+            assert linears.entry_of(row) | {"us": was["us"]} == was
+        for row, was in zip(moe, written["moe"], strict=True):
+            times = {pair: {} for pair in row.pairs}
+            times[row.pairs[-1]] = was["us"]
+            assert experts.moe_entry(row, times) == was
+
+
+def test_steps_are_timed_where_a_cut_is_not_far_behind(layout: Any) -> None:
+    cuts, linears = (
+        import_module(f"microscale.{name}") for name in ("backends.triton.cuts", "bench.tune_linears")
+    )
+    one, two = cuts.Cut.parse("m64t1c1w8s14x"), cuts.Cut.parse("m128t2c1w12s10x")
+    row = cuts.LinearRow(float("inf"), 0, (one, two), (1.0, 1.0))
+    times = {
+        (64, 5120, 2560): {one: 8.0, two: 12.0},  # 40 steps: 200 ns; far behind
+        (128, 8448, 2560): {one: 17.0, two: 14.0},  # twice 40: 212.5 ns, within 1.25; 350 ns
+        (256, 8448, 2560): {one: 40.0, two: 13.0},  # far behind; 325 ns
+        (256, 8448, 5120): {one: 80.0, two: 25.0},  # far behind; 80 steps: 312.5 ns
+    }
+    assert linears.steps_of(row, times) == (206.0, 325.0)
+    behind = {(256, 8448, 2560): {one: 40.0, two: 13.0}}
+    assert linears.steps_of(row, behind) == (250.0, 325.0)
+
+
+def test_of_several_pairs_each_is_timed_where_it_is_taken(layout: Any) -> None:
+    cuts, experts, gpu = (
+        import_module(f"microscale.{name}")
+        for name in ("backends.triton.cuts", "bench.tune_experts", "bench.gpu")
+    )
+    row = cuts.table()["4 bits"][1][-1]
+    model = gpu.MODELS["gpt-oss-20b"]
+    for each in (40.0, 128.0):
+        assert experts._pairs(row, FORMATS["mxfp4"], model, 999, each, None) == [row.fit(each)]

@@ -292,13 +292,13 @@ def test_one_copy_of_the_weights_serves_every_dtype(dtype: torch.dtype) -> None:
 def cuts_of(name: str) -> tuple[list[Cut], list[tuple[Cut, Cut]]]:
     """Every cut of linears, and of experts, that the tables or `bench tune` may choose for a format."""
     from microscale.backends.triton import cuts
-    from microscale.bench.tune import wide_candidates
+    from microscale.bench.tune_candidates import wide_candidates
 
     fmt = FORMATS[name]
     linear, moe = cuts.table()[cuts.group(fmt)]
     wide = wide_candidates(fmt, 128)
-    linears = [cut.fitted(fmt, 1) for row in linear for cut in (row.cut, *row.others)]
-    experts = [(row.first.fitted(fmt, 1), row.second.fitted(fmt, 1)) for row in moe]
+    linears = [cut.fitted(fmt, 1) for row in linear for cut in row.cuts]
+    experts = [(a.fitted(fmt, 1), b.fitted(fmt, 1)) for row in moe for a, b in row.pairs]
     return list(dict.fromkeys(linears + wide)), list(dict.fromkeys(experts + [(c, c) for c in wide]))
 
 

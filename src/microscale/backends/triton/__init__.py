@@ -212,7 +212,8 @@ def _hopper(
     if hopper_moe.refuse(w13, activation):
         return None
     formats = (w13.format, w2.format)
-    return (w13, w2), cuts.moe_cuts(formats, x.shape[0], top_k, w13.shape[0], hopper.PARTS[x.dtype])
+    sizes = x.shape[0], top_k, w13.shape[0], w2.shape[-1]
+    return (w13, w2), cuts.moe_cuts(formats, *sizes, hopper.PARTS[x.dtype])
 
 
 def _contiguous(t: Tensor | None) -> Tensor | None:

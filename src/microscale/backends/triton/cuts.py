@@ -1,7 +1,7 @@
 """How Hopper's kernels cut a product into programs and steps, and which cut for what: `cuts.json`, measured.
 
 `microscale bench tune` writes the file. Only cuts whose numbers were checked on the GPU that timed them are in it. Of
-many tokens a row has several, and the sizes decide: see `LinearRow.fit`.
+many tokens a row has several, and the sizes decide: see `LinearRow.fit` and `MoeRow.fit`.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from importlib import resources
 from math import inf
+from statistics import NormalDist
 from typing import Any
 
 from microscale.backends.triton.fragments import Fragments
@@ -20,10 +21,9 @@ from microscale.formats import Format
 HOPPER_SHARED = 227 << 10  # bytes that a program may use
 REGISTERS = 1 << 16  # of a multiprocessor
 MULTIPROCESSORS = 132  # of an H100 or H200
-# What a program's beginning and end take, in tokens of its block and whatever K is: of Gluon's kernels, and of `wide`
-# ones whose groups of warps have one tile, or two. And as many tokens' products as take what decoding takes there.
-START = {0: 22, 1: 16, 2: 12}
-DECODING = {0: 0, 1: 112, 2: 94}
+START = 64  # tokens whose products take as long as decoding for a program does, and its beginning and end
+_PARTS = (8, 7, 6, 5, 3)  # eighths of a program's tokens that there are loops for
+_SAMPLES = 20  # of how many routes an expert has
 _WORD = re.compile(r"m(\d+)t(\d+)c(\d+)w(\d+)s(\d+)(o?)(h?)(f?)(?:b(\d+))?(?:p(\d))?(x?)")
 
 
@@ -150,7 +150,7 @@ class Cut:
         main, rest = split(self.block_m)
         if tail and main == 4 * rest:  # in two parts that meet the same weights
             return Cut(self.block_m, 2, 1, 4, 3, overlap=True, tail=True, bulk=4)
-        m = main << (2 * rest >= main) if tail else 128
+        m = main << (2 * rest >= main) if tail else 64 if self.block_m <= 64 else 128
         if m <= 64:
             return Cut(m, 2, 1, 4, 6, overlap=True, tail=tail)
         return Cut(m, 2, 1, 8, 3, overlap=True, tail=tail, bulk=1, programs=2 if m == 128 else 0)
@@ -210,42 +210,67 @@ class Cut:
 
 @dataclass(frozen=True)
 class LinearRow:
-    """Attributes: tokens up to which it holds; tiles of 64 rows from which; the cut; others, see `fit`."""
+    """Attributes: tokens up to which it holds; tiles of 64 rows from which; its cuts, and what a step of each takes, in
+    nanoseconds: of 64 columns, with all multiprocessors' programs at a time. A single cut needs none."""
 
     tokens: float
     tiles: int
-    cut: Cut
-    others: tuple[Cut, ...] = ()
+    cuts: tuple[Cut, ...]
+    steps: tuple[float, ...] = (1.0,)
 
     def holds(self, tokens: float, tiles: int) -> bool:
         return tokens <= self.tokens and tiles >= self.tiles
 
     def fit(self, tokens: int, tiles: int) -> Cut:
-        """The first cut that keeps the multiprocessors as busy as any does, but for 3 %."""
-        cuts = (self.cut, *self.others)
-        least = min(rounds(cut, tokens, tiles) for cut in cuts)
-        return next(cut for cut in cuts if rounds(cut, tokens, tiles) <= least / 0.97)
+        """The cut whose steps, one after the other on the busiest multiprocessor, take least."""
+        return min(zip(self.cuts, self.steps, strict=True), key=lambda c: rounds(c[0], tokens, tiles) * c[1])[
+            0
+        ]
 
 
 def rounds(cut: Cut, tokens: int, tiles: int) -> int:
-    """What a linear takes where the matrix unit is what is waited for, in tokens of one tile of rows.
-
-    A multiprocessor multiplies programs one after the other, also if it holds two.
-    """
-    programs = -(-tiles // cut.tiles) * -(-tokens // cut.block_m)
-    of_group = cut.tiles // cut.users if cut.wide else 0
-    of_program = max(cut.block_m, DECODING[of_group]) + START[of_group]
-    return -(-programs // MULTIPROCESSORS) * cut.tiles * of_program
+    """How many programs of a linear the busiest multiprocessor has one after the other."""
+    return -(-(-(-tiles // cut.tiles) * -(-tokens // cut.block_m)) // MULTIPROCESSORS)
 
 
 @dataclass(frozen=True)
 class MoeRow:
-    """Attributes: routes up to which it holds, in all and for each expert hit; the cuts of w13 and w2."""
+    """Attributes: routes up to which it holds, in all and for each expert hit, and columns of w2; pairs of cuts, of w13
+    and w2."""
 
     routes: float
     each: float
-    first: Cut
-    second: Cut
+    columns: float
+    pairs: tuple[tuple[Cut, Cut], ...]
+
+    def holds(self, routes: int, each: float, columns: int) -> bool:
+        return routes <= self.routes and each <= self.each and columns <= self.columns
+
+    def fit(self, each: float) -> tuple[Cut, Cut]:
+        """The pair whose programs have least to multiply for experts of about so many routes."""
+        return (
+            min(self.pairs, key=lambda pair: padded(pair[0], each)) if len(self.pairs) > 1 else self.pairs[0]
+        )
+
+
+def loops(most: int, each: int) -> tuple[int, ...]:
+    """Tokens of `wide` experts' programs that there is a loop for, the greatest first: as many as ptxas finds registers
+    for where a group of warps has `each` tiles."""
+    count = (208 - most) // 32 if each == 2 else len(_PARTS)
+    return tuple(dict.fromkeys(-(-most * part // 8 // 8) * 8 for part in _PARTS[:count]))
+
+
+def padded(cut: Cut, each: float) -> float:
+    """Tokens that the programs of an expert multiply, and what each takes besides is worth, in the mean of
+    experts of about `each` routes, which routing spreads as a Poisson distribution does."""
+    sizes = loops(cut.block_m, cut.tiles // cut.users)
+    spread = NormalDist(each, each**0.5)
+    total = 0
+    for i in range(_SAMPLES):
+        full, rest = divmod(max(round(spread.inv_cdf((i + 0.5) / _SAMPLES)), 1), cut.block_m)
+        total += full * (cut.block_m + START)
+        total += min(size for size in sizes if size >= rest) + START if rest else 0
+    return total / _SAMPLES
 
 
 def group(fmt: Format) -> str:
@@ -263,13 +288,18 @@ def table(arch: str = "sm_90") -> dict[str, tuple[tuple[LinearRow, ...], tuple[M
             LinearRow(
                 r["tokens"] or inf,
                 r.get("tiles", 0),
-                Cut.parse(r["cut"]),
-                tuple(map(Cut.parse, r.get("or", ()))),
+                tuple(map(Cut.parse, r["steps"] if "steps" in r else [r["cut"]])),
+                tuple(r.get("steps", {"": 1.0}).values()),
             )
             for r in rows["linear"]
         )
         moe = tuple(
-            MoeRow(r["routes"] or inf, r["each"] or inf, Cut.parse(r["w13"]), Cut.parse(r["w2"]))
+            MoeRow(
+                r["routes"] or inf,
+                r["each"] or inf,
+                r.get("columns", inf),
+                tuple((Cut.parse(a), Cut.parse(b)) for a, b in r["pairs"]),
+            )
             for r in rows["moe"]
         )
         found[name] = (linear, moe)
@@ -288,19 +318,20 @@ def _linear_cut(name: str, tokens: int, tiles: int) -> Cut:
 
 
 def moe_cuts(
-    fmts: tuple[Format, Format], tokens: int, top_k: int, experts: int, parts: int
+    fmts: tuple[Format, Format], tokens: int, top_k: int, experts: int, columns: int, parts: int
 ) -> tuple[Cut, Cut]:
-    """For w13 and w2, of these formats; both have the same block_m and tail."""
+    """For w13 and w2, of these formats, w2 of so many columns; both have the same block_m and tail."""
     routes = tokens * top_k
     # A single token's routes are tiles of their own.
     each = routes / min(experts, routes) if tokens > 1 else 1
-    if parts > 1:
-        cut = _in_parts(each)
-        return cut.fitted(fmts[0], parts), cut.fitted(fmts[1], parts)
-    # Of formats of two groups the first decides.
-    rows = table()[group(fmts[0])][1]
-    row = next(r for r in rows if routes <= r.routes and each <= r.each)
-    return row.first.fitted(fmts[0], parts), row.second.fitted(fmts[1], parts)
+    cuts = (_in_parts(each),) * 2 if parts > 1 else _moe_cuts(group(fmts[0]), routes, each, columns)
+    return cuts[0].fitted(fmts[0], parts), cuts[1].fitted(fmts[1], parts)
+
+
+@lru_cache(4096)  # asked at every call of experts
+def _moe_cuts(name: str, routes: int, each: float, columns: int) -> tuple[Cut, Cut]:
+    """Of formats of two groups the first decides."""
+    return next(row for row in table()[name][1] if row.holds(routes, each, columns)).fit(each)
 
 
 def _in_parts(tokens: float) -> Cut:

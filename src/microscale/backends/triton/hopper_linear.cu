@@ -1,4 +1,4 @@
-// Linears of many tokens on Hopper: one thread has tokens and codes copied into shared memory, and two or three groups
+// Linears of many tokens on Hopper: one thread has tokens and codes copied into shared memory, and one to three groups
 // of four warps decode 64 or 128 rows of weights each into registers and multiply. `hopper_text.py` writes the
 // constants in capitals, `decode_group` and `Product` above this text; `hopper_ptx.h`, `hopper_rows.h`,
 // `hopper_linear.h` and `hopper_steps.h` come before.
@@ -175,7 +175,7 @@ DEVICE void use(const Given &a, Ring r, Units n) {
   Tile t = next_unit(n);
   // Groups begin one after the other, and so they end: of programs of several units, one stores while another
   // multiplies.
-  const int later = a.units > gridDim.x ? STAGES / (2 * USERS - 2) : 0;
+  const int later = USERS > 1 && a.units > gridDim.x ? STAGES / max(2 * USERS - 2, 1) : 0;
   if (t.there >= 0) barrier_wait(r.full + min(side * later, a.chunks - 1) * 8, 0);
   for (; t.there >= 0; t = next_unit(n)) {
     if ((TILES * t.block + side * EACH) * 64 >= a.rows) {

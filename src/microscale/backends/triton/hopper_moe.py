@@ -370,7 +370,7 @@ def moe(
         direct: no routing, for one token; the default there, but for cuts with `bulk`.
     """
     (m, top_k), experts = topk_ids.shape, w13.shape[0]
-    cut13, cut2 = cuts or moe_cuts((w13.format, w2.format), m, top_k, experts, PARTS[x.dtype])
+    cut13, cut2 = cuts or moe_cuts((w13.format, w2.format), m, top_k, experts, w2.shape[-1], PARTS[x.dtype])
     if cut13.wide or cut2.wide:
         biases = (b13, b2)
         cut13, cut2 = hopper_wide.taken(

@@ -5,15 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from importlib import resources
 
-from microscale.backends.triton.cuts import wide_stages
+from microscale.backends.triton.cuts import loops, wide_stages
 from microscale.backends.triton.hopper_decode import assembly
 from microscale.backends.triton.placement import LANDS
 
 BOX_REGISTERS = 24  # of who has a linear's copied
+MOST_REGISTERS = 240  # that a thread can ask for
 COPY_REGISTERS = (56, 72)  # up to 144 tokens, and of more: addresses of a step
-STEP = 8  # what numbers of tokens are multiples of
 MOST_OF_TWO = 144  # tokens that a group has registers for which has two tiles of weights
-PARTS = (8, 7, 6, 5, 3)  # eighths of the most
 MOST_PAIRED = 80  # tokens whose products take about as long as decoding two tiles does
 KINDS = ("silu", "swiglu_oai", "swiglu_step")
 
@@ -27,7 +26,7 @@ class Spec:
         element, scale: of the format, as in `hopper_decode`.
         most: tokens of a unit at most, a multiple of 16 up to 256; with two tiles each, or three users, up to 144. Of a
             linear a multiple of 8, and with two tiles each up to 176.
-        users: groups of warps that multiply, 2 or 3.
+        users: groups of warps that multiply, 2 or 3; of a linear also 1.
         each: tiles of 64 rows of weights that each has, 1 or 2.
         stages: of shared memory.
         bias: of w13 and w2, or of a linear; 0 none, 1 bfloat16, 2 float32.
@@ -56,19 +55,18 @@ class Spec:
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        """Tokens that there is a loop for, the greatest first: as many as ptxas finds registers for. All programs of a
-        linear have equally many, and with one loop ptxas lets more tokens' products be under way."""
+        """Tokens that there is a loop for, the greatest first. All programs of a linear have equally many, and with one
+        loop ptxas lets more tokens' products be under way."""
         if not self.experts:
             return (self.most,)
-        loops = (208 - self.most) // 32 if self.each == 2 else len(PARTS)
-        return tuple(dict.fromkeys(-(-self.most * p // 8 // STEP) * STEP for p in PARTS[:loops]))
+        return loops(self.most, self.each)
 
     @property
     def paired(self) -> bool:
         """Whether a turn of experts' loop is two steps, `hopper_pair.h`: where that has been timed and was faster."""
         return (
             self.experts
-            and (self.element, self.scale) == ("e2m1", "e8m0")
+            and self.element == "e2m1"
             and (self.users, self.each) == (2, 2)
             and self.most <= MOST_PAIRED
             and self.stages >= 4
@@ -83,7 +81,7 @@ class Spec:
         """Of a thread that copies, and of one that multiplies: more than there are would wait for ever."""
         launched = 65536 // self.threads & -8
         copies = COPY_REGISTERS[self.most > 144] if self.experts else BOX_REGISTERS
-        return copies, launched + (launched - copies) // self.users & -8
+        return copies, min(launched + (launched - copies) // self.users & -8, MOST_REGISTERS)
 
     @property
     def shared(self) -> int:

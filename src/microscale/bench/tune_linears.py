@@ -1,0 +1,136 @@
+"""Finds the cuts of Hopper's linears again.
+
+A row is timed with what lies in its upper half, all matrices of `gpu.LINEARS`. Of a row of several cuts the sizes
+decide which is taken, by what a step of each takes: these stay, checked and timed anew, in many sizes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+from math import inf
+from statistics import median
+from typing import Any
+
+import torch
+
+from microscale.backends.triton import cuts, hopper
+from microscale.backends.triton.cuts import Cut, LinearRow
+from microscale.bench import gpu
+from microscale.bench.tune_candidates import Checked, candidates, least_loss, timed, wide_candidates
+from microscale.errors import MicroscaleError
+from microscale.formats import Format
+
+# For rows of several cuts: matrices, tokens of which one is in the row, and how near to the best a time counts.
+_SIZES = gpu.LINEARS | {
+    "2048x4096": (2048, 4096),
+    "2880x4096": (2880, 4096),
+    "4096x4096": (4096, 4096),
+    "14336x4096": (14336, 4096),
+}
+_BETWEEN = (48, 64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512, 640, 768, 1024, 1536, 2048)
+_NEAR = 1.25
+
+
+def timed_with(rows: tuple[LinearRow, ...], row: LinearRow) -> tuple[int, list[str]]:
+    """Tokens, and those of `gpu.LINEARS` for which these rows take this one.
+
+    Raises:
+        MicroscaleError: there are none.
+    """
+    m = int(min(row.tokens, 2048))
+    while m <= 1 << 14:
+        found = [
+            name
+            for name, (n, _) in gpu.LINEARS.items()
+            if next(r for r in rows if r.holds(m, n // 64)) is row
+        ]
+        if found:
+            return m, found
+        m *= 2
+    raise MicroscaleError(f"no matrix of {list(gpu.LINEARS)} takes the row of up to {row.tokens} tokens")
+
+
+def entry_of(row: LinearRow) -> dict[str, Any]:
+    """As `cuts.json` has a row, but for the times."""
+    entry: dict[str, Any] = {"tokens": None if row.tokens == inf else row.tokens}
+    if row.tiles:
+        entry["tiles"] = row.tiles
+    if len(row.cuts) == 1:
+        return entry | {"cut": str(row.cuts[0])}
+    return entry | {"steps": dict(zip(map(str, row.cuts), row.steps, strict=True))}
+
+
+def steps_of(row: LinearRow, times: dict[tuple[int, int, int], dict[Cut, float]]) -> tuple[float, ...]:
+    """Of each cut: the median of what a step took where it was not far behind the best, or wherever it was timed.
+
+    Args:
+        times: of M, N and K what each cut took, in microseconds.
+    """
+    found = []
+    for cut in row.cuts:
+        steps = []
+        for (m, n, k), of in times.items():
+            step = 1e3 * of[cut] / (cuts.rounds(cut, m, -(-n // 64)) * -(-k // 64))
+            steps.append((of[cut] > _NEAR * min(of.values()), step))
+        far = all(is_far for is_far, _ in steps)
+        found.append(float(round(median(step for is_far, step in steps if is_far == far))))
+    return tuple(found)
+
+
+def _several(row: LinearRow, rows: tuple[LinearRow, ...], fmt: Format, checked: Checked) -> dict[str, Any]:
+    """A row of several cuts, as `cuts.json` has it.
+
+    Raises:
+        MicroscaleError: a cut's numbers are wrong, or it does not compile.
+    """
+    times: dict[tuple[int, int, int], dict[Cut, float]] = {}
+    for n, k in _SIZES.values():
+        weights = [gpu.random_weights(fmt.name, n, k) for _ in range(max(2, int(1.6e8 / (n * k))))]
+        calls = (weights * 16)[:16]
+        for m in _BETWEEN:
+            if next(r for r in rows if r.holds(m, n // 64)) is row:
+                x = torch.randn(m, k, device="cuda").bfloat16()
+                times[m, n, k] = {
+                    cut: timed([partial(hopper.linear, x, w, None, cut) for w in calls]) for cut in row.cuts
+                }
+    wrong = [str(c) for c in row.cuts if max(of[c] for of in times.values()) == inf or not checked.linear(c)]
+    if wrong:
+        raise MicroscaleError(f"wrong numbers, or none, with the cuts {', '.join(wrong)} of cuts.json")
+    new = replace(row, steps=steps_of(row, times))
+    us = {
+        f"{what} M={m}": round(of[new.fit(m, n // 64)], 1)
+        for what, (n, k) in gpu.LINEARS.items()
+        for m in _BETWEEN
+        if (of := times.get((m, n, k)))
+    }
+    return entry_of(new) | {"us": us}
+
+
+def tune_linear(name: str, fmt: Format, say: Callable[[str], None]) -> Iterator[dict[str, Any]]:
+    """The rows of linears, as `cuts.json` has them, by a format that stands for the group `name`."""
+    checked = Checked(fmt)
+    weights: dict[str, list[Any]] = {
+        what: [gpu.random_weights(fmt.name, n, k) for _ in range(max(4, int(3.5e8 / (n * k))))]
+        for what, (n, k) in gpu.LINEARS.items()
+    }
+    rows = cuts.table()[name][0]
+    for row in rows:
+        if len(row.cuts) > 1:
+            yield _several(row, rows, fmt, checked)
+            say(f"{name}, linear, to {row.tokens} tokens: {len(row.cuts)} cuts, of which the sizes choose")
+            continue
+        m, of_row = timed_with(rows, row)
+        times: dict[Cut, dict[str, float]] = {}
+        for cut in dict.fromkeys([*row.cuts, *candidates(fmt, m, tail=False), *wide_candidates(fmt, m)]):
+            found = {}
+            for what in of_row:
+                x = torch.randn(m, gpu.LINEARS[what][1], device="cuda").bfloat16()
+                used = weights[what] if m <= 128 else weights[what][:4]
+                found[f"{what} M={m}"] = timed([partial(hopper.linear, x, w, None, cut) for w in used])
+            if max(found.values()) < inf and checked.linear(cut):
+                times[cut] = found
+        best = least_loss(times)
+        say(f"{name}, linear, to {row.tokens} tokens: {best}, before {row.cuts[0]}")
+        yield entry_of(row) | {"cut": str(best), "us": {k: round(v, 1) for k, v in times[best].items()}}
