@@ -142,14 +142,20 @@ def test_experts_of_many_tokens_take_what_multiplies_least(layout: Any) -> None:
     assert cuts.loops(112, 2) == (112, 104, 88)
     assert cuts.loops(144, 2) == (144, 128)
     assert cuts.loops(48, 2) == (48, 40, 32, 24)
-    # Nearly all experts have one program, or two of which the second multiplies 88 or more.
-    assert 88 + cuts.START <= cuts.padded(cut, 80) < 112 + cuts.START
-    assert 112 + 88 + 2 * cuts.START <= cuts.padded(cut, 170) < 230 + 2 * cuts.START
+    start = cuts.START
+    taken = {1: 88, 88: 88, 89: 104, 104: 104, 105: 112, 112: 112, 113: 112 + start + 88, 224: 224 + start}
+    assert {routes: cuts.padded(cut, routes) - start for routes in taken} == taken
+    # Of about 170 routes all have two programs, of 220 some have three, and of 80 all but a few have one.
+    assert cuts.mean_padded(cut, 170) == 200 + 2 * start
+    assert 216 + 2 * start < cuts.mean_padded(cut, 220) < 304 + 3 * start
+    assert 88 + start < cuts.mean_padded(cut, 80) < 104 + start
     row = cuts.table()["4 bits"][1][-1]
     found = [row.fit(each)[0].block_m for each in (32, 40, 64, 72, 96, 128, 160, 192, 256)]
     assert found == [48, 64, 80, 96, 112, 144, 96, 112, 144]
     for each in (27.5, 61.0, 333.3, 5000.0):
-        assert cuts.padded(row.fit(each)[0], each) == min(cuts.padded(a, each) for a, _ in row.pairs)
+        assert cuts.mean_padded(row.fit(each)[0], each) == min(
+            cuts.mean_padded(a, each) for a, _ in row.pairs
+        )
 
 
 def test_columns_of_w2_choose_its_cut(layout: Any) -> None:

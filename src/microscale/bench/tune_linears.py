@@ -87,7 +87,7 @@ def _several(row: LinearRow, rows: tuple[LinearRow, ...], fmt: Format, checked: 
     """
     times: dict[tuple[int, int, int], dict[Cut, float]] = {}
     for n, k in _SIZES.values():
-        weights = [gpu.random_weights(fmt.name, n, k) for _ in range(max(2, int(1.6e8 / (n * k))))]
+        weights: list[Any] = [gpu.random_weights(fmt.name, n, k) for _ in range(max(2, int(1.6e8 / (n * k))))]
         calls = (weights * 16)[:16]
         for m in _BETWEEN:
             if next(r for r in rows if r.holds(m, n // 64)) is row:

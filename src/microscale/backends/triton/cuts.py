@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from importlib import resources
 from math import inf
-from statistics import NormalDist
+from statistics import NormalDist, fmean
 from typing import Any
 
 from microscale.backends.triton.fragments import Fragments
@@ -223,9 +223,8 @@ class LinearRow:
 
     def fit(self, tokens: int, tiles: int) -> Cut:
         """The cut whose steps, one after the other on the busiest multiprocessor, take least."""
-        return min(zip(self.cuts, self.steps, strict=True), key=lambda c: rounds(c[0], tokens, tiles) * c[1])[
-            0
-        ]
+        step = dict(zip(self.cuts, self.steps, strict=True))
+        return min(step, key=lambda cut: rounds(cut, tokens, tiles) * step[cut])
 
 
 def rounds(cut: Cut, tokens: int, tiles: int) -> int:
@@ -248,9 +247,9 @@ class MoeRow:
 
     def fit(self, each: float) -> tuple[Cut, Cut]:
         """The pair whose programs have least to multiply for experts of about so many routes."""
-        return (
-            min(self.pairs, key=lambda pair: padded(pair[0], each)) if len(self.pairs) > 1 else self.pairs[0]
-        )
+        if len(self.pairs) == 1:
+            return self.pairs[0]
+        return min(self.pairs, key=lambda pair: mean_padded(pair[0], each))
 
 
 def loops(most: int, each: int) -> tuple[int, ...]:
@@ -260,17 +259,18 @@ def loops(most: int, each: int) -> tuple[int, ...]:
     return tuple(dict.fromkeys(-(-most * part // 8 // 8) * 8 for part in _PARTS[:count]))
 
 
-def padded(cut: Cut, each: float) -> float:
-    """Tokens that the programs of an expert multiply, and what each takes besides is worth, in the mean of
-    experts of about `each` routes, which routing spreads as a Poisson distribution does."""
-    sizes = loops(cut.block_m, cut.tiles // cut.users)
+def padded(cut: Cut, routes: int) -> int:
+    """Tokens that the programs of an expert with so many routes multiply, and what each takes besides is worth."""
+    full, rest = divmod(routes, cut.block_m)
+    last = min((size for size in loops(cut.block_m, cut.tiles // cut.users) if size >= rest), default=0)
+    return full * (cut.block_m + START) + (last + START if rest else 0)
+
+
+def mean_padded(cut: Cut, each: float) -> float:
+    """Of experts of about `each` routes, which routing spreads as a Poisson distribution does."""
     spread = NormalDist(each, each**0.5)
-    total = 0
-    for i in range(_SAMPLES):
-        full, rest = divmod(max(round(spread.inv_cdf((i + 0.5) / _SAMPLES)), 1), cut.block_m)
-        total += full * (cut.block_m + START)
-        total += min(size for size in sizes if size >= rest) + START if rest else 0
-    return total / _SAMPLES
+    counts = (max(round(spread.inv_cdf((i + 0.5) / _SAMPLES)), 1) for i in range(_SAMPLES))
+    return fmean(padded(cut, count) for count in counts)
 
 
 def group(fmt: Format) -> str:
