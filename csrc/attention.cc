@@ -80,7 +80,7 @@ extern "C" int ms_attend(int level, const struct ms_attention *a, int threads) {
   const int64_t units = a->batch * a->queries * a->key_heads * c.pieces;
   // Waking a thread costs microseconds, in which one core takes in some 50 KB of keys and values.
   if (units * a->tokens * (a->width + a->value_width) * c.size < (1 << 17)) threads = 1;
-  c.scratch_each = (attend_scratch(a->tokens, a->width) + 15) / 16 * 16;
+  c.scratch_each = (attend_scratch(a->tokens, a->width) + 15) / 16 * 16 + kApart / 4;
   Buffer<float> scratch(c.scratch_each * threads);
   if (!scratch) return MS_NO_MEMORY;
   c.scratch = scratch.get();

@@ -6,6 +6,10 @@
 
 namespace microscale {
 
+// Bytes between what threads write. A processor reads ahead of a thread that walks along its memory, also past the end,
+// and lines of another thread's that it takes so have to be taken back.
+constexpr int64_t kApart = 4096;
+
 // At least `bytes` bytes at a multiple of 64, in large pages if they are many; null where there are none. Large blocks
 // that were given back are kept for the next call, a few and not the largest: a page that the system hands out anew
 // costs more than what a product does with it.

@@ -91,7 +91,7 @@ int dense_parts(int level, int weight_dtype, const DensePart *parts, int64_t cou
   int64_t units = 0;
   for (int64_t i = 0; i < count; ++i) units += c.units_of(parts[i]);
   const int64_t most = std::min(m, kMaxRows);
-  c.sums_each = most * c.each;
+  c.sums_each = most * c.each + kApart / 4;
   Buffer<float> sums(c.sums_each * threads);
   Buffer<const void *> rows(most);
   const Small *small = small_for(level);

@@ -84,8 +84,8 @@ extern "C" int ms_linear(int level, const void *weights, const float *outer, int
   c.dtype = dtype;
   c.threads = threads;
   c.columns = all >= 32 * threads ? 4 : all >= 8 * threads ? 2 : 1;
-  c.sums_each = whole_rows(std::min(m, kMaxRows)) * c.columns * kPanelColumns;
-  c.scratch_each = static_cast<int64_t>(kernels->scratch) + 64;
+  c.sums_each = whole_rows(std::min(m, kMaxRows)) * c.columns * kPanelColumns + kApart / 4;
+  c.scratch_each = static_cast<int64_t>(kernels->scratch) + kApart;
   Buffer<float> sums(c.sums_each * threads);
   Buffer<uint8_t> scratch(c.scratch_each * threads);
   if (!sums || !scratch) return MS_NO_MEMORY;

@@ -316,7 +316,7 @@ int some_tokens(Moe &c, const void *x, const int64_t *ids, const float *weights,
   c.raw_bytes = most * std::max(c.raw_stride(), c.together * kPanelColumns) * 4;
   const int64_t others = std::max(largest * step_bytes, most * static_cast<int64_t>(sizeof(void *)));
   c.gathered_at = ceil_div(static_cast<int64_t>(c.kernels->scratch) + c.raw_bytes + others, 64) * 64;
-  c.scratch_each = c.gathered_at + (gather ? c.gathered.bytes(most, 0) : 0) + 64;
+  c.scratch_each = c.gathered_at + (gather ? c.gathered.bytes(most, 0) : 0) + kApart;
   Buffer<uint8_t> scratch(c.scratch_each * threads);
   if (!scratch) return MS_NO_MEMORY;
   c.scratch = scratch.get();

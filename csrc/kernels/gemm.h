@@ -97,7 +97,8 @@ void direct_rows(int64_t count, const PanelPlace *at, int64_t panels, const Prod
   direct<V, D, R, kSpecial>(at, panels, a.weights, tiles(a.k), a.next, rows, out, a.stride);
 }
 
-// As few groups of rows as possible, all of about the same size: each decodes anew, from a cache.
+// Up to V::few rows, measured: as few groups of them as possible, all of about the same size, of which each decodes
+// anew, from a cache.
 template <class V, class D, bool kSpecial>
 void few_rows(const Product &a, const PanelPlace *at, int64_t panels, float *out) {
   const auto rows = reinterpret_cast<const typename V::Operand *const *>(a.rows);

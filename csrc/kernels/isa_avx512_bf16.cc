@@ -11,8 +11,7 @@ struct Avx512Bf16 : Avx512 {
   using Operand = uint16_t;
   using Weights = __m512i;  // 16 columns x 2 k
   static constexpr int kStep = 2;
-  // What takes long to decode is decoded once for more rows than one group has.
-  static constexpr int few(int blocks, int bits) { return blocks == 1 && bits < 8 ? 16 : 8; }
+  static constexpr int few(int blocks, int bits) { return blocks > 1 || bits == 8 ? 16 : bits == 6 ? 32 : 64; }
   static constexpr int kRows = 8, kDecodedRows = 6;
   static constexpr int at_once(int rows, int) { return rows <= 2 ? 4 : rows <= 4 ? 2 : 1; }
 

@@ -9,8 +9,8 @@ struct Avx512 {
   using Sum = __m512;
   using Total = __m512;
   static constexpr int kUnits = 1, kPanels = 2;
-  static constexpr int few(int, int) { return 16; }  // in two groups
-  static constexpr int64_t kScratch = 16 << 10;      // half of a small L1: the rest is for rows
+  static constexpr int few(int, int bits) { return bits == 8 ? 16 : 64; }
+  static constexpr int64_t kScratch = 16 << 10;  // half of a small L1: the rest is for rows
 
   static Sum no_sum() { return _mm512_setzero_ps(); }
   static Total no_total() { return _mm512_setzero_ps(); }
