@@ -154,12 +154,8 @@ def test_a_linear_is_within_the_permitted_error(
     w = quantize(random(generator, 328, 352), name)
     x, bias = random(generator, tokens, 352).bfloat16(), random(generator, 328)
     results = {}
-    for word, given in (
-        ("m40t2c1w12", None),
-        ("m48t3c1w16", bias),
-        ("m24t4c1w12", bias),
-        ("m56t1c1w8", bias),
-    ):
+    words = {"m40t2c1w12": None, "m48t3c1w16": bias, "m24t4c1w12": bias, "m56t1c1w8": bias}
+    for word, given in words.items():
         results[word] = linear(x, packed(w), given, cut(f"{word}s3x"))
         worst = linear_budget(x, w, given).worst(results[word])
         assert worst <= 1, f"{word}: error is {worst:.3g} times the permitted one"
