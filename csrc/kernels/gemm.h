@@ -62,7 +62,7 @@ MS_INLINE void fetch(const PanelPlace &at, int64_t panels, const uint8_t *weight
 template <class V, class D, int R, bool kSpecial>
 void direct(const PanelPlace *at, int64_t panels, const uint8_t *weights, int64_t tiles, const uint8_t *next,
             const typename V::Operand *const *rows, float *out, int64_t stride) {
-  constexpr int kMost = kGroupPanels * V::kUnits, Q = V::at_once(R, D::kBlocks);
+  constexpr int kMost = kGroupPanels * V::kUnits, Q = V::at_once(R, D::kBlocks, traits(D::kFormat).bits);
   typename V::Total total[kMost][R];
   const typename V::Operand *x[R];
   const uint8_t *codes[kMost], *scales[kMost];

@@ -13,7 +13,9 @@ struct Avx512Bf16 : Avx512 {
   static constexpr int kStep = 2;
   static constexpr int few(int blocks, int bits) { return blocks > 1 || bits == 8 ? 16 : bits == 6 ? 32 : 64; }
   static constexpr int kRows = 8, kDecodedRows = 6;
-  static constexpr int at_once(int rows, int) { return rows <= 2 ? 4 : rows <= 4 ? 2 : 1; }
+  static constexpr int at_once(int rows, int blocks, int bits) {
+    return rows <= 2 ? 4 : rows <= 4 || (rows == 5 && blocks == 1 && bits != 6) ? 2 : 1;
+  }
 
   static void multiply(Sum &sum, const Weights &w, const Operand *x) {
     int32_t both;

@@ -22,7 +22,7 @@ struct Avx2 {
   static constexpr int kStep = 2, kUnits = 2, kRows = 4, kStagedRows = 6, kBlockRows = 24;
   static constexpr int64_t kScratch = 0;
   static constexpr int few(int blocks, int bits) { return blocks == 1 && bits == 4 ? 12 : 4; }
-  static constexpr int at_once(int rows, int blocks) { return rows == 1 ? 4 : rows == 2 && blocks == 1 ? 2 : 1; }
+  static constexpr int at_once(int rows, int blocks, int) { return rows == 1 ? 4 : rows == 2 && blocks == 1 ? 2 : 1; }
 
   static Sum no_sum() { return {{_mm256_setzero_ps(), _mm256_setzero_ps()}}; }
   static Total no_total() { return {{_mm256_setzero_ps(), _mm256_setzero_ps()}}; }

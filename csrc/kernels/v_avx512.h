@@ -32,7 +32,7 @@ struct Avx512F32 : Avx512 {
   using Weights = __m512;
   static constexpr int kStep = 1;
   static constexpr int kRows = 8, kDecodedRows = 6;
-  static constexpr int at_once(int rows, int) { return rows <= 2 ? 4 : rows <= 4 ? 2 : 1; }
+  static constexpr int at_once(int rows, int, int) { return rows <= 2 ? 4 : rows <= 4 ? 2 : 1; }
 
   static void multiply(Sum &sum, const Weights &w, const Operand *x) {
     sum = _mm512_fmadd_ps(w, _mm512_set1_ps(*x), sum);

@@ -15,7 +15,7 @@ struct Plain {
   static constexpr int kStep = 1, kUnits = 1, kRows = 2, kDecodedRows = 3, kPanels = 1;
   static constexpr int64_t kScratch = 16 << 10;
   static constexpr int few(int, int) { return 2; }
-  static constexpr int at_once(int, int) { return 1; }
+  static constexpr int at_once(int, int, int) { return 1; }
 
   static Sum no_sum() { return Sum{}; }
   static Total no_total() { return Total{}; }
