@@ -42,11 +42,11 @@ def tune(groups: list[str], ops: list[str], say: Callable[[str], None]) -> dict[
     }
     with torch.no_grad():
         for name in groups:
-            table = document["tables"]["sm_90"][name]
+            table, fmt = document["tables"]["sm_90"][name], FORMATS[FORMAT_OF[name]]
             if "linear" in ops:
-                table["linear"] = list(tune_linear(name, FORMATS[FORMAT_OF[name]], say))
+                table["linear"] = list(tune_linear(name, fmt, say))
                 torch.cuda.empty_cache()
             if "moe" in ops:
-                table["moe"] = list(tune_moe(name, FORMATS[FORMAT_OF[name]], say))
+                table["moe"] = list(tune_moe(name, fmt, say))
                 torch.cuda.empty_cache()
     return document

@@ -67,8 +67,7 @@ def tune_moe(name: str, fmt: Format, say: Callable[[str], None]) -> Iterator[dic
             raise MicroscaleError(f"wrong numbers with the cuts {', '.join(wrong)} of cuts.json")
         times: dict[tuple[Cut, Cut], dict[str, float]] = {}
         for (what, model), tokens in itertools.product(gpu.MODELS.items(), TOKENS):
-            routes = tokens * model.top_k
-            each = routes / min(model.experts, routes) if tokens > 1 else 1
+            routes, each = cuts.shares(tokens, model.top_k, model.experts)
             if next(r for r in rows if r.holds(routes, each, model.inner)) is not row:
                 continue
             cell = gpu.moe_cell(model, layers[what], tokens)

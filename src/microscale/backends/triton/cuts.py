@@ -286,12 +286,10 @@ def table(arch: str = "sm_90") -> dict[str, tuple[tuple[LinearRow, ...], tuple[M
     for name, rows in json.loads(text)["tables"][arch].items():
         linear = tuple(
             LinearRow(
-                r["tokens"] or inf,
-                r.get("tiles", 0),
-                tuple(map(Cut.parse, r["steps"] if "steps" in r else [r["cut"]])),
-                tuple(r.get("steps", {"": 1.0}).values()),
+                r["tokens"] or inf, r.get("tiles", 0), tuple(map(Cut.parse, steps)), tuple(steps.values())
             )
             for r in rows["linear"]
+            for steps in [r["steps"] if "steps" in r else {r["cut"]: 1.0}]
         )
         moe = tuple(
             MoeRow(
@@ -317,13 +315,17 @@ def _linear_cut(name: str, tokens: int, tiles: int) -> Cut:
     return next(row for row in table()[name][0] if row.holds(tokens, tiles)).fit(tokens, tiles)
 
 
+def shares(tokens: int, top_k: int, experts: int) -> tuple[int, float]:
+    """Routes in all, and for each expert that may be hit. A single token's are tiles of their own."""
+    routes = tokens * top_k
+    return routes, routes / min(experts, routes) if tokens > 1 else 1
+
+
 def moe_cuts(
     fmts: tuple[Format, Format], tokens: int, top_k: int, experts: int, columns: int, parts: int
 ) -> tuple[Cut, Cut]:
     """For w13 and w2, of these formats, w2 of so many columns; both have the same block_m and tail."""
-    routes = tokens * top_k
-    # A single token's routes are tiles of their own.
-    each = routes / min(experts, routes) if tokens > 1 else 1
+    routes, each = shares(tokens, top_k, experts)
     cuts = (_in_parts(each),) * 2 if parts > 1 else _moe_cuts(group(fmts[0]), routes, each, columns)
     return cuts[0].fitted(fmts[0], parts), cuts[1].fitted(fmts[1], parts)
 
