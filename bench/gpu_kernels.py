@@ -7,7 +7,7 @@ kind is compared with float64. Calls are captured in a CUDA graph, with other ro
 weights each time, so that no cache holds them. Microseconds are the median of replays.
 
 With `--cuts` Hopper's kernels are timed with these cuts, too, beside what the tables take, and not at all if they give
-other bits; `cuts.Cut` says what a word of them means.
+other bits; `cuts.Cut` says what a word of them means. Experts have a cut for w13 and w2, or two with a + between.
 
 With `--peers humming` the package humming-kernels multiplies the same weights in the same run: its graph and ours are
 replayed in turn, and its results are compared with ours. `peers/humming_kernels.py` says how it is called.
@@ -84,7 +84,7 @@ def time_linear(
     weights: list[Any],
     peaks: tuple[float, float],
     peer: list[Any],
-    cuts: list[Cut],
+    cuts: list[tuple[Cut, Cut]],
 ) -> dict[str, Any]:
     """One cell, what torch takes for the same product of bfloat16, and what a peer does for the same weights."""
     n, k = LINEARS[name]
@@ -95,7 +95,7 @@ def time_linear(
         "us": [partial(backend.linear, x, w) for w in weights],
         "bf16": [partial(torch.nn.functional.linear, x, p) for p in plain],
     }
-    for cut in cuts:
+    for cut, _ in cuts:
         from microscale.backends.triton import hopper
 
         kinds[str(cut)] = [partial(hopper.linear, x, w, None, cut) for w in weights]
@@ -110,17 +110,17 @@ def time_linear(
 
 
 def time_experts(
-    made: MoeCell, layers: list[Any], peaks: tuple[float, float], peer: list[Any], cuts: list[Cut]
+    made: MoeCell, layers: list[Any], peaks: tuple[float, float], peer: list[Any], cuts: list[tuple[Cut, Cut]]
 ) -> dict[str, Any]:
     """One cell, and what a peer takes for the same weights and routes."""
     b13, b2 = made.biases
     kinds: dict[str, Any] = {"us": [partial(backend.moe, *g, b13=b13, b2=b2) for g in made.given]}
-    for cut in cuts:
-        from microscale.backends.triton import hopper_moe
+    for pair in cuts:
+        from microscale.backends.triton import hopper_experts
 
-        rest = (b13, b2, None, False, (cut, cut))
-        kinds[str(cut)] = [partial(hopper_moe.moe, *g, *rest) for g in made.given]
-        same(f"experts, {cut}", kinds["us"][0](), kinds[str(cut)][0]())
+        rest, name = (b13, b2, None, False, pair), "+".join(dict.fromkeys(map(str, pair)))
+        kinds[name] = [partial(hopper_experts.moe, *g, *rest) for g in made.given]
+        same(f"experts, {name}", kinds["us"][0](), kinds[name][0]())
     for way in humming_kernels.ways(made.given[0][0].shape[0]) if peer else ():
         kinds[f"humming {way}"] = [
             humming_kernels.experts(way, *g[:3], *peer[i % len(layers)], g[5])
@@ -186,9 +186,15 @@ def line(row: dict[str, Any]) -> str:
     return f"{head}| {bf16} | {peer} | {times} |" + (f" {cuts} |" if cuts else "")
 
 
+def _pair(words: str) -> tuple[Cut, Cut]:
+    """One cut, or two with a + between, for w13 and w2."""
+    first, _, second = words.partition("+")
+    return Cut.parse(first), Cut.parse(second or first)
+
+
 def _is_cut(name: str) -> bool:
     try:
-        Cut.parse(name)
+        _pair(name)
     except ValueError:
         return False
     return True
@@ -199,7 +205,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=[*MODELS, *LINEARS], choices=[*MODELS, *LINEARS])
     parser.add_argument("--formats", nargs="*", default=["mxfp4"], choices=[*FORMATS, "all"])
     parser.add_argument("--tokens", nargs="*", type=int, default=TOKENS)
-    parser.add_argument("--cuts", nargs="*", default=[], type=Cut.parse, help="time these, too (Hopper)")
+    parser.add_argument("--cuts", nargs="*", default=[], type=_pair, help="time these, too (Hopper)")
     parser.add_argument(
         "--peers", nargs="*", default=[], choices=["humming"], help="time these packages, too"
     )

@@ -21,7 +21,7 @@ typedef unsigned long long u64;
 #define __global__
 #define __grid_constant__
 #define __launch_bounds__(threads, programs)
-#define __shared__ static
+#define __shared__ static __attribute__((section("shared_memory")))
 #define DYNAMIC_SHARED(name)  // one for all programs, below
 #define __align__(n) __attribute__((aligned(n)))
 
@@ -53,30 +53,85 @@ static ucontext_t scheduler_;
 static std::vector<ucontext_t> fibers_;
 static std::vector<u8> stacks_;
 static std::vector<bool> done_;
-static u64 progress_;  // counts whatever somebody may wait for
+static u64 progress_;    // counts whatever somebody may wait for
+static u64 in_warps_;    // of that, meetings of a warp
+static u64 seen_[1024];  // of each thread, what there was besides when it last paused
 
 static void give_way() { swapcontext(&fibers_[threadIdx.x], &scheduler_); }
+static std::function<bool()> ready_[1024];  // of each thread that waits, whether it need not any more
+static void wait_for(std::function<bool()> ready) {
+  if (ready()) return;
+  ready_[threadIdx.x] = std::move(ready);
+  give_way();
+  ready_[threadIdx.x] = nullptr;
+}
 
 // So many threads meet; nobody goes on before all have come.
 struct Meeting {
   u32 here = 0, round = 0;
-  void meet(u32 threads) {
+  bool meet(u32 threads) {  // whether this one was the last
     const u32 mine = round;
     if (++here == threads) {
       here = 0, round++, progress_++;
-      return;
+      return true;
     }
-    while (round == mine) give_way();
+    wait_for([this, mine] { return round != mine; });
+    return false;
   }
 };
 static std::map<u32, Meeting> meetings_;
-static void meet_all(u32 key, u32 threads) { meetings_[key].meet(threads); }
+static bool meet_all(u32 key, u32 threads) { return meetings_[key].meet(threads); }
 static void __syncthreads() { meet_all(0, blockDim.x); }
 static void meet(int group) { meet_all(1 + group, 128); }
+static void meet_some(int barrier, int threads) { meet_all(barrier, threads); }
+static void __threadfence_block() { progress_++; }  // whoever polls may see what comes next
+// Until somebody has done something: meetings in a warp are none, or a warp that polls would keep itself awake.
+static void pause_once() {
+  u64 &seen = seen_[threadIdx.x];
+  wait_for([&seen] { return progress_ - in_warps_ != seen; });
+  seen = progress_ - in_warps_;
+}
+#define pause() pause_once()  // C has a function of that name
+
+// ---- warps --------------------------------------------------------------------------------------------------------
+static void meet_warp() { in_warps_ += meet_all(300 + threadIdx.x / 32, 32); }
+// What the lanes of a warp give each other.
+template <typename T>
+const T *of_warp(const T &v) {
+  const u32 warp = threadIdx.x / 32;
+  // Two places in turn: whoever gives the next value has met all again who look at this one.
+  static T given[2][1024];
+  T *values = given[meetings_[300 + warp].round % 2];
+  values[threadIdx.x] = v;
+  meet_warp();
+  return values + 32 * warp;
+}
+static void __syncwarp() { meet_warp(); }
 template <typename T>
 T __shfl_sync(u32, T v, int) {
   return v;  // only of what is the same in a warp
 }
+static u32 __shfl_up_sync(u32, u32 v, u32 by) {
+  const u32 lane = threadIdx.x % 32, *values = of_warp(v);
+  return lane < by ? v : values[lane - by];
+}
+static u32 __match_any_sync(u32, u32 v) {
+  const u32 *values = of_warp(v);
+  u32 same = 0;
+  for (u32 i = 0; i < 32; i++) same |= static_cast<u32>(values[i] == v) << i;
+  return same;
+}
+static u32 __reduce_add_sync(u32, u32 v) {
+  const u32 *values = of_warp(v);
+  u32 sum = 0;
+  for (u32 i = 0; i < 32; i++) sum += values[i];
+  return sum;
+}
+static bool __all_sync(u32, u32 v) {
+  const u32 *values = of_warp(v);
+  return std::count(values, values + 32, 0u) == 0;
+}
+static int __popc(u32 v) { return __builtin_popcount(v); }
 
 // ---- memory -------------------------------------------------------------------------------------------------------
 alignas(1024) static u8 raw[256 << 10];
@@ -101,7 +156,7 @@ static void barrier_changes(u32 bar, u32 arrivals, int64_t bytes) {
 static void barrier_arrive(u32 bar) { barrier_changes(bar, 1, 0); }
 static void barrier_expect(u32 bar, u32 bytes) { barrier_changes(bar, 1, bytes); }
 static void barrier_wait(u32 bar, u32 parity) {
-  while (barriers_.at(bar).phase == parity) give_way();
+  wait_for([&b = barriers_.at(bar), parity] { return b.phase != parity; });
 }
 static bool barrier_passed(u32 bar, u32 parity) { return barriers_.at(bar).phase != parity; }
 static bool waited_[1024], early_;  // of each thread; any thread
@@ -143,6 +198,7 @@ static void fetch_map(const void *) {}
 static bool elected() { return threadIdx.x % 32 == 0; }
 static void copies_wait() {}
 static void products_see_copies() {}
+static void copies_see_stores() {}
 template <typename T>
 T shared(u32 address) {
   T v;
@@ -167,7 +223,7 @@ static int claim(u64 progress) {
 }
 static void add_one(u64 to) { ++*reinterpret_cast<int *>(to), progress_++; }
 static void wait_until(u64 at, int least) {
-  while (*reinterpret_cast<volatile const int *>(at) < least) give_way();
+  wait_for([=] { return *reinterpret_cast<const int *>(at) >= least; });
 }
 // What is stored is there late, and that of a group's last warps later still.
 template <typename T>
@@ -248,16 +304,40 @@ void multiply_add(float (&d)[SUMS], const u32 *w, u64 x, bool more) {
   group_[threadIdx.x].push_back([sums = &d[0], w, x, more] { multiply_now<N>(sums, w, x, more); });
 }
 
+// ---- of a warp's lanes ---------------------------------------------------------------------------------------------
 static u32 transposed(u32 v) {
-  const u32 me = threadIdx.x, warp = me / 32, lane = me % 32;
-  static u32 values[1024];
-  values[me] = v;
-  meet_all(300 + warp, 32);
+  const u32 lane = threadIdx.x % 32, *values = of_warp(v);
   u32 t = 0;
   for (u32 c = 0; c < 2; c++)
-    t |= (values[warp * 32 + (2 * (lane % 4) + c) * 4 + lane / 8] >> 16 * (lane / 4 % 2) & 0xFFFF) << 16 * c;
-  meet_all(400 + warp, 32);
+    t |= (values[8 * (lane % 4) + 4 * c + lane / 8] >> 16 * (lane / 4 % 2) & 0xFFFF) << 16 * c;
   return t;
+}
+
+// Lane 8 * i + r says where row r of matrix i is, of which four lanes get a row.
+static void load_matrices(u32 (&v)[4], u32 address) {
+  const u32 lane = threadIdx.x % 32, *rows = of_warp(address);
+  for (u32 i = 0; i < 4; i++) v[i] = shared4(rows[8 * i + lane / 4] + lane % 4 * 4);
+}
+
+struct Factors {
+  u32 w[4], x[2];
+};
+// Rows g and g + 8, tokens 2 * t and 2 * t + 1, for lane 4 * g + t.
+static void multiply_16(float *d, const u32 *w, u32 x0, u32 x1) {
+  const u32 lane = threadIdx.x % 32;
+  const Factors *all = of_warp<Factors>({{w[0], w[1], w[2], w[3]}, {x0, x1}});
+  for (u32 odd = 0; odd < 2; odd++)
+    for (u32 c = 0; c < 2; c++) {
+      const Factors *rows = all + lane / 4 * 4, *tokens = all + 4 * (2 * (lane % 4) + c);
+      double sum = 0;
+      for (u32 k = 0; k < 16; k++) {
+        const u32 pair = k % 8 / 2, high = k / 8, by = 16 * (k % 2);
+        sum += static_cast<double>(wide_float(rows[pair].w[2 * high + odd] >> by & 0xFFFF)) *
+               wide_float(tokens[pair].x[high] >> by & 0xFFFF);
+      }
+      float &to = d[2 * odd + c];
+      to = static_cast<float>(to + sum);
+    }
 }
 
 // ---- arithmetic ---------------------------------------------------------------------------------------------------

@@ -7,9 +7,16 @@ static void run_fiber() {
   give_way();
 }
 
-// All programs, one after the other. 0; 1 if threads wait for ever, 2 if one reads too early.
-extern "C" int emulate(const Given *given, u32 programs, u32 threads) {
+// What the text keeps in shared memory besides; the linker says where.
+extern "C" __attribute__((visibility("hidden"))) u8 __start_shared_memory[], __stop_shared_memory[];
+
+// All programs, one after the other. 0; 1 if threads wait for ever, 2 if one reads too early. `groups`: of 128 threads
+// that belong together; behind these each warp has a task of its own. `seed`: who is late.
+extern "C" int emulate(const Given *given, u32 programs, u32 threads, u32 groups, u32 seed) {
   constexpr size_t kStack = 128 << 10;
+  const auto task = [=](u32 thread) {
+    return thread < 128 * groups ? thread / 128 : groups + (thread - 128 * groups) / 32;
+  };
   argument_ = given;
   early_ = false;
   gridDim.x = programs;
@@ -20,28 +27,35 @@ extern "C" int emulate(const Given *given, u32 programs, u32 threads) {
     meetings_.clear();
     barriers_.clear();
     std::memset(raw, 0xFF, sizeof raw);  // NaN
+    std::memset(__start_shared_memory, 0xFF, __stop_shared_memory - __start_shared_memory);
     fibers_.assign(threads, {});
     stacks_.resize(threads * kStack);
     done_.assign(threads, false);
     std::fill(std::begin(waited_), std::end(waited_), false);
+    std::fill(std::begin(ready_), std::end(ready_), nullptr);
     for (u32 i = 0; i < threads; i++) {
       getcontext(&fibers_[i]);
       fibers_[i].uc_stack = {stacks_.data() + i * kStack, 0, kStack};
       fibers_[i].uc_link = nullptr;
       makecontext(&fibers_[i], run_fiber, 0);
     }
-    // Of each program another group of warps is late: it goes on where the others wait for it, and no sooner.
-    const u32 late = (program + 1) % (threads / 128);
+    // Of each program others are late: they go on where the rest waits for them, and no sooner. Where warps have tasks
+    // of their own it may be a lane of each; elsewhere products, which are later here, would keep lanes together.
+    const u32 late = (seed + program) % (task(threads - 1) + 1);
+    const u32 lane = 128 * groups < threads ? (seed / 64 + 7 * program) % 64 : 32;
+    const auto is_late = [=](u32 thread) { return task(thread) == late && (lane >= 32 || thread % 32 == lane); };
     bool all = false;
-    for (;;) {
+    for (u32 start = 0;; start = (start + 37) % threads) {  // lanes overtake each other, too
       const u64 before = progress_;
       bool left = false;
-      for (u32 i = 0; i < threads; i++)
-        if (!done_[i]) {
-          left = true;
-          threadIdx.x = i;
-          if (all || i / 128 != late) swapcontext(&scheduler_, &fibers_[i]);
-        }
+      for (u32 k = 0; k < threads; k++) {
+        const u32 i = (start + k) % threads;
+        if (done_[i]) continue;
+        left = true;
+        threadIdx.x = i;
+        if (is_late(i) && !all || ready_[i] && !ready_[i]()) continue;
+        swapcontext(&scheduler_, &fibers_[i]);
+      }
       if (!left) break;
       if (all && progress_ == before) return 1;
       all = progress_ == before;

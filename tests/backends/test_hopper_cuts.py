@@ -18,7 +18,7 @@ def test_every_number_of_tokens_has_a_cut_that_fits(layout: Any) -> None:
     def check(cut: Any, fmt: Any, parts: int) -> None:
         assert cuts.Cut.parse(str(cut)) == cut
         assert cut.shared(fmt, parts) <= cuts.HOPPER_SHARED
-        assert cut.stages >= 3
+        assert cut.stages >= (2 if cut.rings else 3)
         assert cut.warps == 4 or cut.tiles >= 2 or cut.wide
         assert parts == 1 or cut.chunks == 1
         assert not cut.bulk or (parts == 1 and cut.overlap)
@@ -161,8 +161,20 @@ def test_experts_of_many_tokens_take_what_multiplies_least(layout: Any) -> None:
 def test_columns_of_w2_choose_its_cut(layout: Any) -> None:
     cuts = import_module("microscale.backends.triton.cuts")
     pair = (FORMATS["mxfp4"],) * 2
-    assert [cuts.moe_cuts(pair, 64, 8, 128, k, 1)[1].tiles for k in (768, 2048, 2049, 14336)] == [4, 4, 2, 2]
-    assert cuts.moe_cuts(pair, 4, 8, 128, 768, 1)[1].tiles == 2  # too few programs
+    for rings, tiles in ((True, [4, 4, 3, 3]), (False, [4, 4, 2, 2])):
+        found = [cuts.moe_cuts(pair, 16, 8, 128, k, 1, rings)[1] for k in (768, 2048, 2049, 14336)]
+        assert [cut.tiles for cut in found] == tiles
+        assert all(cut.rings == rings for cut in found)
+    assert cuts.moe_cuts(pair, 4, 8, 128, 768, 1, rings=False)[1].tiles == 2  # too few programs
+
+
+def test_experts_of_few_tokens_have_rings_and_those_of_one_do_not(layout: Any) -> None:
+    cuts = import_module("microscale.backends.triton.cuts")
+    for fmt in FORMATS.values():
+        for top_k, experts, columns in ((4, 32, 2880), (8, 128, 768), (10, 512, 512), (2, 8, 14336)):
+            for tokens in (1, 2, 8, 16):
+                found = cuts.moe_cuts((fmt, fmt), tokens, top_k, experts, columns, 1)
+                assert [cut.rings for cut in found] == [tokens > 1] * 2, (fmt, tokens)
 
 
 def test_the_tuner_fits_wide_cuts_to_the_format(layout: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import ctypes
 import re
-import shutil
 import struct
-import subprocess
 from collections.abc import Callable
 from functools import partial
 from importlib import import_module
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,111 +15,15 @@ import torch
 from torch import Tensor
 
 from microscale.activations import GPT_OSS, Activation
-from microscale.formats import FORMATS, Element
+from microscale.formats import FORMATS
 from microscale.quant import QuantTensor, quantize
 from microscale.tolerance import linear_budget, moe_budget
 
-HERE = Path(__file__).parent
 FEW = ("mxfp4", "nvfp4", "fp8_block128", "mxfp8_e4m3", "mxfp6_e3m2", "mxint8")
-
-
-@pytest.fixture(scope="module")
-def wide() -> Any:
-    pytest.importorskip("triton", reason="the package triton is not installed")
-    return import_module("microscale.backends.triton.hopper_wide")
-
-
-@pytest.fixture(scope="module")
-def source(wide: Any) -> Any:
-    return import_module("microscale.backends.triton.hopper_text")
 
 
 def cut(word: str) -> Any:
     return import_module("microscale.backends.triton.cuts").Cut.parse(word)
-
-
-def decoder(element: Element, scale: str) -> str:
-    """`decode_group` by the tables of `placement`, instead of by instructions."""
-    placement = import_module("microscale.backends.triton.placement")
-    count, integer = placement.words(element.name), element.exponent_bits == 0
-    values = [v * 64 if integer else v for v in element.values]
-    table = ", ".join(f"{v!r}f" if abs(v) < 1e30 else "0.0f" for v in map(float, values))
-    rows = ", ".join(f"{{{p}, {h}, {w}, {m}, {s}}}" for p, h, w, m, s in placement.places(element.name))
-    words = ", ".join(f"w{i}" for i in range(count))
-    args = ", ".join(f"u32 w{i}" for i in range(count))
-    if scale == "e4m3":
-        byte = "(q ? s >> (7 + 16 * odd) | (odd ? s << 9 : 0) : s >> 16 * odd) >> 4 & 0x7F"
-        factor = f"std::ldexp(kE4m3[{byte}], -16)"
-    else:
-        missing = 0 if integer else element.bias - 127
-        factor = f"std::ldexp(static_cast<double>(wide_float(s >> 16 * odd & 0xFFFF)), {missing})"
-    e4m3 = ", ".join(
-        f"{v!r}" if v == v else "0" for v in map(float, FORMATS["mxfp8_e4m3"].element.values[:128])
-    )
-    return f"""
-static const double kE4m3[] = {{{e4m3}}};
-static const struct {{ int pair, half, word; u32 mask; int shift; }} kPlaces[] = {{{rows}}};
-static const float kValues[] = {{{table}}};
-static void decode_group(u32 (&o)[8], {args}, u32 s) {{
-  const u32 words[] = {{{words}}};
-  u32 codes[8][2] = {{}};
-  for (const auto &p : kPlaces)
-    codes[p.pair][p.half] |= (p.shift >= 0 ? words[p.word] >> p.shift : words[p.word] << -p.shift) & p.mask;
-  for (int pair = 0; pair < 8; pair++) {{
-    const int odd = pair % 2, q = pair / 4;
-    (void)q;
-    const double factor = {factor};
-    const double low = kValues[codes[pair][0]] * factor, high = kValues[codes[pair][1]] * factor;
-    o[pair] = packed(static_cast<float>(low), static_cast<float>(high));
-  }}
-}}
-"""
-
-
-@pytest.fixture(scope="module")
-def launch(source: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., None]:
-    """In the place of `hopper_wide`'s own: four programs, on the CPU."""
-    compiler = shutil.which("g++") or shutil.which("c++")
-    if compiler is None:
-        pytest.skip("no C++ compiler is installed")
-    built: dict[Any, Any] = {}
-    folder = tmp_path_factory.mktemp("wide")
-
-    def build(spec: Any) -> Any:
-        element = next(f.element for f in FORMATS.values() if f.element.name == spec.element)
-        products = "".join(
-            f"template <> struct Product<{n}> {{ static void add(float (&d)[MOST / 2], const u32 *w, u64 x, int more) "
-            f"{{ multiply_add<{n}>(d, w, x, more); }} }};\n"
-            for n in spec.sizes
-        )
-        text = folder / f"{len(built)}.cc"
-        text.write_text(
-            source.constants(spec)
-            + f'#include "{HERE / "hopper_emulated.h"}"\n'
-            + decoder(element, spec.scale)
-            + "template <int N> struct Product;\n"
-            + products
-            + source.kernel(spec)
-            + f'\n#include "{HERE / "hopper_emulated_launch.h"}"\n'
-        )
-        library = text.with_suffix(".so")
-        options = ["-std=c++20", "-O1", "-w", "-shared", "-fPIC", "-o", str(library)]
-        subprocess.run([compiler, *options, str(text)], check=True, capture_output=True, timeout=300)
-        return ctypes.CDLL(str(library))
-
-    def run(spec: Any, device: torch.device, units: int, given: ctypes.Structure) -> None:
-        if spec not in built:
-            built[spec] = build(spec)
-        wrong = built[spec].emulate(ctypes.byref(given), 4, spec.threads)
-        assert wrong == 0, ("", "threads wait for ever", "reads before the kernel ahead has ended")[wrong]
-
-    return run
-
-
-@pytest.fixture
-def emulated(wide: Any, launch: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.setattr(wide, "launch", launch)
-    return wide
 
 
 @pytest.fixture
@@ -336,6 +236,16 @@ def portable(text: str) -> str:
     return found.decode()
 
 
+touches = re.compile(r"\b(ld\.global|ld\.b|st\.global|st\.b|cp\.async(?!\.bulk\.prefetch))").search
+
+
+def touches_nothing(before: str) -> None:
+    """PTX, up to the wait for the kernel ahead."""
+    assert not touches(before)
+    for label in re.findall(r"\bbra(?:\.uni)?\s+(\S+);", before):
+        assert f"{label}:" in before  # no block that stands elsewhere in the text
+
+
 LINEARS = [
     (False, {"bias": (0,), "row_scale": (False,)}),
     (False, {"bias": (1,), "row_scale": (True,), "scale": "e4m3"}),
@@ -353,14 +263,11 @@ def test_the_compiler_leaves_memory_for_behind_the_wait(
     spec = source.Spec(experts, most=128, stages=6, each=2, even=True, **given)
     # What comes before the groups part, and of each group what comes before and after it waits for the kernel ahead.
     start, *groups = portable(source.text(spec)).split("setmaxnreg")
-    touches = re.compile(r"\b(ld\.global|ld\.b|st\.global|st\.b|cp\.async(?!\.bulk\.prefetch))").search
     assert len(groups) == 2
     assert not touches(start)
     for group in groups:
         before, _ = group.split("griddepcontrol.wait")
-        assert not touches(before)
-        for label in re.findall(r"\bbra(?:\.uni)?\s+(\S+);", before):
-            assert f"{label}:" in before  # no block that stands elsewhere in the text
+        touches_nothing(before)
     assert touches(groups[1])
 
 

@@ -330,15 +330,52 @@ def test_every_cut_of_experts_gives_the_same_bits(name: str, biased: bool) -> No
     x, ids, weights, w13, w2 = experts(name, tokens=130)
     if not isinstance(w13, Fragments) or not isinstance(w2, Fragments):
         pytest.skip("this GPU has no cuts")
-    from microscale.backends.triton import hopper_moe
+    from microscale.backends.triton import hopper_experts
 
     biases = [torch.randn(6, n, device=DEVICE) if biased else None for n in (128, 96)]
     rest = (w13, w2, GPT_OSS if biased else Activation("silu"), *biases, None, False)
-    y = hopper_moe.moe(x, ids, weights, *rest, (FIRST, FIRST))
+    y = hopper_experts.moe(x, ids, weights, *rest, (FIRST, FIRST))
     for pair in cuts_of(name)[1]:
         for rows in ROWS:
-            found = hopper_moe.moe(x[rows], ids[rows], weights[rows], *rest, pair)
+            found = hopper_experts.moe(x[rows], ids[rows], weights[rows], *rest, pair)
             assert torch.equal(found, y[rows]), (pair, rows)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="needs a GPU")
+@pytest.mark.parametrize("biased", [False, True], ids=["plain", "biased"])
+@pytest.mark.parametrize("name", FORMATS)
+def test_experts_of_few_tokens_have_the_bits_of_other_kernels(name: str, biased: bool) -> None:
+    """By `hopper_rings`, for which the test above has too few columns."""
+    e, inner, hidden = 6, 576, 768
+    given = (
+        quantize(torch.randn(e, *nk, device=DEVICE) / 20, name)
+        for nk in ((2 * inner, hidden), (hidden, inner))
+    )
+    w13, w2 = map(backend.pack, given)
+    if not isinstance(w13, Fragments) or not isinstance(w2, Fragments):
+        pytest.skip("this GPU has no cuts")
+    from microscale.backends.triton import hopper_experts, hopper_rings
+
+    b13, b2 = (torch.randn(e, n, device=DEVICE) if biased else None for n in (2 * inner, hidden))
+    b13 = None if b13 is None else b13.bfloat16()
+    activation = GPT_OSS if biased else Activation("silu")
+    x = torch.randn(60, hidden, device=DEVICE).bfloat16()
+    ids, weights = torch.randint(-1, e, (60, 4), device=DEVICE), torch.rand(60, 4, device=DEVICE)
+    expert_map = torch.randint(-1, e, (9,), device=DEVICE)
+    calls = (
+        (2, torch.int32, None),
+        (9, torch.int64, expert_map),
+        (60, torch.int32, expert_map.to(torch.int32)),
+    )
+    for pair in (pair for pair in cuts_of(name)[1] if pair[0].rings):
+        for m, kind, found in calls:
+            tokens = (x[:m], ids[:m].to(kind), weights[:m])
+            asked = (activation, (b13, b2), *tokens[1:], found, False)
+            assert hopper_rings.spec_of(pair, (w13, w2), *asked) is not None
+            rest = (w13, w2, activation, b13, b2, found, False)
+            wanted = hopper_experts.moe(*tokens, *rest, (FIRST, FIRST))
+            for _ in range(2):
+                assert torch.equal(hopper_experts.moe(*tokens, *rest, pair), wanted), (pair, m, kind)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="needs a GPU")

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from microscale.activations import GPT_OSS
 from microscale.backends import triton as backend
-from microscale.backends.triton import cuts, hopper, hopper_moe, nvrtc
+from microscale.backends.triton import cuts, hopper, hopper_experts, nvrtc
 from microscale.backends.triton.cuts import Cut
 from microscale.backends.triton.fragments import Fragments
 from microscale.bench import gpu
@@ -94,6 +94,9 @@ class Checked:
         self.w13 = quantize(torch.randn(8, 704, 416, device="cuda") / 20, fmt.name)
         self.w2 = quantize(torch.randn(8, 416, 352, device="cuda") / 20, fmt.name)
         self.tokens = torch.randn(300, 416, device="cuda").bfloat16()
+        # `hopper_rings` takes few routes, and columns in steps of 64.
+        self.few13 = quantize(torch.randn(8, 1152, 768, device="cuda") / 20, fmt.name)
+        self.few2 = quantize(torch.randn(8, 768, 576, device="cuda") / 20, fmt.name)
         self.ids, self.weights = gpu.random_routes(300, 8, 4)
         self.linear_bits: Tensor | None = None
         self.moe_bits: Tensor | None = None
@@ -113,6 +116,8 @@ class Checked:
 
     def moe(self, cut: Cut) -> bool:
         """Of experts, both kernels."""
+        if cut.rings and ("moe", cut) not in self.said:
+            self.said["moe", cut] = self._few(cut)
         if ("moe", cut) not in self.said:
             w13, w2 = backend.pack(self.w13), backend.pack(self.w2)
             assert isinstance(w13, Fragments)
@@ -120,7 +125,7 @@ class Checked:
 
             def run(rows: slice) -> Tensor:
                 given = (self.tokens[rows], self.ids[rows], self.weights[rows])
-                return hopper_moe.moe(*given, w13, w2, GPT_OSS, None, None, None, False, (cut, cut))
+                return hopper_experts.moe(*given, w13, w2, GPT_OSS, None, None, None, False, (cut, cut))
 
             y = run(slice(None))
             self.moe_bits = y if self.moe_bits is None else self.moe_bits
@@ -131,6 +136,24 @@ class Checked:
             budget = moe_budget(self.tokens, self.ids, self.weights, self.w13, self.w2, GPT_OSS)
             self.said["moe", cut] = same and budget.worst(y) <= 1
         return self.said["moe", cut]
+
+    def _few(self, cut: Cut) -> bool:
+        """Of experts of few tokens."""
+        x = torch.randn(32, 768, device="cuda").bfloat16()
+        w13, w2 = backend.pack(self.few13), backend.pack(self.few2)
+        assert isinstance(w13, Fragments)
+        assert isinstance(w2, Fragments)
+
+        def run(rows: slice, pair: tuple[Cut, Cut]) -> Tensor:
+            given = (x[rows], self.ids[rows], self.weights[rows])
+            return hopper_experts.moe(*given, w13, w2, GPT_OSS, None, None, None, False, pair)
+
+        usual = Cut.parse("m8t2c2w4s3")
+        y = run(slice(32), (cut, cut))
+        same = torch.equal(y, run(slice(32), (usual, usual)))
+        same &= torch.equal(run(slice(7, 16), (cut, cut)), y[7:16])
+        budget = moe_budget(x, self.ids[:32], self.weights[:32], self.few13, self.few2, GPT_OSS)
+        return same and budget.worst(y) <= 1
 
 
 def timed(calls: list[Callable[[], object]]) -> float:

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from microscale.backends.triton import cuts, hopper_moe
+from microscale.backends.triton import cuts, hopper_experts
 from microscale.backends.triton.cuts import Cut, MoeRow
 from microscale.bench import gpu
 from microscale.bench.tune_candidates import Checked, candidates, least_loss, timed, wide_candidates
@@ -26,10 +26,23 @@ TOKENS = (1, 4, 8, 16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 204
 # Of a single token's experts, for w13 and w2 each: by `hopper_few`.
 _FEW = ("m8t1c2w4s5f", "m8t1c2w4s8f", "m8t1c2w4s12f", "m8t2c2w8s6f", "m8t2c1w8s8fp1", "m8t1c2w4s6fp2")
 
+# Of few tokens, by `hopper_rings`, for w13 and w2.
+_RINGS = (
+    ("m8t2c4w8s3r", "m8t2c6w8s3r"),
+    ("m8t2c5w8s3r", "m8t2c5w8s3r"),
+    ("m8t2c8w8s3r", "m8t2c12w8s3r"),
+    ("m8t2c9w8s2r", "m8t2c9w8s2r"),
+    ("m8t2c9w8s4r", "m8t2c9w8s4r"),
+    ("m8t3c9w12s2r", "m8t3c9w12s2r"),
+    ("m8t4c4w8s2r", "m8t4c4w8s2r"),
+    ("m8t4c4w8s3r", "m8t4c4w8s3r"),
+    ("m8t4c8w8s2r", "m8t4c6w8s2r"),
+)
+
 
 def _experts(given: tuple[Any, ...], biases: tuple[Any, Any], pair: tuple[Cut, Cut]) -> Tensor:
     x, ids, weights, w13, w2, activation = given
-    return hopper_moe.moe(x, ids, weights, w13, w2, activation, *biases, None, False, pair)
+    return hopper_experts.moe(x, ids, weights, w13, w2, activation, *biases, None, False, pair)
 
 
 def _pairs(
@@ -38,6 +51,11 @@ def _pairs(
     """What may be the row's pair for these experts; of a row of several, the one that it has for them."""
     if len(row.pairs) > 1:
         return [row.fit(each)]
+    if row.rings:
+        other = cuts.moe_cuts((fmt, fmt), tokens, model.top_k, model.experts, model.inner, 1, rings=False)
+        rings = [(Cut.parse(first), Cut.parse(second)) for first, second in _RINGS]
+        right = [pair for pair in rings if checked.moe(pair[0]) and checked.moe(pair[1])]
+        return list(dict.fromkeys([other, *row.pairs, *right]))
     apart = model.activation.apart
     size = max(each, 8)
     tried = [c for c in candidates(fmt, 2 ** (int(size) - 1).bit_length(), tail=True) if checked.moe(c)]
@@ -68,7 +86,7 @@ def tune_moe(name: str, fmt: Format, say: Callable[[str], None]) -> Iterator[dic
         times: dict[tuple[Cut, Cut], dict[str, float]] = {}
         for (what, model), tokens in itertools.product(gpu.MODELS.items(), TOKENS):
             routes, each = cuts.shares(tokens, model.top_k, model.experts)
-            if next(r for r in rows if r.holds(routes, each, model.inner)) is not row:
+            if next(r for r in rows if r.holds(tokens, routes, each, model.inner)) is not row:
                 continue
             cell = gpu.moe_cell(model, layers[what], tokens)
             for both in _pairs(row, fmt, model, tokens, each, checked):

@@ -3,11 +3,11 @@
 `layout` packs and unpacks, `decode` turns codes and scales into numbers in registers, `gemm` has the loop over K and
 linear, `moe` the experts, `routing` sorts their routes, `total` adds up their shares, `tiles` has the sizes. Hopper has
 a layout and kernels of its own: `placement` and `fragments`, `hopper` and `hopper_moe` over `hopper_loop` or, for many
-tokens, `hopper_bulk`, for experts of a few `hopper_few`, all over `hopper_decode`; `hopper_routes` says whose a tile
-is, `hopper_token` has a single one's chosen by its logits, `hopper_results` ends experts, `hopper_fetch` asks for
+tokens, `hopper_bulk`, for a single one's experts `hopper_few`, all over `hopper_decode`; `hopper_routes` says whose a
+tile is, `hopper_token` has a single one's chosen by its logits, `hopper_results` ends experts, `hopper_fetch` asks for
 weights ahead, `cuts` chooses their sizes, and `fallback` takes over if they do not compile.
-For many tokens experts have `hopper_wide` and linears `hopper_linear`, in CUDA C++ that `hopper_text` writes and
-`nvrtc` compiles.
+In CUDA C++, which `hopper_text` writes and `nvrtc` compiles, experts have `hopper_rings` for a few tokens and
+`hopper_wide` for many, and linears `hopper_linear`; `hopper_experts` takes the kernels that a call's cuts are of.
 For a decoded token there are `attend` over `spans`, `rows` for products with plain weights, `router`, `small`, and
 `likeliest`, the last two of which choose by `keys`.
 """
@@ -193,11 +193,11 @@ def _experts(
     own = _hopper(x, topk_ids.shape[1], w13, w2, activation)
     if own is None:
         return plain()
-    from microscale.backends.triton import hopper_moe
+    from microscale.backends.triton import hopper_experts
 
     fragments, pair = own
     given = (x, topk_ids, topk_weights, *fragments, *rest, pair)
-    fast = partial(hopper_moe.moe, *given, add_up=add_up)
+    fast = partial(hopper_experts.moe, *given, add_up=add_up)
     return attempt(fast, plain, "moe", w13.format.name, w13.shape, activation, x.dtype, *pair)
 
 

@@ -24,7 +24,7 @@ MULTIPROCESSORS = 132  # of an H100 or H200
 START = 64  # tokens whose products take as long as decoding for a program does, and its beginning and end
 _PARTS = (8, 7, 6, 5, 3)  # eighths of a program's tokens that there are loops for
 _SAMPLES = 20  # of how many routes an expert has
-_WORD = re.compile(r"m(\d+)t(\d+)c(\d+)w(\d+)s(\d+)(o?)(h?)(f?)(?:b(\d+))?(?:p(\d))?(x?)")
+_WORD = re.compile(r"m(\d+)t(\d+)c(\d+)w(\d+)s(\d+)(o?)(h?)(f?)(?:b(\d+))?(?:p(\d))?(x?)(r?)")
 
 
 def split(block_m: int) -> tuple[int, int]:
@@ -65,6 +65,8 @@ class Cut:
         wide: by `hopper_wide`, in which a group of four warps copies and `users` multiply, each one or two of `tiles`;
             block_m is the most tokens of a program, whose number is fitted to an expert's; a linear's all have so many.
             Activations of one part only.
+        rings: of experts, both by `hopper_rings`: `warps` multiply, each four of them one or two of `tiles`; chunks are
+            of a stage, at most. Activations of one part only.
     """
 
     block_m: int
@@ -78,6 +80,7 @@ class Cut:
     programs: int = 0
     few: bool = False
     wide: bool = False
+    rings: bool = False
 
     def __str__(self) -> str:
         flags = (
@@ -87,6 +90,7 @@ class Cut:
             + (f"b{self.bulk}" if self.bulk else "")
             + (f"p{self.programs}" if self.programs else "")
             + ("x" if self.wide else "")
+            + ("r" if self.rings else "")
         )
         return f"m{self.block_m}t{self.tiles}c{self.chunks}w{self.warps}s{self.stages}{flags}"
 
@@ -96,10 +100,10 @@ class Cut:
         found = _WORD.fullmatch(word)
         if found is None:
             raise ValueError(f"{word!r} names no cut, as m128t2c1w8s5ohb1 does")
-        m, t, c, w, s, overlap, tail, few, bulk, programs, wide = found.groups()
+        m, t, c, w, s, overlap, tail, few, bulk, programs, wide, rings = found.groups()
         sizes = (int(m), int(t), int(c), int(w), int(s))
         asked = (int(bulk or 0), int(programs or 0))
-        return Cut(*sizes, overlap == "o", tail == "h", *asked, few == "f", wide == "x")
+        return Cut(*sizes, overlap == "o", tail == "h", *asked, few == "f", wide == "x", rings == "r")
 
     def constants(self, w: Fragments) -> dict[str, Any]:
         """Compile-time arguments of the kernels."""
@@ -177,6 +181,8 @@ class Cut:
             )
         if self.few:
             return 512 * self.block_m * self.room(columns)
+        if self.rings:  # and tokens, see `hopper_rings.Rings`
+            return self.stages * self.chunks * self.tiles * (512 * fmt.element.bits + scales)
         if self.bulk:  # codes go straight to registers
             return self.stages * (self.copied * 128 * self.block_m + 8)
         return (
@@ -242,8 +248,14 @@ class MoeRow:
     columns: float
     pairs: tuple[tuple[Cut, Cut], ...]
 
-    def holds(self, routes: int, each: float, columns: int) -> bool:
-        return routes <= self.routes and each <= self.each and columns <= self.columns
+    def holds(self, tokens: int, routes: int, each: float, columns: int) -> bool:
+        # A single token's experts may be chosen in its kernels, which `hopper_rings` cannot do.
+        fit = routes <= self.routes and each <= self.each and columns <= self.columns
+        return fit and (tokens > 1 or not self.rings)
+
+    @property
+    def rings(self) -> bool:
+        return self.pairs[0][0].rings
 
     def fit(self, each: float) -> tuple[Cut, Cut]:
         """The pair whose programs have least to multiply for experts of about so many routes."""
@@ -322,18 +334,32 @@ def shares(tokens: int, top_k: int, experts: int) -> tuple[int, float]:
 
 
 def moe_cuts(
-    fmts: tuple[Format, Format], tokens: int, top_k: int, experts: int, columns: int, parts: int
+    fmts: tuple[Format, Format],
+    tokens: int,
+    top_k: int,
+    experts: int,
+    columns: int,
+    parts: int,
+    rings: bool = True,
 ) -> tuple[Cut, Cut]:
-    """For w13 and w2, of these formats, w2 of so many columns; both have the same block_m and tail."""
+    """For w13 and w2, of these formats, w2 of so many columns; both have the same block_m and tail.
+
+    Args:
+        rings: cuts that `hopper_rings` may refuse are welcome, too.
+    """
     routes, each = shares(tokens, top_k, experts)
-    cuts = (_in_parts(each),) * 2 if parts > 1 else _moe_cuts(group(fmts[0]), routes, each, columns)
+    if parts > 1:
+        cuts = (_in_parts(each),) * 2
+    else:
+        cuts = _moe_cuts(group(fmts[0]), tokens, routes, each, columns, rings)
     return cuts[0].fitted(fmts[0], parts), cuts[1].fitted(fmts[1], parts)
 
 
 @lru_cache(4096)  # asked at every call of experts
-def _moe_cuts(name: str, routes: int, each: float, columns: int) -> tuple[Cut, Cut]:
+def _moe_cuts(name: str, tokens: int, routes: int, each: float, columns: int, rings: bool) -> tuple[Cut, Cut]:
     """Of formats of two groups the first decides."""
-    return next(row for row in table()[name][1] if row.holds(routes, each, columns)).fit(each)
+    rows = (row for row in table()[name][1] if rings or not row.rings)
+    return next(row for row in rows if row.holds(tokens, routes, each, columns)).fit(each)
 
 
 def _in_parts(tokens: float) -> Cut:

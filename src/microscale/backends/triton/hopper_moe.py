@@ -1,4 +1,5 @@
-"""The experts on Hopper: w13 with its activation is one kernel, w2 with the routing weight another; see `hopper`.
+"""The experts on Hopper in Gluon: w13 with its activation is one kernel, w2 with the routing weight another; see
+`hopper`.
 
 Each kernel may start while the one before it ends, and waits for it. A single token needs no routing: each of its
 routes is a tile.
@@ -14,19 +15,17 @@ from triton.experimental.gluon import language as gl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from microscale.activations import Activation
-from microscale.backends.triton import hopper_bulk, hopper_few, hopper_wide, routing, tiles
-from microscale.backends.triton.cuts import Cut, moe_cuts
+from microscale.backends.triton import hopper_bulk, hopper_few, tiles
+from microscale.backends.triton.cuts import Cut
 from microscale.backends.triton.fragments import ROWS, Fragments
-from microscale.backends.triton.hopper import PARTS, as_parts, read_as
+from microscale.backends.triton.hopper import PARTS, read_as
 from microscale.backends.triton.hopper_bulk import half_of, main_of, rest_of
 from microscale.backends.triton.hopper_decode import accumulator, applied, factors, slots
 from microscale.backends.triton.hopper_few import few_places
 from microscale.backends.triton.hopper_loop import buffers, copy_weights, pointers, product
 from microscale.backends.triton.hopper_results import activated, routes_at, routes_of, span, weighted
 from microscale.backends.triton.hopper_routes import expert_of, only_route, weight_of
-from microscale.backends.triton.ordering import tokens_in_order
 from microscale.backends.triton.routing import Table
-from microscale.backends.triton.total import total
 
 
 @gluon.jit
@@ -345,56 +344,3 @@ def second(
         **cut.constants(w),
     )  # fmt: skip
     return shares
-
-
-def moe(
-    x: Tensor,
-    topk_ids: Tensor,
-    topk_weights: Tensor,
-    w13: Fragments,
-    w2: Fragments,
-    activation: Activation,
-    b13: Tensor | None,
-    b2: Tensor | None,
-    expert_map: Tensor | None,
-    weight_on_input: bool,
-    cuts: tuple[Cut, Cut] | None = None,
-    pdl: bool = True,
-    direct: bool | None = None,
-    add_up: bool = True,
-) -> Tensor:
-    """As `moe.moe`; each expert's share, like the intermediate, is rounded once to x's dtype.
-
-    Args:
-        cuts: of w13 and w2, with the same block_m and tail; `cuts.moe_cuts` by default.
-        direct: no routing, for one token; the default there, but for cuts with `bulk`.
-    """
-    (m, top_k), experts = topk_ids.shape, w13.shape[0]
-    cut13, cut2 = cuts or moe_cuts((w13.format, w2.format), m, top_k, experts, w2.shape[-1], PARTS[x.dtype])
-    if cut13.wide or cut2.wide:
-        biases = (b13, b2)
-        cut13, cut2 = hopper_wide.taken(
-            (cut13, cut2), (w13, w2), activation, biases, topk_weights, weight_on_input
-        )
-    cut13 = cut13.of_experts(w13, activation.apart)
-    cut2 = cut2.of_experts(w2)
-    # These need tokens in the order that routing finds, or where each expert's begin.
-    direct = (m == 1 if direct is None else direct) and not (cut13.bulk or cut2.bulk or cut13.wide)
-    # Between float16 and wider activations and the kernels that read them stand others, which do not start early.
-    pdl = pdl and x.dtype == torch.bfloat16
-    ids, weights = topk_ids.contiguous(), topk_weights.contiguous()
-    with tiles.on(x.device):
-        if direct:
-            table = Table(ids, ids, ids, ids, ids, top_k)
-        else:
-            table = routing.route(ids, expert_map, experts, cut13.block_m, pdl)
-        if cut13.bulk:
-            x = tokens_in_order(table, x, top_k, experts, pdl)
-        if cut13.wide:
-            shares = hopper_wide.experts(as_parts(x), weights, w13, w2, (b13, b2), activation, table, cut13)
-        else:
-            h = first(
-                x, weights, w13, b13, activation, table, cut13, weight_on_input, pdl, expert_map, direct
-            )
-            shares = second(h, weights, w2, b2, table, cut2, weight_on_input, pdl, expert_map, direct)
-        return total(shares, ids, expert_map, experts, x.dtype, pdl) if add_up else shares

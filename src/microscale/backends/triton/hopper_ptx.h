@@ -1,4 +1,4 @@
-// Hopper's instructions for `hopper_wide.cu`. The tests have them for a CPU.
+// Hopper's instructions for `hopper_wide.cu`, `hopper_linear.cu` and `hopper_rings.cu`. The tests have them for a CPU.
 
 typedef unsigned char u8;
 typedef unsigned int u32;
@@ -39,6 +39,12 @@ DEVICE bool barrier_passed(u32 bar, u32 parity) {
 }
 // Of a group of warps.
 DEVICE void meet(int group) { asm volatile("bar.sync %0, 128;" ::"r"(group + 1) : "memory"); }
+// Of so many threads, by a barrier of their own, 1 to 15.
+DEVICE void meet_some(int barrier, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+}
+// Of a thread that has nothing to do yet.
+DEVICE void pause() { asm volatile("nanosleep.u32 64;"); }
 
 // 16 bytes to shared memory, of which the first `bytes` are copied and the others become 0.
 DEVICE void copy16(u32 to, u64 from, int bytes) {
@@ -80,6 +86,9 @@ DEVICE void fetch_bytes(u64 from, u32 bytes) {
 }
 DEVICE void copies_wait() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 DEVICE void products_see_copies() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// What others have written to memory is there for bytes that the copying engine brings.
+DEVICE void copies_see_stores() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
 
 DEVICE uint4 shared16(u32 at) {
   uint4 v;
@@ -150,6 +159,22 @@ DEVICE void not_before(float &v) { asm volatile("" : "+f"(v)::"memory"); }
 // An address that the compiler takes apart no more: what it would keep of its parts takes more registers than there
 // are.
 DEVICE void unknown(u64 &v) { asm volatile("" : "+l"(v)); }
+
+// Four matrices of 8 by 8 numbers of 16 bits, side by side: a lane says where a row of one begins, lane 8 i + r row r
+// of matrix i.
+DEVICE void load_matrices(u32 (&v)[4], u32 at) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3])
+               : "r"(at)
+               : "memory");
+}
+// d += w @ x of a warp: 16 rows, 8 tokens and 16 columns.
+DEVICE void multiply_16(float *d, const u32 *w, u32 x0, u32 x1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(w[0]), "r"(w[1]), "r"(w[2]), "r"(w[3]), "r"(x0), "r"(x1));
+}
 
 template <int COUNT>
 DEVICE void fewer_registers() {

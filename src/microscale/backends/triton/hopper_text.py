@@ -1,4 +1,4 @@
-"""The text of `hopper_wide.cu` or `hopper_linear.cu` for a problem: constants, and instructions that depend on them."""
+"""The text of `hopper_wide.cu` and other kernels for a problem: constants, and instructions that depend on them."""
 
 from __future__ import annotations
 
@@ -73,6 +73,19 @@ class Spec:
         )
 
     @property
+    def file(self) -> str:
+        """The kernel's text."""
+        return "hopper_wide.cu" if self.experts else "hopper_linear.cu"
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Files behind the instructions."""
+        if not self.experts:
+            return ("hopper_rows.h", "hopper_linear.h", "hopper_steps.h", self.file)
+        loop = "hopper_pair.h" if self.paired else "hopper_single.h"
+        return ("hopper_rows.h", "hopper_unit.h", "hopper_steps.h", loop, self.file)
+
+    @property
     def threads(self) -> int:
         return 128 * (self.users + 1)
 
@@ -89,34 +102,37 @@ class Spec:
         tile = 512 * len(LANDS[self.element]) + (256 if self.scale == "e4m3" else 128)
         return wide_stages(self.stages, self.most, self.users * self.each * tile)
 
+    def given(self) -> dict[str, object]:
+        """What the text has in capitals."""
+        return {
+            "BITS": len(LANDS[self.element]),
+            "E4M3_SCALES": int(self.scale == "e4m3"),
+            "BLOCKS": int(self.scale == "f32"),
+            "MOST": self.most,
+            "STAGES": self.stages,
+            "USERS": self.users,
+            "EACH": self.each,
+            "TILES": self.users * self.each,
+            "COPY_REGISTERS": self.registers[0],
+            "USE_REGISTERS": self.registers[1],
+            "EVEN": int(self.even),
+            "BIAS": ", ".join(map(str, self.bias)),
+            "WEIGHTS": self.weights,
+            "TOP_K": self.top_k,
+            "ROW_SCALE": ", ".join(str(int(scaled)) for scaled in self.row_scale),
+            "KIND": KINDS.index(self.kind),
+            **{kind.upper(): i for i, kind in enumerate(KINDS)},
+            "GATED": int(self.gated),
+            "SIZES": ", ".join(map(str, self.sizes)),
+            "EACH_SIZE(DO)": " ".join(f"DO({n})" for n in self.sizes),
+            "APART": int(self.apart),
+            "HAS_LIMIT": int(self.limit),
+        }
+
 
 def constants(spec: Spec) -> str:
     """The lines that define what the text has in capitals."""
-    given = {
-        "BITS": len(LANDS[spec.element]),
-        "E4M3_SCALES": int(spec.scale == "e4m3"),
-        "BLOCKS": int(spec.scale == "f32"),
-        "MOST": spec.most,
-        "STAGES": spec.stages,
-        "USERS": spec.users,
-        "EACH": spec.each,
-        "TILES": spec.users * spec.each,
-        "COPY_REGISTERS": spec.registers[0],
-        "USE_REGISTERS": spec.registers[1],
-        "EVEN": int(spec.even),
-        "BIAS": ", ".join(map(str, spec.bias)),
-        "WEIGHTS": spec.weights,
-        "TOP_K": spec.top_k,
-        "ROW_SCALE": ", ".join(str(int(scaled)) for scaled in spec.row_scale),
-        "KIND": KINDS.index(spec.kind),
-        **{kind.upper(): i for i, kind in enumerate(KINDS)},
-        "GATED": int(spec.gated),
-        "SIZES": ", ".join(map(str, spec.sizes)),
-        "EACH_SIZE(DO)": " ".join(f"DO({n})" for n in spec.sizes),
-        "APART": int(spec.apart),
-        "HAS_LIMIT": int(spec.limit),
-    }
-    return "".join(f"#define {name} {value}\n" for name, value in given.items())
+    return "".join(f"#define {name} {value}\n" for name, value in spec.given().items())
 
 
 def part(name: str) -> str:
@@ -133,12 +149,7 @@ def text(spec: Spec) -> str:
 
 def kernel(spec: Spec) -> str:
     """What comes behind the instructions."""
-    if not spec.experts:
-        names = ["hopper_rows.h", "hopper_linear.h", "hopper_steps.h", "hopper_linear.cu"]
-    else:
-        loop = "hopper_pair.h" if spec.paired else "hopper_single.h"
-        names = ["hopper_rows.h", "hopper_unit.h", "hopper_steps.h", loop, "hopper_wide.cu"]
-    return "".join(map(part, names))
+    return "".join(map(part, spec.parts))
 
 
 def _decode(element: str, scale: str) -> str:

@@ -28,7 +28,7 @@ def shares(
     b2: Tensor | None,
     cuts: tuple[Cut, Cut],
 ) -> Tensor:
-    """[1, H] -> [top_k, N]: the bits of `hopper_moe.moe` without its sum, of `choice.routes()`.
+    """[1, H] -> [top_k, N]: the bits of `hopper_experts.moe` without its sum, of `choice.routes()`.
 
     Args:
         cuts: of w13 and w2, as `of_experts` gave them for these matrices.

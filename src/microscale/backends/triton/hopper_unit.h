@@ -17,6 +17,8 @@ struct Given {
   Operands of[2];
   u64 tile_experts, tile_starts, ends, order, progress, weights;
   float alpha, beta, limit;
+  u64 ids, expert_map;  // of `hopper_rings.cu`, which finds tiles itself,
+  int routes, known;    // and how many there are
 };
 
 struct Tile {
@@ -135,13 +137,11 @@ DEVICE uint2 results(const Sums &d, const Given &a, const Rows (&rows)[EACH], in
 
 // Sums of a unit to y: `routes` and `shares` are those of its tokens, in the second product of experts.
 template <Kind KIND_OF>
-DEVICE void store(const Sums &d, const Given &a, const Tile &t, int side, const int *routes, const float *shares) {
+DEVICE void store_with(const Sums &d, const Rows (&rows)[EACH], const Given &a, const Tile &t, int side,
+                       const int *routes, const float *shares) {
   constexpr bool in_turn = KIND_OF == kFirst && kInTurn;
   const Operands &o = a.of[KIND_OF == kSecond];
   const int warp = threadIdx.x % 128 / 32, g = threadIdx.x % 32 / 4, t4 = threadIdx.x % 4;
-  Rows rows[EACH];
-#pragma unroll
-  for (int e = 0; e < EACH; e++) rows[e] = rows_of<KIND_OF>(a, t, row_tile(a, t, side * EACH + e));
 #pragma unroll
   for (int e = 0; e < (KIND_OF == kFirst && APART ? 1 : EACH); e++) {
     const int tile = row_tile(a, t, side * EACH + e);
@@ -170,6 +170,22 @@ DEVICE void store(const Sums &d, const Given &a, const Tile &t, int side, const 
   }
 }
 
+template <Kind KIND_OF>
+DEVICE void store(const Sums &d, const Given &a, const Tile &t, int side, const int *routes, const float *shares) {
+  Rows rows[EACH];
+#pragma unroll
+  for (int e = 0; e < EACH; e++) rows[e] = rows_of<KIND_OF>(a, t, row_tile(a, t, side * EACH + e));
+  store_with<KIND_OF>(d, rows, a, t, side, routes, shares);
+}
+
+DEVICE float share_of(const Given &a, int route) {
+#if WEIGHTS == 1
+  return __uint_as_float(static_cast<u32>(__ldg(reinterpret_cast<const unsigned short *>(a.weights) + route)) << 16);
+#else
+  return __ldg(reinterpret_cast<const float *>(a.weights) + route);
+#endif
+}
+
 // A token's place in the result of the second product, and its share there.
 struct Route {
   int to;
@@ -180,11 +196,6 @@ DEVICE Route route_of(const Given &a, const Tile &t, int token) {
   Route r = {0, 0.0f};
   if (t.product == 0) return r;
   r.to = load(reinterpret_cast<const int *>(a.order) + t.start + min(token, t.count - 1));
-#if WEIGHTS == 1
-  const unsigned short bits = __ldg(reinterpret_cast<const unsigned short *>(a.weights) + r.to);
-  r.share = __uint_as_float(static_cast<u32>(bits) << 16);
-#else
-  r.share = __ldg(reinterpret_cast<const float *>(a.weights) + r.to);
-#endif
+  r.share = share_of(a, r.to);
   return r;
 }

@@ -41,18 +41,19 @@ class Given(ctypes.Structure):
             for n in ("tile_experts", "tile_starts", "ends", "order", "progress", "weights")
         ],
         *[(n, ctypes.c_float) for n in ("alpha", "beta", "limit")],
+        *[(n, ctypes.c_uint64) for n in ("ids", "expert_map")],
+        *[(n, ctypes.c_int) for n in ("routes", "known")],
     ]
 
 
 @cache
 def _kernel(spec: Spec, device: int) -> nvrtc.Kernel:
-    name = f"hopper_{'wide' if spec.experts else 'linear'}.cu"
     if spec.shared > HOPPER_SHARED:
         raise nvrtc.CompileError(
-            f"{name}: {spec.stages} stages of {spec.most} tokens and {64 * spec.users * spec.each} rows are "
+            f"{spec.file}: {spec.stages} stages of {spec.most} tokens and {64 * spec.users * spec.each} rows are "
             f"{spec.shared} bytes of shared memory, of {HOPPER_SHARED} that there are: see Cut.fitted"
         )
-    return nvrtc.kernel(name, text(spec), "wide", spec.shared, device)
+    return nvrtc.kernel(spec.file, text(spec), "wide", spec.shared, device)
 
 
 def launch(spec: Spec, device: torch.device, units: int, given: ctypes.Structure) -> None:
@@ -117,7 +118,7 @@ def address(t: Tensor | None) -> int:
     return 0 if t is None else t.data_ptr()
 
 
-def _operands(w: Fragments, y: Tensor, x: Tensor, bias: Tensor | None, blocks: int) -> Operands:
+def operands(w: Fragments, y: Tensor, x: Tensor, bias: Tensor | None, blocks: int) -> Operands:
     """`blocks`: of rows, that a tile of tokens has."""
     return Operands(
         y.data_ptr(), x.data_ptr(), w.codes.data_ptr(), w.scales.data_ptr(), address(w.ratios),
@@ -157,7 +158,7 @@ def experts(
     )  # fmt: skip
     given = Given(
         (Operands * 2)(
-            _operands(w13, h, x, biases[0], blocks[0]), _operands(w2, y, h, biases[1], blocks[1])
+            operands(w13, h, x, biases[0], blocks[0]), operands(w2, y, h, biases[1], blocks[1])
         ),
         *(t.data_ptr() for t in (table.tile_experts, table.tile_starts, table.ends, table.order)),
         table.progress.data_ptr(), weights.data_ptr(),

@@ -238,3 +238,22 @@ def route(
             )  # fmt: skip
     order, ends, tile_experts, tile_starts, progress = table
     return Table(order, ends, tile_experts, tile_starts, progress, count)
+
+
+@triton.jit(do_not_specialize=["count"])
+def _zero_kernel(progress, count, BLOCK: tl.constexpr):
+    # Whoever is launched waits for this kernel, and so for those ahead.
+    gdc_launch_dependents()
+    gdc_wait()
+    i = tl.arange(0, BLOCK)
+    tl.store(progress + i, 0, mask=i < count)
+
+
+def zeros(count: int, device: torch.device) -> Tensor:
+    """[count] int32, at most 1024, for a kernel that sorts its routes itself and counts in them; on Hopper.
+
+    Starts before the kernel ahead ends, and lets the next one start early, which must wait.
+    """
+    progress = torch.empty(count, dtype=torch.int32, device=device)
+    _zero_kernel[(1,)](progress, count, BLOCK=1024, launch_pdl=True)
+    return progress

@@ -1,0 +1,89 @@
+// Which tiles of tokens there are, found by every program of `hopper_rings.cu` for itself while its first codes are
+// still far away: a kernel ahead that sorts routes costs more. `hopper_unit.h` comes before it.
+
+constexpr int kTokens = 8;                                // of a tile
+constexpr int kThreads = 128 * USERS + 32 * (USERS + 2);  // groups that multiply, a warp for the codes of each,
+constexpr int kFinders = kThreads - 32;                   // one for tokens, and one that counts done tiles
+constexpr int kRouteWarps = (ROUTES + 31) / 32;           // a thread has a route
+
+// In shared memory.
+struct Lists {
+  u8 counts[kRouteWarps][(EXPERTS + 15) / 16 * 16];  // routes that a warp has for an expert
+  int used, tiles[kRouteWarps];                      // tiles, and those that a warp's routes begin
+  unsigned short firsts[EXPERTS];                    // an expert's first tile
+  unsigned short order[kTokens * ROUTES];            // of each tile up to 8 routes, in their order
+  unsigned short expert[ROUTES];                     // of each tile
+  u8 count[ROUTES];                                  // of its tokens
+};
+
+// Integers of 4 or 8 bytes, of which those are meant that 4 hold.
+DEVICE int id_at(u64 ids, int kind, int i) {
+  return load(reinterpret_cast<const int *>(ids) + (kind == 8 ? 2 * i : i));
+}
+
+// The expert here of a route, or -1.
+DEVICE int expert_of(const Given &a, int route) {
+  if (route >= a.routes) return -1;
+  int e = id_at(a.ids, ID_BYTES, route);
+  if (MAP_BYTES) e = e >= 0 && e < a.known ? id_at(a.expert_map, MAP_BYTES, e) : -1;
+  return e >= 0 && e < EXPERTS ? e : -1;
+}
+
+// Tiles come in the order of their first routes, those of an expert one after the other. For all threads but the last
+// warp's.
+DEVICE void find_tiles(const Given &a, Lists &l) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, route = threadIdx.x;
+  const int e = expert_of(a, route);
+  u32 *counts = reinterpret_cast<u32 *>(l.counts);
+  for (int i = threadIdx.x; i < static_cast<int>(sizeof(l.counts) / 4); i += kFinders) counts[i] = 0;
+  const u32 same = __match_any_sync(~0u, e), before = same & ((1u << lane) - 1);
+  meet_some(1, kFinders);
+  if (e >= 0 && before == 0) l.counts[warp][e] = __popc(same);
+  meet_some(1, kFinders);
+  int rank = __popc(before), all = 0;  // of the expert's routes, and how many it has
+  if (e >= 0)
+#pragma unroll
+    for (int w = 0; w < kRouteWarps; w++) {
+      const int n = l.counts[w][e];
+      all += n;
+      if (w < warp) rank += n;
+    }
+  const int tiles = e >= 0 && rank == 0 ? (all + kTokens - 1) / kTokens : 0;
+  int first = tiles;
+#pragma unroll
+  for (int off = 1; off < 32; off *= 2) {
+    const int v = __shfl_up_sync(~0u, first, off);
+    if (lane >= off) first += v;
+  }
+  if (lane == 31 && warp < kRouteWarps) l.tiles[warp] = first;
+  meet_some(1, kFinders);
+  first -= tiles;
+  int used = 0;
+#pragma unroll
+  for (int w = 0; w < kRouteWarps; w++) {
+    if (w == warp) first += used;
+    used += l.tiles[w];
+  }
+  if (threadIdx.x == 0) l.used = used;
+  if (tiles) l.firsts[e] = first;
+  for (int k = 0; k < tiles; k++) l.expert[first + k] = e, l.count[first + k] = min(kTokens, all - kTokens * k);
+  meet_some(1, kFinders);
+  if (e >= 0) l.order[kTokens * l.firsts[e] + rank] = route;
+  meet_some(1, kFinders);
+}
+
+// All of w13, then all of w2, whose tokens are mostly done by then. A tile's tokens have places for 8 in between.
+DEVICE Tile listed_unit(const Given &a, const Lists &l, int u) {
+  const int ahead = l.used * a.of[0].blocks;
+  Tile t = {-1};
+  t.product = u >= ahead;
+  if (t.product) u -= ahead;
+  const int blocks = a.of[t.product].blocks;
+  t.tile = u / blocks;
+  t.block = u - t.tile * blocks;
+  if (t.tile >= l.used) return t;
+  t.expert = l.expert[t.tile];
+  t.start = kTokens * t.tile;
+  t.count = l.count[t.tile];
+  return t;
+}

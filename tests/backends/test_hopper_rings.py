@@ -1,0 +1,221 @@
+"""`hopper_rings.cu` with no GPU: compiled for one, and run on the CPU by `hopper_emulated.h`."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+import pytest
+import torch
+from test_hopper_wide import cut, packed, portable, random, table_of, touches_nothing
+from torch import Tensor
+
+from microscale.activations import GPT_OSS, Activation
+from microscale.formats import FORMATS
+from microscale.quant import quantize
+from microscale.tolerance import moe_budget
+
+SILU, STEP, PLAIN = Activation("silu"), Activation("swiglu_step", limit=1.0), Activation("silu", gated=False)
+NAMES = ("mxfp4", "nvfp4", "mxfp8_e4m3", "mxfp6_e2m3", "mxint8", "fp8_block128")
+WORDS = ("m8t2c8w8s3r", "m8t4c4w8s3r", "m8t3c9w12s2r")
+
+
+@pytest.fixture
+def rings(emulated: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The module, whose kernels run on the CPU."""
+    module = import_module("microscale.backends.triton.hopper_rings")
+    monkeypatch.setattr(emulated.nvrtc, "refuse", lambda: None)
+    monkeypatch.setattr(module, "zeros", lambda count, _: torch.zeros(count, dtype=torch.int32))
+    return module
+
+
+class Problem:
+    """Experts, w13 with `columns[0]` columns, w2 with `columns[1]` and `rows` rows."""
+
+    def __init__(
+        self, seed: int, columns: tuple[int, int], rows: int, name: str = "mxfp4", activation: Activation = GPT_OSS,
+        experts: int = 4,
+    ) -> None:  # fmt: skip
+        self.generator, self.activation = torch.Generator().manual_seed(seed), activation
+        (hidden, inner), self.experts = columns, experts
+        self.w13 = quantize(self.random(experts, activation.rows(inner), hidden) / 8, name)
+        self.w2 = quantize(self.random(experts, rows, inner) / 8, name)
+        self.packed = packed(self.w13), packed(self.w2)
+        self.biases: Any = (self.random(*self.w13.shape[:2]).bfloat16(), self.random(experts, rows))
+
+    def random(self, *shape: int) -> Tensor:
+        return random(self.generator, *shape)
+
+    def spec(
+        self, rings: Any, words: str, ids: Tensor, share: Tensor, expert_map: Tensor | None = None,
+        weight_on_input: bool = False,
+    ) -> Any:  # fmt: skip
+        """`words`: cuts of w13 and w2, or of both."""
+        pair = (cut(words.split()[0]), cut(words.split()[-1]))
+        rest = self.biases, ids, share, expert_map, weight_on_input
+        return rings.spec_of(pair, self.packed, self.activation, *rest)
+
+    def check(
+        self, rings: Any, words: str, ids: Tensor, expert_map: Tensor | None = None,
+        kind: torch.dtype = torch.float32, alike: bool = False,
+    ) -> Any:  # fmt: skip
+        """Results are within what is permitted, and routes without an expert here have none. Returns the spec.
+
+        Args:
+            kind: of routing weights.
+            alike: `hopper_wide` finds the same bits, which takes longer.
+        """
+        x = self.random(len(ids), self.w13.shape[-1]).bfloat16()
+        share = self.random(*ids.shape).softmax(-1).to(kind)
+        spec = self.spec(rings, words, ids, share, expert_map)
+        y = rings.experts(x, ids, share, *self.packed, self.biases, self.activation, expert_map, spec)
+        here = local(ids, self.experts, expert_map)
+        there = (here >= 0).flatten()
+        assert y[there].isfinite().all()
+        assert y[~there].isnan().all()  # as `torch.empty` is in tests: nobody has written there
+        biases = {"b13": self.biases[0], "b2": self.biases[1]}
+        total = torch.where(there[:, None], y, 0).float().view(*ids.shape, -1).sum(1).bfloat16()
+        worst = moe_budget(x, here, share, self.w13, self.w2, self.activation, **biases).worst(total)
+        assert worst <= 1, f"error is {worst:.3g} times the permitted one"
+        if alike:
+            table, other = table_of(here, self.experts, 48), cut("m48t4c1w12s3x")
+            given = x, share, *self.packed, self.biases, self.activation, table, other
+            assert torch.equal(y[there], rings.hopper_wide.experts(*given)[there])
+        return spec
+
+
+def local(ids: Tensor, experts: int, expert_map: Tensor | None) -> Tensor:
+    """Experts here, or -1."""
+    numbers = torch.arange(experts) if expert_map is None else expert_map.long()
+    known = (ids >= 0) & (ids < len(numbers))
+    return torch.where(known, numbers[torch.where(known, ids, 0).long()], -1)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_experts_of_each_format(rings: Any, name: str, seed: int) -> None:
+    # Rows that do not fill a tile, tiles that do not fill a unit, and an odd number of steps.
+    problem = Problem(seed, (256, 320), 136, name)
+    spec = problem.check(rings, WORDS[2], torch.randint(-1, 4, (9, 2)), alike=True)
+    assert (spec.users, spec.each, spec.steps) == (3, 1, (4, 5))
+
+
+CUTS = (
+    (WORDS[0], SILU, (640, 256), (2, 1, (5, 4))),  # gates and ups by two groups
+    (WORDS[0], STEP, (256, 320), (2, 1, (4, 5))),
+    (WORDS[0], GPT_OSS, (512, 448), (2, 1, (8, 7))),
+    (WORDS[0], PLAIN, (256, 256), (2, 1, (4, 4))),
+    (WORDS[1], SILU, (512, 192), (2, 2, (4, 3))),  # gates and ups by one
+    (WORDS[1], GPT_OSS, (256, 256), (2, 2, (4, 4))),
+    (WORDS[2], GPT_OSS, (576, 256), (3, 1, (9, 4))),
+    (WORDS[2], SILU, (384, 320), (2, 1, (6, 5))),  # the third group has none to take turns with
+    ("m8t6c4w12s2r", GPT_OSS, (256, 256), (3, 2, (4, 4))),
+    ("m8t2c5w8s3r m8t2c4w8s3r", GPT_OSS, (640, 512), (2, 1, (5, 4))),
+)
+
+
+@pytest.mark.parametrize(("words", "activation", "columns", "found"), CUTS)
+def test_every_cut(
+    rings: Any, words: str, activation: Activation, columns: tuple[int, int], found: Any, seed: int
+) -> None:
+    problem = Problem(seed, columns, 328, activation=activation)
+    if activation is SILU:
+        problem.biases = (None, None)
+    kind = torch.bfloat16 if activation is STEP else torch.float32
+    spec = problem.check(rings, words, torch.randint(0, 4, (7, 2)), kind=kind, alike=True)
+    assert (spec.users, spec.each, spec.steps) == found
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 8, 16, 32, 40])
+def test_routes_are_found_wherever_they_are(rings: Any, tokens: int, seed: int) -> None:
+    problem = Problem(seed, (256, 256), 192)
+    # Those that do not exist, and several of a token to one expert.
+    ids = torch.randint(-2, 6, (tokens, 8))
+    kind = torch.int32 if tokens % 16 else torch.int64
+    spec = problem.check(rings, WORDS[2], ids.to(kind))
+    assert (spec.routes, spec.id_bytes) == (
+        64 if tokens <= 8 else 256 if tokens <= 32 else 512,
+        kind.itemsize,
+    )
+
+
+@pytest.mark.parametrize("map_kind", [None, torch.int32, torch.int64])
+def test_tiles_of_an_expert_are_full_but_for_the_last(rings: Any, map_kind: Any, seed: int) -> None:
+    """Experts with none, one, a tile and more."""
+    numbers, expert_map = torch.arange(7), None
+    if map_kind is not None:
+        expert_map = torch.randperm(7).where(torch.arange(7) < 5, -1).to(map_kind)[torch.randperm(7)]
+        numbers = torch.arange(7)
+    routes = numbers.repeat_interleave(torch.tensor([0, 1, 8, 9, 17, 8, 5])[torch.randperm(7)])
+    ids = torch.cat((routes, torch.tensor([-1, 1 << 30])))[torch.randperm(50)].view(25, 2)
+    Problem(seed, (256, 256), 136, experts=7).check(rings, WORDS[1], ids.int(), expert_map)
+
+
+@pytest.mark.parametrize(("word", "activation"), [(WORDS[0], SILU), (WORDS[1], GPT_OSS), (WORDS[2], PLAIN)])
+def test_w2_waits_for_w13(rings: Any, word: str, activation: Activation, seed: int) -> None:
+    """Of the only tile, whoever is late; and of many tiles that one program has a unit of each."""
+    problem = Problem(seed, (256, 256), 64, activation=activation, experts=24)
+    for _ in range(16):
+        problem.check(rings, word, torch.randint(24, (1, 1)).expand(8, 1).contiguous())
+    for _ in range(4):
+        problem.check(rings, word, torch.randperm(24).view(24, 1))
+
+
+def test_what_is_for_other_kernels(rings: Any, seed: int) -> None:
+    problem, other = Problem(seed, (256, 256), 64), Problem(seed, (256, 256), 64, "mxfp8_e4m3")
+    ids, share = torch.zeros(128, 2, dtype=torch.int32), torch.ones(128, 2)
+
+    def taken(words: str = WORDS[0], ids: Tensor = ids, share: Tensor = share, **rest: Any) -> bool:
+        return problem.spec(rings, words, ids, share, **rest) is not None
+
+    assert taken()
+    assert not taken(weight_on_input=True)
+    assert not taken(ids=ids.short())
+    assert not taken(share=share.half())
+    assert not taken(expert_map=torch.zeros(4, dtype=torch.int16))
+    for words, most in ((WORDS[0], 256), (WORDS[2], 512)):  # threads that look for tiles
+        for routes in (most, most + 1):
+            assert taken(words, ids[:1, :1].expand(routes, 1)) == (routes == most)
+    bias = torch.zeros(4 * 512 + 1).bfloat16()[1:].view(4, 512)
+    for biases, good in (((None, None), True), ((bias, None), False), ((bias.clone(), None), True)):
+        problem.biases = biases
+        assert taken() == good
+    problem.packed = problem.packed[0], other.packed[1]
+    assert not taken()
+    for columns in ((448, 256), (256, 448), (352, 256), (256, 288)):  # 7 steps, and halves of one
+        problem = Problem(seed, columns, 64)
+        assert not taken(WORDS[1])
+        assert taken(WORDS[0]) == (448 in columns)
+
+
+@pytest.mark.parametrize("name", ["mxfp4", "nvfp4"])
+@pytest.mark.parametrize("word", WORDS)
+def test_it_compiles_for_a_gpu(wide: Any, source: Any, word: str, name: str) -> None:
+    """Of the sizes of Qwen3-30B-A3B and gpt-oss-20b."""
+    if wide.nvrtc.refuse() is not None:
+        pytest.skip(wide.nvrtc.refuse())
+    rings, fragments = (
+        import_module(f"microscale.backends.triton.{m}") for m in ("hopper_rings", "fragments")
+    )
+    experts, hidden, inner, activation = (32, 2880, 2880, GPT_OSS) if "c9" in word else (128, 2048, 768, SILU)
+    meta, fmt = torch.device("meta"), FORMATS[name]
+
+    def matrix(rows: int, columns: int) -> Any:
+        codes = torch.empty(experts, -(-rows // 64), columns // 64, 1, device=meta)
+        factor = torch.empty(experts, rows, device=meta) if fmt.tensor_scale else None
+        return fragments.Fragments(fmt, (experts, rows, columns), None, codes, codes, factor, None)
+
+    w13, w2 = matrix(2 * inner, hidden), matrix(hidden, inner)
+    biases = [
+        torch.empty(w.shape[:2], device=meta).bfloat16() if activation is GPT_OSS else None for w in (w13, w2)
+    ]
+    ids, share = torch.empty(32, 8, dtype=torch.int32, device=meta), torch.empty(32, 8, device=meta)
+    spec = rings.spec_of((cut(word),) * 2, (w13, w2), activation, biases, ids, share, None, False)
+    assert spec.stages == cut(word).stages
+    text = source.text(spec)
+    log = wide.nvrtc.compiled("x.cu", text, ["--ptxas-options=-v"])[1]
+    assert " 0 bytes stack frame, 0 bytes spill stores" in log, log
+    fixed = int(log.rpartition(" bytes smem")[0].rpartition(" ")[2])
+    assert fixed <= spec.fixed
+    assert spec.shared + spec.fixed <= 227 << 10
+    before, _ = portable(text).split("griddepcontrol.wait")
+    touches_nothing(before)
