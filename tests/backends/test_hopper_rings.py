@@ -154,9 +154,9 @@ def test_tiles_of_an_expert_are_full_but_for_the_last(rings: Any, map_kind: Any,
 def test_w2_waits_for_w13(rings: Any, word: str, activation: Activation, seed: int) -> None:
     """Of the only tile, whoever is late; and of many tiles that one program has a unit of each."""
     problem = Problem(seed, (256, 256), 64, activation=activation, experts=24)
-    for _ in range(16):
+    for _ in range(12):
         problem.check(rings, word, torch.randint(24, (1, 1)).expand(8, 1).contiguous())
-    for _ in range(4):
+    for _ in range(3):
         problem.check(rings, word, torch.randperm(24).view(24, 1))
 
 
