@@ -1,6 +1,6 @@
 // `hopper_ptx.h` for a CPU: every thread of a program is a fiber, which gives way where it would wait for others.
-// Products happen when they are waited for and no sooner, from what registers and shared memory hold then; copies at
-// once. A wait that never ends is found, and a thread that reads before it has waited for the kernel ahead.
+// Products happen when they are waited for and no sooner, from what registers and shared memory hold then; copies of a
+// thread at once. A wait that never ends is found, and a thread that reads before it has waited for the kernel ahead.
 #include <ucontext.h>
 
 #include <algorithm>
@@ -168,10 +168,21 @@ static void copy16(u32 to, u64 from, int bytes) {
   std::memcpy(at(to), reinterpret_cast<const void *>(from), bytes);
 }
 static void barrier_arrive_copied(u32 bar) { barrier_arrive(bar); }
-static void copy_bytes(u32 to, u64 from, u32 bytes, u32 bar) {
+// Of a copying engine, which is at once or as late as can be, and then begins with the last.
+static bool engine_late_;
+static std::vector<std::function<void()>> copies_;
+static void copy_some(std::function<void()> copy) {
   reads();
-  std::memcpy(at(to), reinterpret_cast<const void *>(from), bytes);
-  barrier_changes(bar, 0, -static_cast<int64_t>(bytes));
+  if (engine_late_)
+    copies_.push_back(std::move(copy));
+  else
+    copy();
+}
+static void copy_bytes(u32 to, u64 from, u32 bytes, u32 bar) {
+  copy_some([=] {
+    std::memcpy(at(to), reinterpret_cast<const void *>(from), bytes);
+    barrier_changes(bar, 0, -static_cast<int64_t>(bytes));
+  });
 }
 // As the test says it, in the place of the driver's description.
 struct Box {
@@ -179,19 +190,20 @@ struct Box {
   int all, columns, rows;
 };
 static void copy_box(u32 to, const void *map, int column, int row, u32 bar) {
-  reads();
   Box box;
   std::memcpy(&box, map, sizeof box);
-  for (int i = 0; i < box.rows; i++)
-    for (int j = 0; j < 8; j++) {
-      u8 *piece = at((to + i * 128 + j * 16) ^ (i % 8 << 4));
-      std::memset(piece, 0, 16);
-      if (row + i < box.all && column + 8 * j < box.columns) {
-        const u64 first = u64(row + i) * box.columns + column + 8 * j;
-        std::memcpy(piece, reinterpret_cast<const u8 *>(box.x) + 2 * first, 16);
+  copy_some([=] {
+    for (int i = 0; i < box.rows; i++)
+      for (int j = 0; j < 8; j++) {
+        u8 *piece = at((to + i * 128 + j * 16) ^ (i % 8 << 4));
+        std::memset(piece, 0, 16);
+        if (row + i < box.all && column + 8 * j < box.columns) {
+          const u64 first = u64(row + i) * box.columns + column + 8 * j;
+          std::memcpy(piece, reinterpret_cast<const u8 *>(box.x) + 2 * first, 16);
+        }
       }
-    }
-  barrier_changes(bar, 0, -int64_t{128} * box.rows);
+    barrier_changes(bar, 0, -int64_t{128} * box.rows);
+  });
 }
 static void fetch_bytes(u64, u32) {}
 static void fetch_map(const void *) {}

@@ -1,7 +1,7 @@
 // Behind `hopper_wide.cu`: its programs on a CPU, see `hopper_emulated.h`.
 static const Given *argument_;
 static void run_fiber() {
-  wide(*argument_);
+  KERNEL(*argument_);
   done_[threadIdx.x] = true;
   progress_++;
   give_way();
@@ -11,7 +11,8 @@ static void run_fiber() {
 extern "C" __attribute__((visibility("hidden"))) u8 __start_shared_memory[], __stop_shared_memory[];
 
 // All programs, one after the other. 0; 1 if threads wait for ever, 2 if one reads too early. `groups`: of 128 threads
-// that belong together; behind these each warp has a task of its own. `seed`: who is late.
+// that belong together; behind these each warp has a task of its own. `seed`: who is late in the first program, plus 64
+// times which lanes are, and 4096 where copies are.
 extern "C" int emulate(const Given *given, u32 programs, u32 threads, u32 groups, u32 seed) {
   constexpr size_t kStack = 128 << 10;
   const auto task = [=](u32 thread) {
@@ -39,13 +40,17 @@ extern "C" int emulate(const Given *given, u32 programs, u32 threads, u32 groups
       fibers_[i].uc_link = nullptr;
       makecontext(&fibers_[i], run_fiber, 0);
     }
-    // Of each program others are late: they go on where the rest waits for them, and no sooner. Where warps have tasks
-    // of their own it may be a lane of each; elsewhere products, which are later here, would keep lanes together.
-    const u32 late = (seed + program) % (task(threads - 1) + 1);
-    const u32 lane = 128 * groups < threads ? (seed / 64 + 7 * program) % 64 : 32;
+    // Of each program others are late, all of them or one lane of each warp: they go on where the rest waits for them,
+    // and no sooner. Lanes go on in another order every time. Texts of groups alone leave it to their products to keep
+    // lanes together, which happen too late here for that.
+    const bool lanes = 128 * groups < threads;
+    const u32 late = (seed + program) % (task(threads - 1) + 1),
+              lane = lanes ? (seed / 64 + 32 + 7 * program) % 64 : 32;
     const auto is_late = [=](u32 thread) { return task(thread) == late && (lane >= 32 || thread % 32 == lane); };
+    copies_.clear();
+    engine_late_ = (seed / 4096 + program) % 2;
     bool all = false;
-    for (u32 start = 0;; start = (start + 37) % threads) {  // lanes overtake each other, too
+    for (u32 start = 0;; start = (start + (lanes ? 37 : 0)) % threads) {
       const u64 before = progress_;
       bool left = false;
       for (u32 k = 0; k < threads; k++) {
@@ -57,8 +62,16 @@ extern "C" int emulate(const Given *given, u32 programs, u32 threads, u32 groups
         swapcontext(&scheduler_, &fibers_[i]);
       }
       if (!left) break;
-      if (all && progress_ == before) return 1;
-      all = progress_ == before;
+      const bool waiting = progress_ == before;
+      if (waiting && !copies_.empty()) {
+        const auto copy = std::move(copies_.back());
+        copies_.pop_back();
+        copy();
+      } else if (waiting && all) {
+        return 1;
+      } else {
+        all = waiting;
+      }
     }
   }
   return early_ ? 2 : 0;

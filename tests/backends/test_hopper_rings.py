@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from importlib import import_module
 from typing import Any
 
@@ -151,13 +152,18 @@ def test_tiles_of_an_expert_are_full_but_for_the_last(rings: Any, map_kind: Any,
 
 
 @pytest.mark.parametrize(("word", "activation"), [(WORDS[0], SILU), (WORDS[1], GPT_OSS), (WORDS[2], PLAIN)])
-def test_w2_waits_for_w13(rings: Any, word: str, activation: Activation, seed: int) -> None:
-    """Of the only tile, whoever is late; and of many tiles that one program has a unit of each."""
-    problem = Problem(seed, (256, 256), 64, activation=activation, experts=24)
-    for _ in range(12):
-        problem.check(rings, word, torch.randint(24, (1, 1)).expand(8, 1).contiguous())
-    for _ in range(3):
-        problem.check(rings, word, torch.randperm(24).view(24, 1))
+def test_whoever_is_late(rings: Any, word: str, activation: Activation, seed: int, monkeypatch: Any) -> None:
+    """One program has the only tile, whose units of w2 wait for those of w13, or many, in each of which there are
+    groups without rows."""
+    problem = Problem(seed, (256, 256), 64, activation=activation, experts=13)
+    launch, one = rings.hopper_wide.launch, torch.full((8, 1), 5)
+    for late in range(8):
+        monkeypatch.setattr(rings.hopper_wide, "launch", partial(launch, programs=1, seed=late))
+        for ids in (one, torch.randperm(13).view(13, 1)):
+            problem.check(rings, word, ids)
+    monkeypatch.setattr(rings.hopper_wide, "launch", launch)
+    for _ in range(8):
+        problem.check(rings, word, one)
 
 
 def test_what_is_for_other_kernels(rings: Any, seed: int) -> None:

@@ -16,7 +16,7 @@ from microscale.cli.timing import Timing
 # Tokens before the profiler looks: the first ones run as they are, or are captured in a graph.
 _BEFORE = 6
 _LOOKED_AT = 8
-# Triton calls a kernel as its function is called.
+# Triton calls a kernel as its function is called, and those in CUDA C++ are called after their file.
 PARTS = {
     "_first_kernel": "experts",
     "_second_kernel": "experts",
@@ -25,6 +25,10 @@ PARTS = {
     "_count_kernel": "experts",
     "_place_kernel": "experts",
     "_in_order_kernel": "experts",
+    "_zero_kernel": "experts",
+    "hopper_rings_kernel": "experts",
+    "hopper_wide_kernel": "experts",
+    "hopper_linear_kernel": "linears",
     "_linear_kernel": "linears",
     "_rows_kernel": "linears",
     "_router_kernel": "linears",

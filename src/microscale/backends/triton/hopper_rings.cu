@@ -1,8 +1,8 @@
 // Products of few tokens on Hopper, both of experts in one kernel: each group of four warps has codes brought into a
 // ring of its own, decodes them into registers, 16 rows a warp, and multiplies 8 tokens at a time (`mma.sync`, which
-// gives the bits of `wgmma`). Memory is what takes time here, so nothing waits for anything but its own codes: a warp
-// for each group asks for them, into the next units, another one for tokens, and a last one says which tiles are done
-// with w13.
+// gives the bits of `wgmma`). Memory is what takes time here, so groups wait for little but their codes: a warp for
+// each asks for them, into the next units, another one for all groups' tokens, which come in a ring, too, and a last
+// one says which tiles are done with w13.
 //
 // A program stays on its multiprocessor and claims units, in order: a tile of up to 8 tokens times TILES of 64 rows. A
 // unit of w2 waits until its tokens are done with w13, and whoever has claimed that runs and waits for nobody.
@@ -247,7 +247,7 @@ DEVICE void use(const Given &a, Shared &s, const Bars &b, Ring r, Ring x, int gr
   say_done(done, -1);
 }
 
-extern "C" __global__ void __launch_bounds__(kThreads, 1) wide(const __grid_constant__ Given a) {
+extern "C" __global__ void __launch_bounds__(kThreads, 1) KERNEL(const __grid_constant__ Given a) {
   DYNAMIC_SHARED(raw);
   __shared__ __align__(16) Shared s;
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);

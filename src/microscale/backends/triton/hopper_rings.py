@@ -1,7 +1,7 @@
 """Experts of few tokens on Hopper in CUDA C++, `hopper_rings.cu`, for cuts with `rings`.
 
-Both products are one kernel, in which no group of warps waits for another, and which finds its tiles of tokens itself:
-things that Gluon cannot say. `nvrtc` compiles the text when it is first needed.
+Both products are one kernel, in which groups of warps go at a pace of their own, and which finds its tiles of tokens
+itself: things that Gluon cannot say. `nvrtc` compiles the text when it is first needed.
 """
 
 from __future__ import annotations

@@ -78,6 +78,11 @@ class Spec:
         return "hopper_wide.cu" if self.experts else "hopper_linear.cu"
 
     @property
+    def function(self) -> str:
+        """What profilers call the kernel."""
+        return f"{self.file.removesuffix('.cu')}_kernel"
+
+    @property
     def parts(self) -> tuple[str, ...]:
         """Files behind the instructions."""
         if not self.experts:
@@ -105,6 +110,7 @@ class Spec:
     def given(self) -> dict[str, object]:
         """What the text has in capitals."""
         return {
+            "KERNEL": self.function,
             "BITS": len(LANDS[self.element]),
             "E4M3_SCALES": int(self.scale == "e4m3"),
             "BLOCKS": int(self.scale == "f32"),

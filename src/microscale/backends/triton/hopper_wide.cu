@@ -174,7 +174,7 @@ DEVICE void use(const Given &a, Ring r, Units n, int (*routes)[USERS][MOST], flo
   }
 }
 
-extern "C" __global__ void __launch_bounds__(128 + 128 * USERS, 1) wide(const __grid_constant__ Given a) {
+extern "C" __global__ void __launch_bounds__(128 + 128 * USERS, 1) KERNEL(const __grid_constant__ Given a) {
   DYNAMIC_SHARED(raw);
   __shared__ u64 bars[2 * STAGES + kUnits];
   __shared__ Tile tiles[kUnits];

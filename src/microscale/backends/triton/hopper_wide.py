@@ -53,7 +53,7 @@ def _kernel(spec: Spec, device: int) -> nvrtc.Kernel:
             f"{spec.file}: {spec.stages} stages of {spec.most} tokens and {64 * spec.users * spec.each} rows are "
             f"{spec.shared} bytes of shared memory, of {HOPPER_SHARED} that there are: see Cut.fitted"
         )
-    return nvrtc.kernel(spec.file, text(spec), "wide", spec.shared, device)
+    return nvrtc.kernel(spec.file, text(spec), spec.function, spec.shared, device)
 
 
 def launch(spec: Spec, device: torch.device, units: int, given: ctypes.Structure) -> None:
