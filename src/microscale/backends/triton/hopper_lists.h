@@ -72,15 +72,9 @@ DEVICE void find_tiles(const Given &a, Lists &l) {
   meet_some(1, kFinders);
 }
 
-// All of w13, then all of w2, whose tokens are mostly done by then. A tile's tokens have places for 8 in between.
+// A tile's tokens have places for 8 in between.
 DEVICE Tile listed_unit(const Given &a, const Lists &l, int u) {
-  const int ahead = l.used * a.of[0].blocks;
-  Tile t = {-1};
-  t.product = u >= ahead;
-  if (t.product) u -= ahead;
-  const int blocks = a.of[t.product].blocks;
-  t.tile = u / blocks;
-  t.block = u - t.tile * blocks;
+  Tile t = unit_of(a, l.used, u);
   if (t.tile >= l.used) return t;
   t.expert = l.expert[t.tile];
   t.start = kTokens * t.tile;

@@ -42,15 +42,22 @@ DEVICE int rounded(int n) {
   return found;
 }
 
-// All of w13, then all of w2, whose tokens are done long before by then.
-DEVICE Tile experts_unit(const Given &a, int u) {
-  const int used = load(tiles_used(a.progress)), ahead = used * a.of[0].blocks;
+// Of `used` tiles of tokens all of w13, then all of w2, whose tokens are done long before by then. Without an expert
+// yet.
+DEVICE Tile unit_of(const Given &a, int used, int u) {
+  const int ahead = used * a.of[0].blocks;
   Tile t = {-1};
   t.product = u >= ahead;
   if (t.product) u -= ahead;
   const int blocks = a.of[t.product].blocks;
   t.tile = u / blocks;
   t.block = u - t.tile * blocks;
+  return t;
+}
+
+DEVICE Tile experts_unit(const Given &a, int u) {
+  const int used = load(tiles_used(a.progress));
+  Tile t = unit_of(a, used, u);
   if (t.tile >= used) return t;
   t.expert = load(reinterpret_cast<const int *>(a.tile_experts) + t.tile);
   // The expert's tokens in equal parts, instead of full tiles and what is left.
