@@ -171,8 +171,11 @@ static void barrier_arrive_copied(u32 bar) { barrier_arrive(bar); }
 // Of a copying engine, which is at once or as late as can be, and then begins with the last.
 static bool engine_late_;
 static std::vector<std::function<void()>> copies_;
+static bool unseen_[1024], blind_;  // what a thread has waited for, before copies see it; any copy then
+static void copies_see_stores() { unseen_[threadIdx.x] = false; }
 static void copy_some(std::function<void()> copy) {
   reads();
+  blind_ |= unseen_[threadIdx.x];
   if (engine_late_)
     copies_.push_back(std::move(copy));
   else
@@ -210,7 +213,6 @@ static void fetch_map(const void *) {}
 static bool elected() { return threadIdx.x % 32 == 0; }
 static void copies_wait() {}
 static void products_see_copies() {}
-static void copies_see_stores() {}
 template <typename T>
 T shared(u32 address) {
   T v;
@@ -236,6 +238,7 @@ static int claim(u64 progress) {
 static void add_one(u64 to) { ++*reinterpret_cast<int *>(to), progress_++; }
 static void wait_until(u64 at, int least) {
   wait_for([=] { return *reinterpret_cast<const int *>(at) >= least; });
+  unseen_[threadIdx.x] = true;
 }
 // What is stored is there late, and that of a group's last warps later still.
 template <typename T>

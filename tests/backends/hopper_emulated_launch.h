@@ -1,4 +1,4 @@
-// Behind `hopper_wide.cu`: its programs on a CPU, see `hopper_emulated.h`.
+// Behind a kernel's text: its programs on a CPU, see `hopper_emulated.h`.
 static const Given *argument_;
 static void run_fiber() {
   KERNEL(*argument_);
@@ -10,16 +10,16 @@ static void run_fiber() {
 // What the text keeps in shared memory besides; the linker says where.
 extern "C" __attribute__((visibility("hidden"))) u8 __start_shared_memory[], __stop_shared_memory[];
 
-// All programs, one after the other. 0; 1 if threads wait for ever, 2 if one reads too early. `groups`: of 128 threads
-// that belong together; behind these each warp has a task of its own. `seed`: who is late in the first program, plus 64
-// times which lanes are, and 4096 where copies are.
+// All programs, one after the other. 0; 1 if threads wait for ever, 2 if one reads too early, 3 if one has something
+// copied that copies do not see yet. `groups`: of 128 threads that belong together; behind these each warp has a task
+// of its own. `seed`: who is late in the first program, plus 64 times which lanes are, and 4096 where copies are.
 extern "C" int emulate(const Given *given, u32 programs, u32 threads, u32 groups, u32 seed) {
   constexpr size_t kStack = 128 << 10;
   const auto task = [=](u32 thread) {
     return thread < 128 * groups ? thread / 128 : groups + (thread - 128 * groups) / 32;
   };
   argument_ = given;
-  early_ = false;
+  early_ = blind_ = false;
   gridDim.x = programs;
   blockDim.x = threads;
   for (u32 program = 0; program < programs; program++) {
@@ -33,6 +33,7 @@ extern "C" int emulate(const Given *given, u32 programs, u32 threads, u32 groups
     stacks_.resize(threads * kStack);
     done_.assign(threads, false);
     std::fill(std::begin(waited_), std::end(waited_), false);
+    std::fill(std::begin(unseen_), std::end(unseen_), false);
     std::fill(std::begin(ready_), std::end(ready_), nullptr);
     for (u32 i = 0; i < threads; i++) {
       getcontext(&fibers_[i]);
@@ -74,5 +75,5 @@ extern "C" int emulate(const Given *given, u32 programs, u32 threads, u32 groups
       }
     }
   }
-  return early_ ? 2 : 0;
+  return early_ ? 2 : blind_ ? 3 : 0;
 }

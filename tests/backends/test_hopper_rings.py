@@ -133,20 +133,17 @@ def test_routes_are_found_wherever_they_are(rings: Any, tokens: int, seed: int) 
     ids = torch.randint(-2, 6, (tokens, 8))
     kind = torch.int32 if tokens % 16 else torch.int64
     spec = problem.check(rings, WORDS[2], ids.to(kind))
-    assert (spec.routes, spec.id_bytes) == (
-        64 if tokens <= 8 else 256 if tokens <= 32 else 512,
-        kind.itemsize,
-    )
+    room = 64 if tokens <= 8 else 256 if tokens <= 32 else 512
+    assert (spec.routes, spec.id_bytes) == (room, kind.itemsize)
 
 
 @pytest.mark.parametrize("map_kind", [None, torch.int32, torch.int64])
 def test_tiles_of_an_expert_are_full_but_for_the_last(rings: Any, map_kind: Any, seed: int) -> None:
     """Experts with none, one, a tile and more."""
-    numbers, expert_map = torch.arange(7), None
+    expert_map = None
     if map_kind is not None:
-        expert_map = torch.randperm(7).where(torch.arange(7) < 5, -1).to(map_kind)[torch.randperm(7)]
-        numbers = torch.arange(7)
-    routes = numbers.repeat_interleave(torch.tensor([0, 1, 8, 9, 17, 8, 5])[torch.randperm(7)])
+        expert_map = torch.tensor([-1, 6, 2, 5, 3, -1, 0])[torch.randperm(7)].to(map_kind)
+    routes = torch.arange(7).repeat_interleave(torch.tensor([0, 1, 8, 9, 17, 8, 5])[torch.randperm(7)])
     ids = torch.cat((routes, torch.tensor([-1, 1 << 30])))[torch.randperm(50)].view(25, 2)
     Problem(seed, (256, 256), 136, experts=7).check(rings, WORDS[1], ids.int(), expert_map)
 
@@ -175,6 +172,7 @@ def test_what_is_for_other_kernels(rings: Any, seed: int) -> None:
 
     assert taken()
     assert not taken(weight_on_input=True)
+    assert not taken("m8t1c8w4s3r")  # one group of warps
     assert not taken(ids=ids.short())
     assert not taken(share=share.half())
     assert not taken(expert_map=torch.zeros(4, dtype=torch.int16))

@@ -116,6 +116,7 @@ def spec_of(
     room = next((room for room in ROOMS if room >= topk_ids.numel()), 0)
     if (
         weight_on_input
+        or users < 2
         or not 0 < room <= 32 * (5 * users + 1)  # threads that find tiles
         or w13.format != w2.format
         or any(w.shape[-1] % COLUMNS for w in weights)
