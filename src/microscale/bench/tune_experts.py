@@ -37,6 +37,7 @@ _RINGS = (
     ("m8t4c4w8s2r", "m8t4c4w8s2r"),
     ("m8t4c4w8s3r", "m8t4c4w8s3r"),
     ("m8t4c8w8s2r", "m8t4c6w8s2r"),
+    ("m8t6c4w12s2r", "m8t6c4w12s2r"),
 )
 
 

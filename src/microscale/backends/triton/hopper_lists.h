@@ -30,7 +30,7 @@ DEVICE int expert_of(const Given &a, int route) {
 }
 
 // Tiles come in the order of their first routes, those of an expert one after the other. For all threads but the last
-// warp's.
+// warp's, who then meet it.
 DEVICE void find_tiles(const Given &a, Lists &l) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, route = threadIdx.x;
   const int e = expert_of(a, route);
@@ -69,7 +69,6 @@ DEVICE void find_tiles(const Given &a, Lists &l) {
   for (int k = 0; k < tiles; k++) l.expert[first + k] = e, l.count[first + k] = min(kTokens, all - kTokens * k);
   meet_some(1, kFinders);
   if (e >= 0) l.order[kTokens * l.firsts[e] + rank] = route;
-  meet_some(1, kFinders);
 }
 
 // A tile's tokens have places for 8 in between.

@@ -10,28 +10,22 @@
 // `hopper_unit.h`, `hopper_steps.h`, `hopper_lists.h` and `hopper_ring_loop.h` come before this text.
 
 constexpr bool kApart = APART && EACH == 1;  // one group has gates and the next one their ups
-constexpr int kClaims = 4, kTold = 8;
-
-// Tiles that a warp is done with, and how many of these have been counted.
-struct Done {
-  volatile int tile[kTold];
-  volatile int said, counted;
-};
+constexpr int kClaims = 4;
 
 struct Shared {
-  u64 bars[2 * STAGES * USERS + 2 * kTokenStages + 4 + kClaims];
+  u64 bars[2 * STAGES * USERS + 2 * kTokenStages + 6 + kClaims];
   int claimed[kClaims];
   Lists lists;
   Beside beside[2];
-  Done done[4 * USERS];
 #if APART && EACH == 1
   float4 ups[USERS][128];
 #endif
 };
 
-// Barriers of a unit's tokens, of which there are two sets, and of claims.
+// Barriers of a unit's tokens, of which there are two sets, and of claims. `done`: all warps are, and the last one has
+// not seen it yet.
 struct Bars {
-  u32 full, empty, claims;
+  u32 full, done, empty, claims;
 };
 
 template <class What>
@@ -121,7 +115,7 @@ DEVICE void bring_tokens(const Given &a, Shared &s, const Bars &b, Ring x) {
     const int place = t.start + min(lane, t.count - 1), route = s.lists.order[place];
     const float share = t.product ? share_of(a, route) : 0.0f;
     if (t.product) {
-      wait_until(tile_done(a.progress, t.tile), a.of[0].blocks * 4 * USERS);
+      wait_until(tile_done(a.progress, t.tile), a.of[0].blocks);
       copies_see_stores();
     }
     const u32 full = b.full + turn % 2 * 8;
@@ -154,38 +148,14 @@ DEVICE void bring_tokens(const Given &a, Shared &s, const Bars &b, Ring x) {
   }
 }
 
-// The last warp, a lane for each warp that multiplies: counts its tiles once what it has written can be seen, for which
-// it would have to wait itself.
-DEVICE void count_done(const Given &a, Done *of_all) {
-  const int lane = threadIdx.x % 32;
-  bool ended = lane >= 4 * USERS;
-  Done &d = of_all[ended ? 0 : lane];
-  int counted = 0;
-#pragma unroll 1
-  while (!__all_sync(~0u, ended)) {
-    if (!ended && d.said > counted) {
-      __threadfence_block();
-      const int tile = d.tile[counted % kTold];
-      if (tile < 0)
-        ended = true;
-      else
-        add_one(tile_done(a.progress, tile));
-      d.counted = ++counted;
-    }
-    __syncwarp();
-    pause();
-  }
-}
-
-// A warp is done with a tile; -1: with all.
-DEVICE void say_done(Done &d, int tile) {
-  __syncwarp();
-  if (threadIdx.x % 32) return;
-  const int n = d.said;
-  while (n - d.counted >= kTold) pause();
-  d.tile[n % kTold] = tile;
-  __threadfence_block();
-  d.said = n + 1;
+// A thread of the last warp, which counts units of w13 once what has been written can be seen: whoever multiplies would
+// have to wait for that.
+DEVICE void count_done(const Given &a, const Shared &s, const Bars &b) {
+  each_unit(a, s, b, [&](const Tile &t, int turn) {
+    barrier_wait(b.done + turn % 2 * 8, turn / 2 & 1);
+    barrier_arrive(b.empty + turn % 2 * 8);
+    if (t.product == 0) add_one(tile_done(a.progress, t.tile));
+  });
 }
 
 #if APART && EACH == 1
@@ -211,9 +181,8 @@ DEVICE void store_apart(const Sums &d, const Given &a, const Tile &t, int group,
 // Groups that multiply.
 DEVICE void use(const Given &a, Shared &s, const Bars &b, Ring r, Ring x, int group) {
   const int lane = threadIdx.x % 32;
-  Done &done = s.done[threadIdx.x / 32];
   each_unit(a, s, b, [&](const Tile &t, int turn) {
-    const u32 full = b.full + turn % 2 * 8, empty = b.empty + turn % 2 * 8, parity = turn / 2 & 1;
+    const u32 full = b.full + turn % 2 * 8, done = b.done + turn % 2 * 8, parity = turn / 2 & 1;
     Beside &beside = s.beside[turn % 2];
     barrier_wait(full, parity);
     if (has_rows(a, t, group)) {
@@ -240,11 +209,9 @@ DEVICE void use(const Given &a, Shared &s, const Bars &b, Ring r, Ring x, int gr
       pass<kStageBytes, STAGES>(r, 1);
       pass<kTokens * kToken, kTokenStages>(x, operands(a, t).chunks / (t.product ? kSteps[1] : kSteps[0]));
     }
-    if (t.product == 0) say_done(done, t.tile);
     __syncwarp();
-    if (lane == 0) barrier_arrive(empty);
+    if (lane == 0) barrier_arrive(done);
   });
-  say_done(done, -1);
 }
 
 extern "C" __global__ void __launch_bounds__(kThreads, 1) KERNEL(const __grid_constant__ Given a) {
@@ -253,32 +220,30 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) KERNEL(const __grid_co
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
   const u32 first = (shared_address(raw) + 127) & ~127u, bars = shared_address(s.bars);
   const u32 full = bars + 16 * STAGES * USERS;
-  const Bars b = {full, full + 16, full + 32};
-  const u32 tokens = first + USERS * STAGES * kStageBytes, token_bars = full + 32 + 8 * kClaims;
+  const Bars b = {full, full + 16, full + 32, full + 48};
+  const u32 tokens = first + USERS * STAGES * kStageBytes, token_bars = full + 48 + 8 * kClaims;
   if (threadIdx.x == 0) {
     for (int i = 0; i < USERS; i++)
       for (int j = 0; j < STAGES; j++) {
         barrier_init(bars + 2 * kEmpty * i + 8 * j, 1);           // who has codes brought
         barrier_init(bars + 2 * kEmpty * i + 8 * j + kEmpty, 4);  // the group's warps
       }
-    for (int i = 0; i < 2; i++) barrier_init(b.full + 8 * i, 1), barrier_init(b.empty + 8 * i, 4 * USERS);
+    for (int i = 0; i < 2; i++)
+      barrier_init(b.full + 8 * i, 1), barrier_init(b.done + 8 * i, 4 * USERS), barrier_init(b.empty + 8 * i, 1);
     for (int i = 0; i < kClaims; i++) barrier_init(b.claims + 8 * i, 1);
     for (int i = 0; i < kTokenStages; i++)
       barrier_init(token_bars + 8 * i, 1), barrier_init(token_bars + kTokenEmpty + 8 * i, 4 * USERS);
-    for (int i = 0; i < 4 * USERS; i++) s.done[i].said = s.done[i].counted = 0;
     barriers_are_there();
   }
   __syncthreads();
   wait_ahead();
-  if (warp == 5 * USERS + 1) {
-    if (threadIdx.x % 32 == 0) {
-      s.claimed[0] = claim(a.progress);
-      barrier_arrive(b.claims);
-    }
-    count_done(a, s.done);
-    return;
+  if (warp < 5 * USERS + 1) {
+    find_tiles(a, s.lists);
+  } else if (threadIdx.x % 32 == 0) {
+    s.claimed[0] = claim(a.progress);
+    barrier_arrive(b.claims);
   }
-  find_tiles(a, s.lists);
+  __syncthreads();
   const int group = warp < 4 * USERS ? warp / 4 : warp - 4 * USERS;
   const u32 ring = first + group * STAGES * kStageBytes, ring_bars = bars + 2 * kEmpty * group;
   const Ring r = {ring, ring_bars, ring, ring_bars, warp >= 4 * USERS};
@@ -287,7 +252,9 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) KERNEL(const __grid_co
     use(a, s, b, r, x, group);
   } else if (warp < 5 * USERS) {
     if (elected()) bring_codes(a, s, b, r, group);
-  } else {
+  } else if (warp == 5 * USERS) {
     bring_tokens(a, s, b, x);
+  } else if (elected()) {
+    count_done(a, s, b);
   }
 }

@@ -74,7 +74,7 @@ class Rings(Spec):
         ratios = 4 * tiles * (self.chunks // 2 + 2) if self.scale == "f32" else 0
         beside = 256 * tiles * (any(self.bias) + any(self.row_scale)) + 128 + ratios
         apart = 2048 * self.users if self.apart and self.each == 1 else 0
-        return 16 * self.stages * self.users + 40 * 4 * self.users + lists + 2 * beside + apart + 256
+        return 16 * self.stages * self.users + lists + 2 * beside + apart + 256
 
     def given(self) -> dict[str, object]:
         return super().given() | {
