@@ -53,9 +53,7 @@ static ucontext_t scheduler_;
 static std::vector<ucontext_t> fibers_;
 static std::vector<u8> stacks_;
 static std::vector<bool> done_;
-static u64 progress_;    // counts whatever somebody may wait for
-static u64 in_warps_;    // of that, meetings of a warp
-static u64 seen_[1024];  // of each thread, what there was besides when it last paused
+static u64 progress_;  // counts whatever somebody may wait for
 
 static void give_way() { swapcontext(&fibers_[threadIdx.x], &scheduler_); }
 static std::function<bool()> ready_[1024];  // of each thread that waits, whether it need not any more
@@ -69,32 +67,22 @@ static void wait_for(std::function<bool()> ready) {
 // So many threads meet; nobody goes on before all have come.
 struct Meeting {
   u32 here = 0, round = 0;
-  bool meet(u32 threads) {  // whether this one was the last
+  void meet(u32 threads) {
     const u32 mine = round;
-    if (++here == threads) {
+    if (++here == threads)
       here = 0, round++, progress_++;
-      return true;
-    }
-    wait_for([this, mine] { return round != mine; });
-    return false;
+    else
+      wait_for([this, mine] { return round != mine; });
   }
 };
 static std::map<u32, Meeting> meetings_;
-static bool meet_all(u32 key, u32 threads) { return meetings_[key].meet(threads); }
+static void meet_all(u32 key, u32 threads) { meetings_[key].meet(threads); }
 static void __syncthreads() { meet_all(0, blockDim.x); }
 static void meet(int group) { meet_all(1 + group, 128); }
 static void meet_some(int barrier, int threads) { meet_all(barrier, threads); }
-static void __threadfence_block() { progress_++; }  // whoever polls may see what comes next
-// Until somebody has done something: meetings in a warp are none, or a warp that polls would keep itself awake.
-static void pause_once() {
-  u64 &seen = seen_[threadIdx.x];
-  wait_for([&seen] { return progress_ - in_warps_ != seen; });
-  seen = progress_ - in_warps_;
-}
-#define pause() pause_once()  // C has a function of that name
 
 // ---- warps --------------------------------------------------------------------------------------------------------
-static void meet_warp() { in_warps_ += meet_all(300 + threadIdx.x / 32, 32); }
+static void meet_warp() { meet_all(300 + threadIdx.x / 32, 32); }
 // What the lanes of a warp give each other.
 template <typename T>
 const T *of_warp(const T &v) {
@@ -126,10 +114,6 @@ static u32 __reduce_add_sync(u32, u32 v) {
   u32 sum = 0;
   for (u32 i = 0; i < 32; i++) sum += values[i];
   return sum;
-}
-static bool __all_sync(u32, u32 v) {
-  const u32 *values = of_warp(v);
-  return std::count(values, values + 32, 0u) == 0;
 }
 static int __popc(u32 v) { return __builtin_popcount(v); }
 

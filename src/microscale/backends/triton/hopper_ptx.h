@@ -43,8 +43,6 @@ DEVICE void meet(int group) { asm volatile("bar.sync %0, 128;" ::"r"(group + 1) 
 DEVICE void meet_some(int barrier, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
-// Of a thread that has nothing to do yet.
-DEVICE void pause() { asm volatile("nanosleep.u32 64;"); }
 
 // 16 bytes to shared memory, of which the first `bytes` are copied and the others become 0.
 DEVICE void copy16(u32 to, u64 from, int bytes) {
