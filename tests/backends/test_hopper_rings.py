@@ -192,7 +192,7 @@ def test_what_is_for_other_kernels(rings: Any, seed: int) -> None:
 
 
 @pytest.mark.parametrize("name", ["mxfp4", "nvfp4"])
-@pytest.mark.parametrize("word", WORDS)
+@pytest.mark.parametrize("word", [*WORDS, "m8t6c4w12s2r"])
 def test_it_compiles_for_a_gpu(wide: Any, source: Any, word: str, name: str) -> None:
     """Of the sizes of Qwen3-30B-A3B and gpt-oss-20b."""
     if wide.nvrtc.refuse() is not None:

@@ -3,7 +3,7 @@
 
 constexpr int kTokens = 8;                                // of a tile
 constexpr int kThreads = 128 * USERS + 32 * (USERS + 2);  // groups that multiply, a warp for the codes of each,
-constexpr int kFinders = kThreads - 32;                   // one for tokens, and one that counts done tiles
+constexpr int kFinders = kThreads - 32;                   // one for tokens, and one that counts done units
 constexpr int kRouteWarps = (ROUTES + 31) / 32;           // a thread has a route
 
 // In shared memory.

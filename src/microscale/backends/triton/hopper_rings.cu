@@ -2,7 +2,7 @@
 // ring of its own, decodes them into registers, 16 rows a warp, and multiplies 8 tokens at a time (`mma.sync`, which
 // gives the bits of `wgmma`). Memory is what takes time here, so groups wait for little but their codes: a warp for
 // each asks for them, into the next units, another one for all groups' tokens, which come in a ring, too, and a last
-// one says which tiles are done with w13.
+// one counts units of w13 that are done.
 //
 // A program stays on its multiprocessor and claims units, in order: a tile of up to 8 tokens times TILES of 64 rows. A
 // unit of w2 waits until its tokens are done with w13, and whoever has claimed that runs and waits for nobody.

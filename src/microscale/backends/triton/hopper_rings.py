@@ -72,7 +72,8 @@ class Rings(Spec):
         warps, tiles = -(-self.routes // 32), self.users * self.each
         lists = warps * (self.known + 19) + 2 * self.known + (2 * TOKENS + 3) * self.routes + 4
         ratios = 4 * tiles * (self.chunks // 2 + 2) if self.scale == "f32" else 0
-        beside = 256 * tiles * (any(self.bias) + any(self.row_scale)) + 128 + ratios
+        of_rows = sum(256 if any(there) else 16 for there in (self.bias, self.row_scale))
+        beside = of_rows * tiles + 64 + ratios
         apart = 2048 * self.users if self.apart and self.each == 1 else 0
         return 16 * self.stages * self.users + lists + 2 * beside + apart + 256
 
