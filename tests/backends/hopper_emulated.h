@@ -256,6 +256,8 @@ void products_wait() {
 }
 static void not_before(float &) {}
 static void unknown(u64 &) {}
+static void unknown(u32 &) {}
+static void needs(u32) {}
 template <int COUNT>
 void fewer_registers() {}
 template <int COUNT>

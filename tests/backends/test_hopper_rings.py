@@ -126,15 +126,22 @@ def test_every_cut(
     assert (spec.users, spec.each, spec.steps) == found
 
 
-@pytest.mark.parametrize("tokens", [1, 2, 8, 16, 32, 40])
-def test_routes_are_found_wherever_they_are(rings: Any, tokens: int, seed: int) -> None:
+@pytest.mark.parametrize(
+    ("tokens", "word"),
+    [(1, WORDS[2]), (2, WORDS[2]), (8, WORDS[2]), (16, WORDS[2]), (32, WORDS[2]), (40, WORDS[2]), (40, WORDS[1]),
+     (64, WORDS[1]), (97, WORDS[2]), (128, WORDS[0])],
+)  # fmt: skip
+def test_routes_are_found_wherever_they_are(rings: Any, tokens: int, word: str, seed: int) -> None:
+    """By threads that have one each, or two or three."""
     problem = Problem(seed, (256, 256), 192)
     # Those that do not exist, and several of a token to one expert.
     ids = torch.randint(-2, 6, (tokens, 8))
     kind = torch.int32 if tokens % 16 else torch.int64
-    spec = problem.check(rings, WORDS[2], ids.to(kind))
-    room = 64 if tokens <= 8 else 256 if tokens <= 32 else 512
-    assert (spec.routes, spec.id_bytes) == (room, kind.itemsize)
+    spec = problem.check(rings, word, ids.to(kind))
+    assert (spec.routes, spec.id_bytes) == (
+        next(n for n in (64, 256, 512, 1024) if n >= 8 * tokens),
+        kind.itemsize,
+    )
 
 
 @pytest.mark.parametrize("map_kind", [None, torch.int32, torch.int64])
@@ -143,8 +150,9 @@ def test_tiles_of_an_expert_are_full_but_for_the_last(rings: Any, map_kind: Any,
     expert_map = None
     if map_kind is not None:
         expert_map = torch.tensor([-1, 6, 2, 5, 3, -1, 0])[torch.randperm(7)].to(map_kind)
-    routes = torch.arange(7).repeat_interleave(torch.tensor([0, 1, 8, 9, 17, 8, 5])[torch.randperm(7)])
-    ids = torch.cat((routes, torch.tensor([-1, 1 << 30])))[torch.randperm(50)].view(25, 2)
+    counts = torch.tensor([0, 1, 8, 9, 17, 8, 5])[torch.randperm(7)]
+    routes = torch.cat((torch.arange(7).repeat_interleave(counts), torch.tensor([-1, 1 << 30])))
+    ids = routes[torch.randperm(len(routes))].view(-1, 2)
     Problem(seed, (256, 256), 136, experts=7).check(rings, WORDS[1], ids.int(), expert_map)
 
 
@@ -176,9 +184,9 @@ def test_what_is_for_other_kernels(rings: Any, seed: int) -> None:
     assert not taken(ids=ids.short())
     assert not taken(share=share.half())
     assert not taken(expert_map=torch.zeros(4, dtype=torch.int16))
-    for words, most in ((WORDS[0], 256), (WORDS[2], 512)):  # threads that look for tiles
-        for routes in (most, most + 1):
-            assert taken(words, ids[:1, :1].expand(routes, 1)) == (routes == most)
+    assert not taken("m16t2c4w8s3r")  # tokens of a tile
+    for routes in (1024, 1025):
+        assert taken(ids=ids[:1, :1].expand(routes, 1)) == (routes == 1024)
     bias = torch.zeros(4 * 512 + 1).bfloat16()[1:].view(4, 512)
     for biases, good in (((None, None), True), ((bias, None), False), ((bias.clone(), None), True)):
         problem.biases = biases

@@ -108,13 +108,15 @@ def test_experts_are_within_the_permitted_error(
     assert all(torch.equal(results[0], y) for y in results[1:])
 
 
-def test_turns_of_two_steps_end_anywhere(emulated: Any, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One, four and seven steps, with as few stages as there may be and one more; beside steps one by one."""
+def test_numbers_of_steps_and_of_stages_do_not_matter(
+    emulated: Any, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One, four and seven steps, with as few stages as there may be and more."""
     given = emulated, "mxfp4", GPT_OSS, (torch.arange(60)[:, None] % 3 > 0).long(), 2, seed
     for columns in ((64, 448), (256, 64)):
         words = (f"m48t4c1w12s{stages}x" for stages in (3, 4, 5))
-        single, *paired = (of_experts(*given, word, monkeypatch, columns) for word in words)
-        assert all(torch.equal(single, y) for y in paired)
+        fewest, *more = (of_experts(*given, word, monkeypatch, columns) for word in words)
+        assert all(torch.equal(fewest, y) for y in more)
 
 
 @pytest.mark.parametrize("activation", [GPT_OSS, Activation("silu")], ids=lambda a: a.kind)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from importlib import import_module
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -36,6 +37,30 @@ def test_a_compiler_with_nothing_to_say_leaves_pythons_bytes_alone(nvrtc: Any) -
 def test_what_does_not_compile_says_why(nvrtc: Any) -> None:
     with pytest.raises(nvrtc.CompileError, match=r"broken\.cu[\s\S]*undefined"):
         nvrtc.compiled("broken.cu", 'extern "C" __global__ void broken() { no_such_thing(); }')
+
+
+@pytest.fixture
+def kept(nvrtc: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """`nvrtc.kept`, with nothing kept yet."""
+    monkeypatch.setattr(import_module("triton").knobs.cache, "dir", str(tmp_path))
+    return nvrtc.kept
+
+
+def test_machine_code_is_compiled_once(
+    nvrtc: Any, kept: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = kept("empty.cu", EMPTY)
+    assert code == nvrtc.compiled("empty.cu", EMPTY)[0]
+    monkeypatch.setattr(nvrtc, "compiled", lambda name, source: (source.encode(), ""))
+    assert kept("empty.cu", EMPTY) == code
+    assert kept("empty.cu", EMPTY + " ") == EMPTY.encode() + b" "
+    assert len(list(tmp_path.rglob("empty.cu.cubin"))) == 2
+
+
+def test_what_does_not_compile_is_not_kept(nvrtc: Any, kept: Any, tmp_path: Path) -> None:
+    with pytest.raises(nvrtc.CompileError, match=r"broken\.cu"):
+        kept("broken.cu", "no")
+    assert not list(tmp_path.rglob("*.cubin"))
 
 
 @pytest.mark.parametrize("cold", [True, False])

@@ -55,7 +55,7 @@ _SHAPES = {
 _WIDE = (
     "m48t4c1w12s12x",
     "m64t4c1w12s10x",
-    "m80t4c1w12s10x",
+    "m112t4c1w12s9x",
     "m128t4c1w12s8x",
     "m144t3c1w16s8x",
     "m144t4c1w12s8x",

@@ -22,7 +22,6 @@ HOPPER_SHARED = 227 << 10  # bytes that a program may use
 REGISTERS = 1 << 16  # of a multiprocessor
 MULTIPROCESSORS = 132  # of an H100 or H200
 START = 64  # tokens whose products take as long as decoding for a program does, and its beginning and end
-_PARTS = (8, 7, 6, 5, 3)  # eighths of a program's tokens that there are loops for
 _SAMPLES = 20  # of how many routes an expert has
 _WORD = re.compile(r"m(\d+)t(\d+)c(\d+)w(\d+)s(\d+)(o?)(h?)(f?)(?:b(\d+))?(?:p(\d))?(x?)(r?)")
 
@@ -264,17 +263,15 @@ class MoeRow:
         return min(self.pairs, key=lambda pair: mean_padded(pair[0], each))
 
 
-def loops(most: int, each: int) -> tuple[int, ...]:
-    """Tokens of `wide` experts' programs that there is a loop for, the greatest first: as many as ptxas finds registers
-    for where a group of warps has `each` tiles."""
-    count = (208 - most) // 32 if each == 2 else len(_PARTS)
-    return tuple(dict.fromkeys(-(-most * part // 8 // 8) * 8 for part in _PARTS[:count]))
+def loops(most: int) -> tuple[int, ...]:
+    """Tokens of `wide` experts' programs that there is a loop for, the greatest first; each takes time to compile."""
+    return tuple(range(most, most // 2 - 1, -8))
 
 
 def padded(cut: Cut, routes: int) -> int:
     """Tokens that the programs of an expert with so many routes multiply, and what each takes besides is worth."""
     full, rest = divmod(routes, cut.block_m)
-    last = min((size for size in loops(cut.block_m, cut.tiles // cut.users) if size >= rest), default=0)
+    last = min((size for size in loops(cut.block_m) if size >= rest), default=0)
     return full * (cut.block_m + START) + (last + START if rest else 0)
 
 

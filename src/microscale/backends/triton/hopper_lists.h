@@ -3,17 +3,19 @@
 
 constexpr int kTokens = 8;                                // of a tile
 constexpr int kThreads = 128 * USERS + 32 * (USERS + 2);  // groups that multiply, a warp for the codes of each,
-constexpr int kFinders = kThreads - 32;                   // one for tokens, and one that counts done units
-constexpr int kRouteWarps = (ROUTES + 31) / 32;           // a thread has a route
+constexpr int kFinders = kThreads - 32;                   // one for tokens, and one that counts units that are done
+constexpr int kRouteWarps = (ROUTES + 31) / 32;           // of a thread one, or as many as there are passes
+constexpr int kPasses = (ROUTES + kFinders - 1) / kFinders;
+constexpr int kMostTiles = ROUTES < EXPERTS + ROUTES / kTokens ? ROUTES : EXPERTS + ROUTES / kTokens;
 
 // In shared memory.
 struct Lists {
   u8 counts[kRouteWarps][(EXPERTS + 15) / 16 * 16];  // routes that a warp has for an expert
   int used, tiles[kRouteWarps];                      // tiles, and those that a warp's routes begin
   unsigned short firsts[EXPERTS];                    // an expert's first tile
-  unsigned short order[kTokens * ROUTES];            // of each tile up to 8 routes, in their order
-  unsigned short expert[ROUTES];                     // of each tile
-  u8 count[ROUTES];                                  // of its tokens
+  unsigned short order[kTokens * kMostTiles];        // of each tile up to 8 routes, in their order
+  unsigned short expert[kMostTiles];                 // of each tile
+  u8 count[kMostTiles];                              // of its tokens
 };
 
 // Integers of 4 or 8 bytes, of which those are meant that 4 hold.
@@ -32,43 +34,63 @@ DEVICE int expert_of(const Given &a, int route) {
 // Tiles come in the order of their first routes, those of an expert one after the other. For all threads but the last
 // warp's, who then meet it.
 DEVICE void find_tiles(const Given &a, Lists &l) {
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, route = threadIdx.x;
-  const int e = expert_of(a, route);
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   u32 *counts = reinterpret_cast<u32 *>(l.counts);
+  int e[kPasses], rank[kPasses], tiles[kPasses], all[kPasses];  // of a route's expert; its rank among the expert's
+#pragma unroll
+  for (int p = 0; p < kPasses; p++) e[p] = expert_of(a, p * kFinders + threadIdx.x);
   for (int i = threadIdx.x; i < static_cast<int>(sizeof(l.counts) / 4); i += kFinders) counts[i] = 0;
-  const u32 same = __match_any_sync(~0u, e), before = same & ((1u << lane) - 1);
+  u32 same[kPasses];
+#pragma unroll
+  for (int p = 0; p < kPasses; p++) same[p] = __match_any_sync(~0u, e[p]);
   meet_some(1, kFinders);
-  if (e >= 0 && before == 0) l.counts[warp][e] = __popc(same);
+#pragma unroll
+  for (int p = 0; p < kPasses; p++) {
+    rank[p] = __popc(same[p] & ((1u << lane) - 1));
+    if (e[p] >= 0 && rank[p] == 0) l.counts[p * (kFinders / 32) + warp][e[p]] = __popc(same[p]);
+  }
   meet_some(1, kFinders);
-  int rank = __popc(before), all = 0;  // of the expert's routes, and how many it has
-  if (e >= 0)
+#pragma unroll
+  for (int p = 0; p < kPasses; p++) {
+    const int mine = p * (kFinders / 32) + warp;
+    all[p] = 0;
+    if (e[p] >= 0)
+#pragma unroll
+      for (int w = 0; w < kRouteWarps; w++) {
+        const int n = l.counts[w][e[p]];
+        all[p] += n;
+        if (w < mine) rank[p] += n;
+      }
+    tiles[p] = e[p] >= 0 && rank[p] == 0 ? (all[p] + kTokens - 1) / kTokens : 0;
+    int first = tiles[p];
+#pragma unroll
+    for (int off = 1; off < 32; off *= 2) {
+      const int v = __shfl_up_sync(~0u, first, off);
+      if (lane >= off) first += v;
+    }
+    if (lane == 31 && mine < kRouteWarps) l.tiles[mine] = first;
+    if (tiles[p]) l.firsts[e[p]] = first - tiles[p];  // of those that this warp's routes begin, for now
+  }
+  meet_some(1, kFinders);
+#pragma unroll
+  for (int p = 0; p < kPasses; p++) {
+    int used = 0, before = 0;
 #pragma unroll
     for (int w = 0; w < kRouteWarps; w++) {
-      const int n = l.counts[w][e];
-      all += n;
-      if (w < warp) rank += n;
+      if (w == p * (kFinders / 32) + warp) before = used;
+      used += l.tiles[w];
     }
-  const int tiles = e >= 0 && rank == 0 ? (all + kTokens - 1) / kTokens : 0;
-  int first = tiles;
-#pragma unroll
-  for (int off = 1; off < 32; off *= 2) {
-    const int v = __shfl_up_sync(~0u, first, off);
-    if (lane >= off) first += v;
+    if (p == 0 && threadIdx.x == 0) l.used = used;
+    if (tiles[p] == 0) continue;
+    const int first = l.firsts[e[p]] + before;
+    l.firsts[e[p]] = first;
+    for (int k = 0; k < tiles[p]; k++)
+      l.expert[first + k] = e[p], l.count[first + k] = min(kTokens, all[p] - kTokens * k);
   }
-  if (lane == 31 && warp < kRouteWarps) l.tiles[warp] = first;
   meet_some(1, kFinders);
-  first -= tiles;
-  int used = 0;
 #pragma unroll
-  for (int w = 0; w < kRouteWarps; w++) {
-    if (w == warp) first += used;
-    used += l.tiles[w];
-  }
-  if (threadIdx.x == 0) l.used = used;
-  if (tiles) l.firsts[e] = first;
-  for (int k = 0; k < tiles; k++) l.expert[first + k] = e, l.count[first + k] = min(kTokens, all - kTokens * k);
-  meet_some(1, kFinders);
-  if (e >= 0) l.order[kTokens * l.firsts[e] + rank] = route;
+  for (int p = 0; p < kPasses; p++)
+    if (e[p] >= 0) l.order[kTokens * l.firsts[e[p]] + rank[p]] = p * kFinders + threadIdx.x;
 }
 
 // A tile's tokens have places for 8 in between.

@@ -157,6 +157,9 @@ DEVICE void not_before(float &v) { asm volatile("" : "+f"(v)::"memory"); }
 // An address that the compiler takes apart no more: what it would keep of its parts takes more registers than there
 // are.
 DEVICE void unknown(u64 &v) { asm volatile("" : "+l"(v)); }
+DEVICE void unknown(u32 &v) { asm volatile("" : "+r"(v)); }
+// A use, for what is never reached.
+DEVICE void needs(u32 v) { asm volatile("st.shared.u32 [%0], %0;" ::"r"(v) : "memory"); }
 
 // Four matrices of 8 by 8 numbers of 16 bits, side by side: a lane says where a row of one begins, lane 8 i + r row r
 // of matrix i.

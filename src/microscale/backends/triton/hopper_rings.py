@@ -21,7 +21,7 @@ from microscale.backends.triton.hopper_wide import Given, address, float_kind
 from microscale.backends.triton.placement import LANDS
 from microscale.backends.triton.routing import zeros
 
-ROOMS = (64, 256, 512)  # of routes, of which each is a thread's
+ROOMS = (64, 256, 512, 1024)  # of routes
 TOKENS = 8  # of a tile
 TOKEN_STAGES = 3
 _LEAST_STEPS = 3  # of a stage: with fewer, warps mostly wait for barriers
@@ -70,12 +70,18 @@ class Rings(Spec):
     def fixed(self) -> int:
         """Bytes of shared memory besides: barriers, lists, what comes with tokens, results on their way."""
         warps, tiles = -(-self.routes // 32), self.users * self.each
-        lists = warps * (self.known + 19) + 2 * self.known + (2 * TOKENS + 3) * self.routes + 4
+        lists = (
+            warps * (self.known + 19) + 2 * self.known + (2 * TOKENS + 3) * self.most_tiles(self.routes) + 4
+        )
         ratios = 4 * tiles * (self.chunks // 2 + 2) if self.scale == "f32" else 0
         of_rows = sum(256 if any(there) else 16 for there in (self.bias, self.row_scale))
         beside = of_rows * tiles + 64 + ratios
         apart = 2048 * self.users if self.apart and self.each == 1 else 0
         return 16 * self.stages * self.users + lists + 2 * beside + apart + 256
+
+    def most_tiles(self, routes: int) -> int:
+        """Of tokens that so many routes can have."""
+        return min(routes, self.known + routes // TOKENS)
 
     def given(self) -> dict[str, object]:
         return super().given() | {
@@ -118,7 +124,8 @@ def spec_of(
     if (
         weight_on_input
         or users < 2
-        or not 0 < room <= 32 * (5 * users + 1)  # threads that find tiles
+        or room == 0
+        or cut.block_m != TOKENS
         or w13.format != w2.format
         or any(w.shape[-1] % COLUMNS for w in weights)
         or (apart and w13.shape[1] // 2 % ROWS)
@@ -170,11 +177,11 @@ def experts(
         biases: of w13 and w2.
         spec: of `spec_of`.
     """
-    routes, experts = ids.numel(), w13.shape[0]
+    routes = ids.numel()
     if x.data_ptr() % 16:
         x = x.clone()
     inner = w13.shape[1] // 2 if activation.gated else w13.shape[1]
-    tiles = min(routes, experts + routes // TOKENS)
+    tiles = spec.most_tiles(routes)
     h = torch.empty(TOKENS * tiles, inner, dtype=x.dtype, device=x.device)
     y = torch.empty(routes, w2.shape[1], dtype=x.dtype, device=x.device)
     pairs = spec.users * spec.each / 2  # tiles of gates in a unit, where ups lie apart

@@ -102,24 +102,8 @@ DEVICE u64 descriptor(u32 address) {
   return (static_cast<u64>((address & 0x3FFFF) >> 4)) | (1ull << 16) | (64ull << 32) | (1ull << 62);
 }
 
-// A step of experts: its tokens, for products, and the barrier of those who are done with it.
-struct Step {
-  u64 x;
-  u32 empty;
-};
-
-// A thread's codes of the next step, which is there.
-DEVICE Step take_step(Codes (&c)[EACH], Ring &r, int side) {
-#pragma unroll
-  for (int e = 0; e < EACH; e++)
-    c[e] = load_codes(places_of(r.stage + kCodes + (side * EACH + e) * kTile,
-                                r.stage + kScales + (side * EACH + e) * kTileScales, threadIdx.x % 128));
-  const Step s = {descriptor(r.stage), r.bar + kEmpty};
-  advance(r);
-  return s;
-}
-
 constexpr int kGroups = 2 * EACH;  // of products in a step: 32 columns of a tile each
+typedef u32 Decoded[kGroups][8];   // what they take of a thread
 
 // Sums that nothing is added to at the moment, times what block FP8 has between two blocks, see `fragments.Fragments`.
 template <int N>

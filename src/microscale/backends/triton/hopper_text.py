@@ -13,7 +13,6 @@ BOX_REGISTERS = 24  # of who has a linear's copied
 MOST_REGISTERS = 240  # that a thread can ask for
 COPY_REGISTERS = (56, 72)  # up to 144 tokens, and of more: addresses of a step
 MOST_OF_TWO = 144  # tokens that a group has registers for which has two tiles of weights
-MOST_PAIRED = 80  # tokens whose products take about as long as decoding two tiles does
 KINDS = ("silu", "swiglu_oai", "swiglu_step")
 
 
@@ -55,22 +54,10 @@ class Spec:
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        """Tokens that there is a loop for, the greatest first. All programs of a linear have equally many, and with one
-        loop ptxas lets more tokens' products be under way."""
+        """Tokens that there is a loop for, the greatest first. All programs of a linear have equally many."""
         if not self.experts:
             return (self.most,)
-        return loops(self.most, self.each)
-
-    @property
-    def paired(self) -> bool:
-        """Whether a turn of experts' loop is two steps, `hopper_pair.h`: where that has been timed and was faster."""
-        return (
-            self.experts
-            and self.element == "e2m1"
-            and (self.users, self.each) == (2, 2)
-            and self.most <= MOST_PAIRED
-            and self.stages >= 4
-        )
+        return loops(self.most)
 
     @property
     def file(self) -> str:
@@ -87,8 +74,7 @@ class Spec:
         """Files behind the instructions."""
         if not self.experts:
             return ("hopper_rows.h", "hopper_linear.h", "hopper_steps.h", self.file)
-        loop = "hopper_pair.h" if self.paired else "hopper_single.h"
-        return ("hopper_rows.h", "hopper_unit.h", "hopper_steps.h", loop, self.file)
+        return ("hopper_rows.h", "hopper_unit.h", "hopper_steps.h", "hopper_wide_loop.h", self.file)
 
     @property
     def threads(self) -> int:

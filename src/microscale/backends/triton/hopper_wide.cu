@@ -1,7 +1,7 @@
 // Products of many tokens on Hopper: one group of four warps copies tokens and codes into shared memory, two or three
 // others decode 64 or 128 rows of weights each into registers and multiply. `hopper_text.py` writes the constants in
 // capitals, `decode_group` and `Product` above this text; `hopper_ptx.h`, `hopper_rows.h`, `hopper_unit.h`,
-// `hopper_steps.h`, and `hopper_single.h` or `hopper_pair.h` with `multiply` come before it.
+// `hopper_steps.h` and `hopper_wide_loop.h` come before it.
 //
 // A program stays on its multiprocessor and takes units: TILES of 64 rows times one tile of at most MOST tokens, whose
 // number is fitted to what is there: one of SIZES. No barrier holds the groups together: the one that copies runs
@@ -130,6 +130,16 @@ DEVICE void tell(const Given &a, const Tile &t, int side) {
   if (threadIdx.x % 128 == 0) add_one(tile_done(a.progress, t.tile));
 }
 
+// A use that never comes, behind all loops: without it ptxas gives the loop of every size registers of its own for
+// decoded weights, and if these are too few, lets products wait for one another.
+DEVICE void never_reached(const Decoded &pairs, const Tile &t) {
+  if (t.count >= 0) return;
+#pragma unroll
+  for (int g = 0; g < kGroups; g++)
+#pragma unroll
+    for (int i = 0; i < 8; i++) needs(pairs[g][i]);
+}
+
 DEVICE void use_unit(const Given &a, const Tile &t, int side, Ring &r, int *routes, float *shares) {
   constexpr int kRounds = (MOST + 127) / 128;
   const int thread = threadIdx.x % 128;
@@ -137,15 +147,17 @@ DEVICE void use_unit(const Given &a, const Tile &t, int side, Ring &r, int *rout
   Route route[kRounds];
 #pragma unroll
   for (int i = 0; i < kRounds; i++) route[i] = route_of(a, t, thread + 128 * i);
+  Decoded pairs;
   switch (rounded(t.count)) {
 #define MULTIPLY(n) \
-  case n: multiply<n>(d, a, t, side, r); break;
+  case n: multiply<n>(d, pairs, a, t, side, r); break;
     EACH_SIZE(MULTIPLY)
   }
 #pragma unroll
   for (int e = 0; e < EACH; e++)
 #pragma unroll
     for (int i = 0; i < MOST / 2; i++) not_before(d[e][i]);
+  never_reached(pairs, t);
   if (t.product == 0) {
     store<kFirst>(d, a, t, side, routes, shares);
     tell(a, t, side);

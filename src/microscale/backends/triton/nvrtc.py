@@ -6,9 +6,14 @@ import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from hashlib import sha256
+from pathlib import Path
 from typing import Any
 
 import torch
+from triton.runtime.cache import get_cache_manager
+
+_OPTIONS = ("--gpu-architecture=sm_90a", "--std=c++17", "-default-device")
 
 
 class CompileError(RuntimeError):
@@ -37,7 +42,7 @@ def compiled(name: str, source: str, options: Sequence[str] = ()) -> tuple[bytes
     from cuda.bindings import nvrtc
 
     _, program = nvrtc.nvrtcCreateProgram(source.encode(), name.encode(), 0, [], [])
-    given = ["--gpu-architecture=sm_90a", "--std=c++17", "-default-device", *options]
+    given = (*_OPTIONS, *options)
     (error,) = nvrtc.nvrtcCompileProgram(program, len(given), [option.encode() for option in given])
     _, size = nvrtc.nvrtcGetProgramLogSize(program)
     log = _room(size)
@@ -50,6 +55,23 @@ def compiled(name: str, source: str, options: Sequence[str] = ()) -> tuple[bytes
     nvrtc.nvrtcGetCUBIN(program, code)
     nvrtc.nvrtcDestroyProgram(program)
     return code, said
+
+
+def kept(name: str, source: str) -> bytes:
+    """Machine code as `compiled` gives it, from where Triton keeps its own (TRITON_CACHE_DIR), or put there now.
+
+    A kernel with loops for ten numbers of tokens takes three seconds to compile.
+    """
+    from cuda.bindings import nvrtc
+
+    key = sha256(repr((nvrtc.nvrtcVersion(), _OPTIONS, source)).encode()).hexdigest()
+    files, file = get_cache_manager(key), f"{name}.cubin"
+    there = files.get_file(file)
+    if there is not None:
+        return Path(there).read_bytes()
+    code, _ = compiled(name, source)
+    files.put(code, file)
+    return code
 
 
 def _room(size: int) -> bytes:
@@ -103,7 +125,7 @@ def kernel(name: str, source: str, function: str, shared: int, device: int) -> K
     """
     from cuda.bindings import driver
 
-    code, _ = compiled(name, source)
+    code = kept(name, source)
     with torch.cuda.device(device):
         # PyTorch's own context, current in this thread, where nothing may have been computed yet.
         _, handle = driver.cuDeviceGet(device)
