@@ -10,6 +10,7 @@ import os
 import re
 import subprocess
 import tempfile
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from importlib import import_module
 from itertools import cycle, product
@@ -262,6 +263,13 @@ def compile_cut(job: tuple[int, str, tuple[str, bool, bool, bool], int, bool]) -
     result = made("sm_90", lambda: for_hopper(kernel, arguments, cut))
     slow = serialized(result.text) if result.text else ""
     return replace(result, error=slow) if slow else result
+
+
+def ahead(item: pytest.Function) -> Iterator[tuple[Callable[[Any], Made], Any]]:
+    """What a test waits for."""
+    if item.function is test_every_cut_of_the_tables_compiles:
+        for job in cut_jobs():
+            yield compile_cut, job
 
 
 def test_every_cut_of_the_tables_compiles(layout: Any) -> None:

@@ -4,12 +4,11 @@ code. What becomes of it on such a GPU only such a GPU can tell."""
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
-from concurrent.futures import Future
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from triton_ahead import KERNELS, POINTERS, PRODUCTS, STEP, TARGETS, Job, Made, pool, run
+from triton_ahead import KERNELS, POINTERS, PRODUCTS, STEP, TARGETS, Job, Made, begun, run
 
 from microscale.backends.triton_rules import refuse
 from microscale.formats import FORMATS
@@ -40,13 +39,17 @@ def everything() -> list[Job]:
 JOBS = everything()
 
 
+def ahead(item: pytest.Function) -> Iterator[tuple[Callable[[Job], Made], Job]]:
+    """What a test waits for."""
+    if "made" in item.fixturenames:
+        yield run, item.callspec.params["job"]
+
+
 @pytest.fixture(scope="module")
-def made(request: pytest.FixtureRequest) -> Callable[[Job], Made]:
-    """The result of a job; those of all selected tests are compiled side by side."""
+def made() -> Callable[[Job], Made]:
+    """The result of a job."""
     pytest.importorskip("triton", reason=str(refuse(Problem("linear", "mxfp4", 1, 1, device="rocm"))))
-    jobs = [item.callspec.params["job"] for item in request.session.items if "made" in item.fixturenames]  # type: ignore[attr-defined]
-    waiting: dict[Job, Future[Made]] = {job: pool().submit(run, job) for job in dict.fromkeys(jobs)}
-    return lambda job: waiting[job].result()
+    return lambda job: begun(run, job).result()
 
 
 @pytest.mark.parametrize("job", JOBS, ids=str)
