@@ -1,21 +1,20 @@
 // Which tiles of tokens there are, found by every program of `hopper_rings.cu` for itself while its first codes are
 // still far away: a kernel ahead that sorts routes costs more. `hopper_unit.h` comes before it.
 
-constexpr int kTokens = 8;                                // of a tile
-constexpr int kThreads = 128 * USERS + 32 * (USERS + 2);  // groups that multiply, a warp for the codes of each,
-constexpr int kFinders = kThreads - 32;                   // one for tokens, and one that counts units that are done
-constexpr int kRouteWarps = (ROUTES + 31) / 32;           // of a thread one, or as many as there are passes
-constexpr int kPasses = (ROUTES + kFinders - 1) / kFinders;
-constexpr int kMostTiles = ROUTES < EXPERTS + ROUTES / kTokens ? ROUTES : EXPERTS + ROUTES / kTokens;
+constexpr int kTokens = 8;                                   // of a tile
+constexpr int kThreads = 128 * USERS + 32 * (USERS + 2);     // groups that multiply, a warp for the codes of each,
+constexpr int kFinders = kThreads - 32;                      // one for tokens, and one that counts units that are done
+constexpr int kRouteWarps = (ROUTES + 31) / 32;              // that routes are enough for, one of each lane
+constexpr int kPasses = (ROUTES + kFinders - 1) / kFinders;  // routes of a lane at most
 
 // In shared memory.
 struct Lists {
   u8 counts[kRouteWarps][(EXPERTS + 15) / 16 * 16];  // routes that a warp has for an expert
   int used, tiles[kRouteWarps];                      // tiles, and those that a warp's routes begin
   unsigned short firsts[EXPERTS];                    // an expert's first tile
-  unsigned short order[kTokens * kMostTiles];        // of each tile up to 8 routes, in their order
-  unsigned short expert[kMostTiles];                 // of each tile
-  u8 count[kMostTiles];                              // of its tokens
+  unsigned short order[kTokens * MOST_TILES];        // of each tile up to 8 routes, in their order
+  unsigned short expert[MOST_TILES];                 // of each tile
+  u8 count[MOST_TILES];                              // of its tokens
 };
 
 // Integers of 4 or 8 bytes, of which those are meant that 4 hold.

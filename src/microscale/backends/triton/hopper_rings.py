@@ -90,6 +90,7 @@ class Rings(Spec):
             "TOKEN_STAGES": TOKEN_STAGES,
             "EXPERTS": self.known,
             "ROUTES": self.routes,
+            "MOST_TILES": self.most_tiles(self.routes),
             "ID_BYTES": self.id_bytes,
             "MAP_BYTES": self.map_bytes,
         }

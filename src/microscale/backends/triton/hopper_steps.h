@@ -80,21 +80,51 @@ DEVICE Codes load_codes(const Places &p) {
   return c;
 }
 
-// Half a step: 32 columns, as eight pairs of bfloat16.
-DEVICE void decode_half(const Codes &c, int p, u32 (&o)[8]) {
+// Half a step of a tile: 32 columns of a thread's.
+struct Half {
+#if BITS == 8
+  uint4 w;
+#else
+  uint2 w;
+#endif
+#if BITS == 6
+  u32 more;
+#endif
+  u32 scale;
+};
+
+// As eight pairs of bfloat16; `p`: whether it is the second one.
+DEVICE void decode_half(const Half &h, int p, u32 (&o)[8]) {
 #if E4M3_SCALES
-  const u32 s = p ? c.scale1 : c.scale;
+  const u32 s = h.scale;
 #else
-  const u32 s = (p ? __funnelshift_l(c.scale, c.scale, 8) : c.scale) & 0x7F807F80;
+  const u32 s = (p ? __funnelshift_l(h.scale, h.scale, 8) : h.scale) & 0x7F807F80;
 #endif
-#if BITS == 4
-  decode_group(o, p ? c.four.z : c.four.x, p ? c.four.w : c.four.y, s);
+#if BITS == 8
+  decode_group(o, h.w.x, h.w.y, h.w.z, h.w.w, s);
 #elif BITS == 6
-  decode_group(o, p ? c.four.z : c.four.x, p ? c.four.w : c.four.y, p ? c.more.y : c.more.x, s);
+  decode_group(o, h.w.x, h.w.y, h.more, s);
 #else
-  const uint4 w = p ? c.more : c.four;
-  decode_group(o, w.x, w.y, w.z, w.w, s);
+  decode_group(o, h.w.x, h.w.y, s);
 #endif
+}
+
+DEVICE void decode_half(const Codes &c, int p, u32 (&o)[8]) {
+  Half h;
+#if BITS == 8
+  h.w = p ? c.more : c.four;
+#else
+  h.w = p ? make_uint2(c.four.z, c.four.w) : make_uint2(c.four.x, c.four.y);
+#endif
+#if BITS == 6
+  h.more = p ? c.more.y : c.more.x;
+#endif
+#if E4M3_SCALES
+  h.scale = p ? c.scale1 : c.scale;
+#else
+  h.scale = c.scale;
+#endif
+  decode_half(h, p, o);
 }
 
 // 128-byte rows, eight of them swizzled together.

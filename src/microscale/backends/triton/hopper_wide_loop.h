@@ -17,20 +17,7 @@ DEVICE Step next_step(Ring &r, bool there) {
   return s;
 }
 
-// Half a step of a tile: 32 columns of a thread's.
-struct Half {
-#if BITS == 8
-  uint4 w;
-#else
-  uint2 w;
-#endif
-#if BITS == 6
-  u32 more;
-#endif
-  u32 scale;
-};
-
-// `at`: a thread's places in a stage.
+// A thread's codes; `at`: its places in a stage.
 DEVICE Half load_half(u32 stage, const Places &at, int e, int p) {
   const u32 tile = stage + e * kTile;
   Half h;
@@ -44,21 +31,6 @@ DEVICE Half load_half(u32 stage, const Places &at, int e, int p) {
 #endif
   h.scale = shared4(stage + at.scales + e * kTileScales + (E4M3_SCALES ? 4 * p : 0));
   return h;
-}
-
-DEVICE void decode_half(const Half &h, int p, u32 (&o)[8]) {
-#if E4M3_SCALES
-  const u32 s = h.scale;
-#else
-  const u32 s = (p ? __funnelshift_l(h.scale, h.scale, 8) : h.scale) & 0x7F807F80;
-#endif
-#if BITS == 8
-  decode_group(o, h.w.x, h.w.y, h.w.z, h.w.w, s);
-#elif BITS == 6
-  decode_group(o, h.w.x, h.w.y, h.more, s);
-#else
-  decode_group(o, h.w.x, h.w.y, s);
-#endif
 }
 
 DEVICE const float *ratios_of(const Given &a, const Tile &t, int i) {
