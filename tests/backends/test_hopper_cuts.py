@@ -49,6 +49,29 @@ def test_experts_of_many_tokens_take_wide_cuts_in_every_format(layout: Any) -> N
             assert cuts.moe_cuts((fmt, fmt), tokens, 8, 128, 768, 1)[0].wide, fmt
 
 
+def test_gates_and_ups_that_lie_apart_have_groups_with_a_tile_of_both(layout: Any) -> None:
+    cuts = import_module("microscale.backends.triton.cuts")
+    fragments = import_module("microscale.backends.triton.fragments")
+    empty = torch.empty(0, dtype=torch.int32)
+    for name in ("mxfp4", "nvfp4"):
+        w = fragments.Fragments(FORMATS[name], (2, 128, 256), None, empty, empty, None, None)
+        for word, other in {
+            "m32t9c1w16s8x": "m32t8c1w20s8x",
+            "m48t9c1w16s8x": "m48t6c1w16s8x",
+            "m80t6c1w16s8x": "m80t6c1w16s8x",
+            "m144t3c1w16s8x": "m144t4c1w12s8x",
+            "m112t4c1w12s8x": "m112t4c1w12s8x",
+        }.items():
+            cut = cuts.Cut.parse(word)
+            assert cut.of_experts(w) == cut
+            assert str(cut.of_experts(w, apart=True)) == other
+    # Where there is no compiler for CUDA C++.
+    usual = [
+        str(cuts.Cut.parse(f"{w}s8x").usual(tail=True)) for w in ("m24t9c1w16", "m40t9c1w16", "m80t6c1w16")
+    ]
+    assert usual == ["m32t2c2w4s3h", "m64t2c1w4s6oh", "m80t2c1w4s3ohb4"]
+
+
 def test_what_wide_kernels_leave_to_the_usual_ones(layout: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     wide, fragments = (import_module(f"microscale.backends.triton.{m}") for m in ("hopper_wide", "fragments"))
     monkeypatch.setattr(wide.nvrtc, "refuse", lambda: None)
@@ -141,7 +164,8 @@ def test_experts_of_many_tokens_take_what_multiplies_least(layout: Any) -> None:
     cut = cuts.Cut.parse("m112t4c1w12s9x")
     assert cuts.loops(144) == (144, 136, 128, 120, 112, 104, 96, 88, 80, 72)
     assert cuts.loops(48) == (48, 40, 32, 24)
-    start = cuts.START
+    start = cuts.start(cut)
+    assert start == 64
     taken = {1: 56, 56: 56, 57: 64, 112: 112, 113: 112 + start + 56, 176: 112 + start + 64, 224: 224 + start}
     assert {routes: cuts.padded(cut, routes) - start for routes in taken} == taken
     # Of about 170 routes all have two programs, of 220 some have three, and of 80 all but a few have one.
@@ -149,8 +173,9 @@ def test_experts_of_many_tokens_take_what_multiplies_least(layout: Any) -> None:
     assert 224 + 2 * start < cuts.mean_padded(cut, 220) < 280 + 3 * start
     assert 82 + start < cuts.mean_padded(cut, 80) < 88 + start
     row = cuts.table()["4 bits"][1][-1]
-    found = [row.fit(each)[0].block_m for each in (32, 40, 64, 72, 96, 128, 160, 192, 256)]
-    assert found == [48, 64, 112, 112, 144, 144, 112, 112, 144]
+    found = [row.fit(each)[0].block_m for each in (16, 32, 40, 64, 72, 96, 128, 160, 192, 256)]
+    assert found == [24, 48, 64, 80, 112, 144, 144, 112, 112, 144]
+    assert [cuts.start(cuts.Cut.parse(f"m48{rest}")) for rest in ("t6c1w16s8x", "t8c1w20s8x")] == [56, 52]
     for each in (27.5, 61.0, 333.3, 5000.0):
         assert cuts.mean_padded(row.fit(each)[0], each) == min(
             cuts.mean_padded(a, each) for a, _ in row.pairs
@@ -182,11 +207,14 @@ def test_the_tuner_fits_wide_cuts_to_the_format(layout: Any, monkeypatch: pytest
     )
     monkeypatch.setattr(tune.nvrtc, "refuse", lambda: None)
     for fmt in FORMATS.values():
-        assert tune.wide_candidates(fmt, 27) == []
+        assert tune.wide_candidates(fmt, 27) == tune.wide_candidates(fmt, 10, experts=True) == []
+        three = [cut.tiles == 9 for cut in tune.wide_candidates(fmt, 12, experts=True)]
+        assert any(three) == (fmt.element.bits == 4)
+        assert not all(three)
         for tokens in (28, 48, 128, 256, 2048):
             found = tune.wide_candidates(fmt, tokens)
             assert found
-            for cut in found:
+            for cut in found + tune.wide_candidates(fmt, tokens, experts=True):
                 assert cut.wide
                 assert cut.shared(fmt, 1) <= cuts.HOPPER_SHARED
     assert str(tune.wide_candidates(FORMATS["mxfp4"], 128)[2]) == "m128t4c1w12s8x"

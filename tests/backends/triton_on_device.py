@@ -296,10 +296,10 @@ def cuts_of(name: str) -> tuple[list[Cut], list[tuple[Cut, Cut]]]:
 
     fmt = FORMATS[name]
     linear, moe = cuts.table()[cuts.group(fmt)]
-    wide = wide_candidates(fmt, 128)
+    wide, many = wide_candidates(fmt, 128), wide_candidates(fmt, 128, experts=True)
     linears = [cut.fitted(fmt, 1) for row in linear for cut in row.cuts]
     experts = [(a.fitted(fmt, 1), b.fitted(fmt, 1)) for row in moe for a, b in row.pairs]
-    return list(dict.fromkeys(linears + wide)), list(dict.fromkeys(experts + [(c, c) for c in wide]))
+    return list(dict.fromkeys(linears + wide)), list(dict.fromkeys(experts + [(c, c) for c in many]))
 
 
 ROWS = (slice(0, 130), slice(3, 7), slice(3, 4))

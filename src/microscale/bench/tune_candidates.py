@@ -51,7 +51,7 @@ _SHAPES = {
     256: ((2, 1, 8, 4, 1, 0), (2, 1, 8, 4, 4, 0)),
 }
 
-# By `hopper_wide`, from so many tokens a matrix on.
+# By `hopper_wide` and `hopper_linear`, from so many tokens a matrix on.
 _WIDE = (
     "m48t4c1w12s12x",
     "m64t4c1w12s10x",
@@ -63,13 +63,28 @@ _WIDE = (
 )
 _WIDE_FROM = 28
 
+# By `hopper_wide` alone, with more tiles; three a group have registers only where codes have 4 bits.
+_MANY_TILES = (
+    "m24t9c1w16s8x",
+    "m32t9c1w16s8x",
+    "m40t9c1w16s8x",
+    "m48t9c1w16s8x",
+    "m64t6c1w16s10x",
+    "m80t6c1w16s8x",
+)
+_MANY_TILES_FROM = 11
 
-def wide_candidates(fmt: Format, tokens: float) -> list[Cut]:
+
+def wide_candidates(fmt: Format, tokens: float, experts: bool = False) -> list[Cut]:
     """Cuts in CUDA C++ for about `tokens` tokens a matrix, where they can be compiled; with as many stages as fit."""
-    if tokens < _WIDE_FROM or nvrtc.refuse() is not None:
+    if nvrtc.refuse() is not None:
         return []
-    found = [Cut.parse(word).fitted(fmt, 1) for word in _WIDE]
-    return [cut for cut in found if cut.block_m >= min(tokens, 256) / 2]
+    words = _WIDE if tokens >= _WIDE_FROM else ()
+    if experts and tokens >= _MANY_TILES_FROM:
+        words += _MANY_TILES
+    found = [Cut.parse(word).fitted(fmt, 1) for word in words]
+    room = [cut for cut in found if cut.tiles <= 2 * cut.users or fmt.element.bits == 4]
+    return [cut for cut in room if cut.block_m >= min(tokens, 256) / 2]
 
 
 def candidates(fmt: Format, tokens: float, tail: bool) -> list[Cut]:

@@ -64,7 +64,7 @@ def _pairs(
     for first, second in itertools.product(tried, tried):
         if (first.block_m, first.tail) == (second.block_m, second.tail) and (first.tiles > 1 or not apart):
             found.append((first, second))
-    found += [(c, c) for c in wide_candidates(fmt, size) if checked.moe(c)]
+    found += [(c, c) for c in wide_candidates(fmt, size, experts=True) if checked.moe(c)]
     if tokens == 1 and fmt.scale != "f32":
         few = [cut for cut in map(Cut.parse, _FEW) if checked.moe(cut)]
         found += itertools.product(few, few)

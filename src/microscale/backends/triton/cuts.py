@@ -21,7 +21,6 @@ from microscale.formats import Format
 HOPPER_SHARED = 227 << 10  # bytes that a program may use
 REGISTERS = 1 << 16  # of a multiprocessor
 MULTIPROCESSORS = 132  # of an H100 or H200
-START = 64  # tokens whose products take as long as decoding for a program does, and its beginning and end
 _SAMPLES = 20  # of how many routes an expert has
 _WORD = re.compile(r"m(\d+)t(\d+)c(\d+)w(\d+)s(\d+)(o?)(h?)(f?)(?:b(\d+))?(?:p(\d))?(x?)(r?)")
 
@@ -151,9 +150,11 @@ class Cut:
             tail: of experts.
         """
         main, rest = split(self.block_m)
-        if tail and main == 4 * rest:  # in two parts that meet the same weights
+        if tail and self.block_m <= 32:
+            return Cut(32, 2, 2, 4, 3, tail=True)
+        if tail and main >= 64 and main == 4 * rest:  # in two parts that meet the same weights
             return Cut(self.block_m, 2, 1, 4, 3, overlap=True, tail=True, bulk=4)
-        m = main << (2 * rest >= main) if tail else 64 if self.block_m <= 64 else 128
+        m = 64 if self.block_m <= 64 else main << (2 * rest >= main) if tail else 128
         if m <= 64:
             return Cut(m, 2, 1, 4, 6, overlap=True, tail=tail)
         return Cut(m, 2, 1, 8, 3, overlap=True, tail=tail, bulk=1, programs=2 if m == 128 else 0)
@@ -197,13 +198,22 @@ class Cut:
             apart: gates and ups lie apart, so a program needs a tile of each.
         """
         if self.wide:
-            return replace(self, tiles=4, warps=12).fitted(w.format, 1) if apart else self
+            return self._in_pairs().fitted(w.format, 1) if apart else self
         if self.few and (w.format.scale == "f32" or self.shared(w.format, 1, w.shape[-1]) > HOPPER_SHARED):
             usual = replace(self, tiles=2, chunks=2, warps=4, stages=4, programs=0, few=False)
             return usual.fitted(w.format, 1)
         if apart and self.tiles == 1:
             return replace(self, tiles=2, warps=8, programs=0)
         return self
+
+    def _in_pairs(self) -> Cut:
+        """With `wide`, for gates and ups that lie apart: each group of warps has a tile of both."""
+        if self.tiles == 2 * self.users:
+            return self
+        if self.tiles < 3 * self.users:
+            return replace(self, tiles=4, warps=12)
+        # Where registers allow it, a fourth group makes up for the third tile.
+        return replace(self, tiles=8, warps=20) if self.block_m <= 40 else replace(self, tiles=6, warps=16)
 
     def fitted(self, fmt: Format, parts: int) -> Cut:
         """For a format that it was not measured with: what fits."""
@@ -268,11 +278,17 @@ def loops(most: int) -> tuple[int, ...]:
     return tuple(range(most, most // 2 - 1, -8))
 
 
-def padded(cut: Cut, routes: int) -> int:
+def start(cut: Cut) -> float:
+    """Tokens whose products take as long as decoding for a program does, and its beginning and end. The more tiles a
+    program has, the less of that is a tile's."""
+    return 40 + 96 / cut.tiles
+
+
+def padded(cut: Cut, routes: int) -> float:
     """Tokens that the programs of an expert with so many routes multiply, and what each takes besides is worth."""
     full, rest = divmod(routes, cut.block_m)
     last = min((size for size in loops(cut.block_m) if size >= rest), default=0)
-    return full * (cut.block_m + START) + (last + START if rest else 0)
+    return full * (cut.block_m + start(cut)) + (last + start(cut) if rest else 0)
 
 
 def mean_padded(cut: Cut, each: float) -> float:

@@ -132,8 +132,7 @@ DEVICE u64 descriptor(u32 address) {
   return (static_cast<u64>((address & 0x3FFFF) >> 4)) | (1ull << 16) | (64ull << 32) | (1ull << 62);
 }
 
-constexpr int kGroups = 2 * EACH;  // of products in a step: 32 columns of a tile each
-typedef u32 Decoded[kGroups][8];   // what they take of a thread
+constexpr int kGroups = 2 * EACH;  // of products in a step, where each is of 32 columns of a tile
 
 // Sums that nothing is added to at the moment, times what block FP8 has between two blocks, see `fragments.Fragments`.
 template <int N>

@@ -24,10 +24,10 @@ class Spec:
         experts: both of their products, or a linear.
         element, scale: of the format, as in `hopper_decode`.
         most: tokens of a unit at most, a multiple of 16 up to 256; with two tiles each, or three users, up to 144. Of a
-            linear a multiple of 8, and with two tiles each up to 176.
-        users: groups of warps that multiply, 2 or 3; of a linear also 1.
-        each: tiles of 64 rows of weights that each has, 1 or 2.
-        stages: of shared memory.
+            linear a multiple of 8, and with two tiles each up to 176. With more tiles fewer, as registers have it.
+        users: groups of warps that multiply, 2 to 4; of a linear 1 to 3.
+        each: tiles of 64 rows of weights that each has, 1 to 3; of a linear 1 or 2.
+        stages: of shared memory; with three users or more of experts an even number, and at least 4.
         bias: of w13 and w2, or of a linear; 0 none, 1 bfloat16, 2 float32.
         weights: of routes, 1 or 2 as there.
         top_k: experts of a token.
@@ -74,11 +74,17 @@ class Spec:
         """Files behind the instructions."""
         if not self.experts:
             return ("hopper_rows.h", "hopper_linear.h", "hopper_steps.h", self.file)
-        return ("hopper_rows.h", "hopper_unit.h", "hopper_steps.h", "hopper_wide_loop.h", self.file)
+        loop = "hopper_wide_loop.h" if self.users == 2 else "hopper_turns.h"
+        return ("hopper_rows.h", "hopper_unit.h", "hopper_steps.h", loop, self.file)
 
     @property
     def threads(self) -> int:
         return 128 * (self.users + 1)
+
+    @property
+    def turn(self) -> int:
+        """Steps that three groups or more count and wait for at a time. Four of many tokens are slower."""
+        return 4 if self.stages % 4 == 0 and self.most <= 48 else 2
 
     @property
     def registers(self) -> tuple[int, int]:
@@ -102,6 +108,7 @@ class Spec:
             "BLOCKS": int(self.scale == "f32"),
             "MOST": self.most,
             "STAGES": self.stages,
+            "TURN": self.turn,
             "USERS": self.users,
             "EACH": self.each,
             "TILES": self.users * self.each,

@@ -80,6 +80,13 @@ DEVICE int row_tile(const Given &a, const Tile &t, int i) {
 // A tile of a unit's weights, or the last one.
 DEVICE int tile_there(const Given &a, const Tile &t, int i) { return min(row_tile(a, t, i), operands(a, t).tiles - 1); }
 
+// Of block FP8, between its blocks; see `fragments.Fragments`.
+DEVICE const float *ratios_of(const Given &a, const Tile &t, int i) {
+  const Operands &o = operands(a, t);
+  const long long row = static_cast<long long>(t.expert) * ((o.tiles + 1) / 2) + tile_there(a, t, i) / 2;
+  return reinterpret_cast<const float *>(o.ratios) + row * ((o.chunks + 1) / 2 + 1);
+}
+
 // Columns of y that come of a tile.
 DEVICE int results_of(const Tile &t) { return kInTurn && t.product == 0 ? 32 : 64; }
 

@@ -1,7 +1,7 @@
-// Products of many tokens on Hopper: one group of four warps copies tokens and codes into shared memory, two or three
-// others decode 64 or 128 rows of weights each into registers and multiply. `hopper_text.py` writes the constants in
+// Products of many tokens on Hopper: one group of four warps copies tokens and codes into shared memory, two to four
+// others decode 64 to 192 rows of weights each into registers and multiply. `hopper_text.py` writes the constants in
 // capitals, `decode_group` and `Product` above this text; `hopper_ptx.h`, `hopper_rows.h`, `hopper_unit.h`,
-// `hopper_steps.h` and `hopper_wide_loop.h` come before it.
+// `hopper_steps.h` and `hopper_wide_loop.h` or `hopper_turns.h` come before it.
 //
 // A program stays on its multiprocessor and takes units: TILES of 64 rows times one tile of at most MOST tokens, whose
 // number is fitted to what is there: one of SIZES. No barrier holds the groups together: the one that copies runs
@@ -10,7 +10,8 @@
 // Both products of experts are one list, from which programs claim: a unit of w2 waits until its tokens are done with
 // w13, and whoever has claimed that runs and waits for nobody. A linear is `hopper_linear.cu`'s.
 
-constexpr int kPieces = (TILES * kTile + 2047) / 2048;  // of 16 bytes that a thread copies of the codes
+constexpr int kPieces = (TILES * kTile + 2047) / 2048;             // of 16 bytes that a thread copies of the codes,
+constexpr int kScalePieces = (TILES * kTileScales + 2047) / 2048;  // and of their scales
 
 // Where the first step of that lies, in tiles and steps.
 DEVICE u32 first_step(const Given &a, const Tile &t, int i) {
@@ -49,12 +50,14 @@ DEVICE void copy_unit(const Given &a, Ring &r, const Tile &t) {
     codes[j] = o.codes + static_cast<u64>(first_step(a, t, at / (kTile / 16))) * kTile + at % (kTile / 16) * 16;
     unknown(codes[j]);
   }
-  const bool scales_too = threadIdx.x < TILES * kTileScales / 16;
-  u64 scales = o.scales;
-  if (scales_too)
-    scales += static_cast<u64>(first_step(a, t, threadIdx.x / (kTileScales / 16))) * kTileScales +
-              threadIdx.x % (kTileScales / 16) * 16;
-  unknown(scales);
+  u64 scales[kScalePieces];
+#pragma unroll
+  for (int j = 0; j < kScalePieces; j++) {
+    constexpr u32 kOfTile = kTileScales / 16;
+    const u32 at = min(j * 128 + threadIdx.x, TILES * kOfTile - 1);
+    scales[j] = o.scales + static_cast<u64>(first_step(a, t, at / kOfTile)) * kTileScales + at % kOfTile * 16;
+    unknown(scales[j]);
+  }
   const int chunks = o.chunks;
 #pragma unroll 1
   for (int done = 0; done < chunks; done += kUnrolled) {
@@ -66,7 +69,10 @@ DEVICE void copy_unit(const Given &a, Ring &r, const Tile &t) {
       for (int j = 0; j < kPieces; j++)
         if (TILES * kTile % 2048 == 0 || j * 2048 + mine < TILES * kTile)
           copy16(r.stage + kCodes + mine + j * 2048, codes[j] + s * kTile, 16);
-      if (scales_too) copy16(r.stage + kScales + mine, scales + s * kTileScales, 16);
+#pragma unroll
+      for (int j = 0; j < kScalePieces; j++)
+        if (j * 2048 + mine < TILES * kTileScales)
+          copy16(r.stage + kScales + mine + j * 2048, scales[j] + s * kTileScales, 16);
       const int bytes = EVEN || (done + s) * 64 + piece * 8 < o.columns ? 16 : 0;
 #pragma unroll
       for (int j = 0; j < kCopies; j++) copy16(r.stage + copy_at + j * 2048, x[j] + s * 128, bytes);
@@ -77,7 +83,13 @@ DEVICE void copy_unit(const Given &a, Ring &r, const Tile &t) {
     for (int j = 0; j < kCopies; j++) x[j] += kUnrolled * 128;
 #pragma unroll
     for (int j = 0; j < kPieces; j++) codes[j] += kUnrolled * kTile;
-    scales += kUnrolled * kTileScales;
+#pragma unroll
+    for (int j = 0; j < kScalePieces; j++) scales[j] += kUnrolled * kTileScales;
+  }
+  for (int done = chunks; done % kTurn; done++) {  // the rest of a turn, in which nothing comes
+    barrier_wait(r.bar + kEmpty, r.parity);
+    barrier_arrive(r.bar);
+    advance(r);
   }
 }
 
@@ -113,9 +125,9 @@ DEVICE void copy(const Given &a, Ring r, Units n) {
   copies_wait();
 }
 
-// The steps of a group that has no rows in a unit.
+// The steps of a group that has no rows in a unit, in whole turns.
 DEVICE void leave_out(const Given &a, const Tile &t, Ring &r) {
-  const int chunks = operands(a, t).chunks;
+  const int chunks = (operands(a, t).chunks + kTurn - 1) / kTurn * kTurn;
   for (int step = 0; step < chunks; step++) {
     barrier_wait(r.bar, r.parity);
     __syncwarp();  // all have seen it before it can be another step's
@@ -135,9 +147,9 @@ DEVICE void tell(const Given &a, const Tile &t, int side) {
 DEVICE void never_reached(const Decoded &pairs, const Tile &t) {
   if (t.count >= 0) return;
 #pragma unroll
-  for (int g = 0; g < kGroups; g++)
+  for (const auto &some : pairs)
 #pragma unroll
-    for (int i = 0; i < 8; i++) needs(pairs[g][i]);
+    for (u32 v : some) needs(v);
 }
 
 DEVICE void use_unit(const Given &a, const Tile &t, int side, Ring &r, int *routes, float *shares) {

@@ -1,4 +1,8 @@
-// The loop of `hopper_wide.cu` over a unit's steps; `hopper_unit.h` and `hopper_steps.h` come before it.
+// The loop of `hopper_wide.cu` over a unit's steps where two groups of warps multiply; `hopper_turns.h` is the one for
+// more. `hopper_unit.h` and `hopper_steps.h` come before it.
+
+constexpr int kTurn = 1;  // steps that are counted and waited for at a time
+typedef u32 Decoded[kGroups][8];
 
 static_assert(STAGES >= 3, "the step that is multiplied, the one behind it, and the next, whose codes are loaded");
 
@@ -31,12 +35,6 @@ DEVICE Half load_half(u32 stage, const Places &at, int e, int p) {
 #endif
   h.scale = shared4(stage + at.scales + e * kTileScales + (E4M3_SCALES ? 4 * p : 0));
   return h;
-}
-
-DEVICE const float *ratios_of(const Given &a, const Tile &t, int i) {
-  const Operands &o = operands(a, t);
-  const long long row = static_cast<long long>(t.expert) * ((o.tiles + 1) / 2) + tile_there(a, t, i) / 2;
-  return reinterpret_cast<const float *>(o.ratios) + row * ((o.chunks + 1) / 2 + 1);
 }
 
 constexpr int kAhead = EACH;  // groups that are decoded ahead of the one that is asked for
