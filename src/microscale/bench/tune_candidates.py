@@ -79,7 +79,7 @@ def wide_candidates(fmt: Format, tokens: float, experts: bool = False) -> list[C
     """Cuts in CUDA C++ for about `tokens` tokens a matrix, where they can be compiled; with as many stages as fit."""
     if nvrtc.refuse() is not None:
         return []
-    words = _WIDE if tokens >= _WIDE_FROM else ()
+    words = [*_WIDE] if tokens >= _WIDE_FROM else []
     if experts and tokens >= _MANY_TILES_FROM:
         words += _MANY_TILES
     found = [Cut.parse(word).fitted(fmt, 1) for word in words]
