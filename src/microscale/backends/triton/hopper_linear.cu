@@ -56,7 +56,7 @@ DEVICE void copy(const Given &a, Ring r, Units n) {
 // Where a thread's codes and scales of its group's first tile lie in a step. By way of a shuffle: what the compiler
 // knows it works out again for every step.
 DEVICE Places places_in_step(int side) {
-  const Places p = places_of(kCodes + side * EACH * kTile, kScales + side * EACH * kTileScales, threadIdx.x % 128);
+  const Places p = places_from(side * EACH);
   const auto hidden = [](u32 v) { return __shfl_sync(~0u, v, threadIdx.x % 32); };
   return {hidden(p.four), hidden(p.more), hidden(p.scales)};
 }
@@ -163,8 +163,7 @@ DEVICE void multiply(Sums &d, const Given &a, const Tile &t, int side, Ring &r) 
 // The steps of a group that has no rows in a unit.
 DEVICE void leave_out(const Given &a, Ring &r) {
   for (int step = 0; step < a.chunks; step++) {
-    barrier_wait(r.bar, r.parity);
-    if (threadIdx.x % 32 == 0) barrier_arrive(r.bar + kEmpty);
+    pass_step(r.bar, r.parity, threadIdx.x % 32 == 0);
     advance(r);
   }
 }

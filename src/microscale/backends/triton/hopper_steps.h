@@ -20,6 +20,13 @@ DEVICE void advance(Ring &r) {
   if (r.bar == r.full + kEmpty) r.stage = r.first, r.bar = r.full, r.parity ^= 1;
 }
 
+// A step that a group does not multiply, once it is there; `speaks`: of each warp one thread.
+DEVICE void pass_step(u32 bar, u32 parity, bool speaks) {
+  barrier_wait(bar, parity);
+  __syncwarp();  // all have seen it before it can be another step's
+  if (speaks) barrier_arrive(bar + kEmpty);
+}
+
 // The units of a program, which the group that copies finds out and the others read. All have read one when all steps
 // of it have been multiplied, so that there are never more than the stages can be of, and one at each end.
 constexpr int kUnits = STAGES + 2;
@@ -59,6 +66,18 @@ struct Places {
 DEVICE Places places_of(u32 codes, u32 scales, int thread) {
   return {codes + thread * 16, codes + 2048 + thread * (BITS == 6 ? 8 : 16),
           scales + thread / 4 * (E4M3_SCALES ? 8 : 4)};
+}
+
+// Where a thread's codes lie in a stage, from a tile on of those of all groups.
+DEVICE Places places_from(int tile) {
+  return places_of(kCodes + tile * kTile, kScales + tile * kTileScales, threadIdx.x % 128);
+}
+
+// Keeps a thread's addresses of codes apart from the ring's, of which ptxas knows that they are a warp's as long as
+// nothing else is made of them, as products need them, and from the thread's number, or it works them out again for
+// every step.
+DEVICE void keep_apart(Places &at, u32 &first, u32 &stage) {
+  for (u32 *v : {&at.four, &at.more, &at.scales, &first, &stage}) unknown(*v);
 }
 
 DEVICE Codes load_codes(const Places &p) {

@@ -48,16 +48,14 @@ DEVICE void decode_tile(const Codes &c, u32 (&o)[16]) {
 
 // d = w @ x of all columns.
 //
-// Codes are loaded a tile before they are decoded, while products are under way. Their addresses are kept apart from
-// the ring's, of which ptxas knows that they are a warp's as long as nothing else is made of them, as products need
-// them, and from the thread's number, or it works them out again for every step.
+// Codes are loaded a tile before they are decoded, while products are under way.
 template <int N>
 DEVICE void multiply(Sums &d, Decoded &pairs, const Given &a, const Tile &t, int side, Ring &r) {
   const bool speaks = threadIdx.x % 32 == 0;
   const int chunks = operands(a, t).chunks, first_tile = side * EACH;
-  Places at = places_of(kCodes + first_tile * kTile, kScales + first_tile * kTileScales, threadIdx.x % 128);
+  Places at = places_from(first_tile);
   u32 before = 0, first = r.first, stage = r.stage;
-  for (u32 *v : {&at.four, &at.more, &at.scales, &first, &stage}) unknown(*v);
+  keep_apart(at, first, stage);
   steps_there(r.bar, r.parity, false);
   u64 x = descriptor(r.stage);
   decode_tile(load_tile(stage, at, 0), pairs[0]);
@@ -120,11 +118,7 @@ DEVICE void multiply(Sums &d, Decoded &pairs, const Given &a, const Tile &t, int
   products_wait<0>();
   const int last = (chunks - 1) % kTurn;
   if (speaks) barrier_arrive(r.bar + kEmpty + 8 * last);
-  for (int step = last + 1; step < kTurn; step++) {
-    barrier_wait(r.bar + 8 * step, r.parity);
-    __syncwarp();  // all have seen it before it can be another step's
-    if (speaks) barrier_arrive(r.bar + kEmpty + 8 * step);
-  }
+  for (int step = last + 1; step < kTurn; step++) pass_step(r.bar + 8 * step, r.parity, speaks);
   advance_turn(r);
 #if BLOCKS
   rescale<N>(d, ratio);

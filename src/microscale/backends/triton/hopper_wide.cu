@@ -129,9 +129,7 @@ DEVICE void copy(const Given &a, Ring r, Units n) {
 DEVICE void leave_out(const Given &a, const Tile &t, Ring &r) {
   const int chunks = (operands(a, t).chunks + kTurn - 1) / kTurn * kTurn;
   for (int step = 0; step < chunks; step++) {
-    barrier_wait(r.bar, r.parity);
-    __syncwarp();  // all have seen it before it can be another step's
-    if (threadIdx.x % 32 == 0) barrier_arrive(r.bar + kEmpty);
+    pass_step(r.bar, r.parity, threadIdx.x % 32 == 0);
     advance(r);
   }
 }

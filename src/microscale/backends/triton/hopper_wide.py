@@ -153,8 +153,8 @@ def experts(
     h = torch.empty(weights.numel(), inner, dtype=x.dtype, device=x.device)
     y = torch.empty(weights.numel(), w2.shape[1], dtype=x.dtype, device=x.device)
     blocks = -(-inner // (64 * cut.users)) if apart else -(-w13.tiles // cut.tiles), -(-w2.tiles // cut.tiles)
-    if cut.users > 2:
-        cut = replace(cut, stages=max(cut.stages // 2 * 2, 4))
+    if cut.users > 2 and cut.stages % 2:
+        cut = replace(cut, stages=max(cut.stages - 1, 4))
     spec = spec_of(
         True, (w13, w2), cut, bias=tuple(map(float_kind, biases)), weights=float_kind(weights), top_k=weights.shape[1],
         kind=activation.kind, gated=gated, apart=apart, limit=activation.limit is not None,

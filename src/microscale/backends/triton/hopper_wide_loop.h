@@ -42,16 +42,14 @@ constexpr int kAhead = EACH;  // groups that are decoded ahead of the one that i
 // d = w @ x of all columns.
 //
 // Codes are loaded a group before they are decoded, while products are under way: of 8 bits and 144 tokens there are no
-// registers for more. Their addresses are kept apart from the ring's, of which ptxas knows that they are a warp's as
-// long as nothing else is made of them, as products need them, and from the thread's number, or it works them out again
-// for every step.
+// registers for more.
 template <int N>
 DEVICE void multiply(Sums &d, Decoded &pairs, const Given &a, const Tile &t, int side, Ring &r) {
   const bool speaks = threadIdx.x % 32 == 0;
   const int chunks = operands(a, t).chunks, tile = side * EACH;
-  Places at = places_of(kCodes + tile * kTile, kScales + tile * kTileScales, threadIdx.x % 128);
+  Places at = places_from(tile);
   u32 before = 0, first = r.first, stage = r.stage;
-  for (u32 *v : {&at.four, &at.more, &at.scales, &first, &stage}) unknown(*v);
+  keep_apart(at, first, stage);
 #if BLOCKS
 #pragma unroll
   for (int e = 0; e < EACH; e++)
