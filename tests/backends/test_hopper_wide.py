@@ -134,6 +134,31 @@ def test_three_tiles_a_group_give_the_same_bits(
     assert all(torch.equal(first, y) for y in more)
 
 
+@pytest.mark.parametrize(
+    "columns, programs, word",
+    [
+        ((1216, 320), 4, "m24t9c1w16s4x"),  # two of three tiles of tokens keep one unit of three
+        ((1216, 320), 2, "m24t9c1w16s4x"),  # one does, and two are whole
+        ((640, 608), 4, "m40t9c1w16s4x"),  # one of two keeps none of two, as w13 is late
+        ((640, 608), 6, "m40t9c1w16s4x"),  # both, and all units are of the first round or the last
+        ((1216, 608), 7, "m24t9c1w16s4x"),  # one of three is whole, one keeps one unit, one none
+        ((1216, 608), 7, "m40t9c1w16s4x"),  # more than there are programs would be needed, so none is
+    ],
+)
+def test_smaller_units_that_fill_a_last_round_give_the_same_bits(
+    emulated: Any,
+    columns: tuple[int, int],
+    programs: int,
+    word: str,
+    seed: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    given = emulated, "mxfp4", GPT_OSS, (torch.arange(60)[:, None] % 3 > 0).long(), 2, seed
+    usual = of_experts(*given, "m48t4c1w12s4x", monkeypatch, columns)
+    monkeypatch.setattr(emulated, "launch", partial(emulated.launch, programs=programs, seed=seed))
+    assert torch.equal(of_experts(*given, word, monkeypatch, columns), usual)
+
+
 @pytest.mark.parametrize("activation", [GPT_OSS, Activation("silu")], ids=lambda a: a.kind)
 def test_the_only_tile_is_done_with_w13_before_w2(
     emulated: Any, activation: Activation, seed: int, monkeypatch: pytest.MonkeyPatch

@@ -175,7 +175,7 @@ class Cut:
         """
         scales = 256 if fmt.scale == "e4m3" else 128
         if self.wide:  # and barriers, and of every group experts' routes and shares
-            rest = 16 * (3 * self.stages + 4 + self.users * self.block_m)
+            rest = 16 * (4 * self.stages + 6 + self.users * self.block_m)
             return (
                 wide_stages(self.stages, self.block_m, self.tiles * (512 * fmt.element.bits + scales)) + rest
             )

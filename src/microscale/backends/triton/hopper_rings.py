@@ -67,6 +67,10 @@ class Rings(Spec):
         return 128 + rings + TOKEN_STAGES * TOKENS * (128 * max(self.steps) + 16)
 
     @property
+    def fewer(self) -> int:
+        return 0
+
+    @property
     def fixed(self) -> int:
         """Bytes of shared memory besides: barriers, lists, what comes with tokens, results on their way."""
         warps, tiles = -(-self.routes // 32), self.users * self.each

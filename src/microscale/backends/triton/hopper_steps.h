@@ -154,10 +154,10 @@ DEVICE u64 descriptor(u32 address) {
 constexpr int kGroups = 2 * EACH;  // of products in a step, where each is of 32 columns of a tile
 
 // Sums that nothing is added to at the moment, times what block FP8 has between two blocks, see `fragments.Fragments`.
-template <int N>
+template <int N, int E = EACH>
 DEVICE void rescale(Sums &d, const float (&ratio)[EACH]) {
 #pragma unroll
-  for (int e = 0; e < EACH; e++)
+  for (int e = 0; e < E; e++)
 #pragma unroll
     for (int i = 0; i < N / 2; i++) {
       not_before(d[e][i]);

@@ -87,6 +87,12 @@ class Spec:
         return 4 if self.stages % 4 == 0 and self.most <= 48 else 2
 
     @property
+    def fewer(self) -> int:
+        """Tiles that a group has in units which fill a last round, or 0: all units are alike. One in the place of two
+        would leave a warp nothing to do while it waits."""
+        return 2 if self.each == 3 and not self.apart else 0
+
+    @property
     def registers(self) -> tuple[int, int]:
         """Of a thread that copies, and of one that multiplies: more than there are would wait for ever."""
         launched = 65536 // self.threads & -8
@@ -112,6 +118,7 @@ class Spec:
             "USERS": self.users,
             "EACH": self.each,
             "TILES": self.users * self.each,
+            "FEWER": self.fewer,
             "COPY_REGISTERS": self.registers[0],
             "USE_REGISTERS": self.registers[1],
             "EVEN": int(self.even),

@@ -25,7 +25,9 @@ struct Tile {
   int expert;   // -1: none, nor of the units that follow
   int start;    // of its tokens: the first place
   int count;    // how many
-  int block;    // of weight rows
+  int block;    // of weight rows,
+  int first;    // of its tiles of 64 rows,
+  int each;     // and how many of these a group has
   int product;  // 0 or 1
   int tile;     // of tokens
 };
@@ -42,16 +44,48 @@ DEVICE int rounded(int n) {
   return found;
 }
 
+// The last round of units may be far from full. Then tiles of tokens, from the last one back, have smaller units of w2
+// instead, kFewer tiles a group, so many that they are a full round, and these come last. Three of them are two usual
+// ones: of an odd number one is kept, but by tiles which w13 is not done with when the round before is claimed.
+constexpr int kFewer = FEWER, kFewerTiles = kFewer ? USERS * kFewer : 1;
+struct Parts {
+  int whole;           // tiles of tokens that have usual units alone,
+  int some, kept;      // those behind them that keep so many each,
+  int smaller, alone;  // and have so many smaller ones; and how many the last have, which keep none
+};
+
+DEVICE Parts parts_of(const Given &a, int used) {
+  const int ahead = a.of[0].blocks, blocks = a.of[1].blocks, tiles = a.of[1].tiles, programs = gridDim.x;
+  const int units = used * (ahead + blocks), over = units % programs, kept = blocks % 2, lost = max(blocks - kept, 1);
+  const int smaller = (tiles - kept * TILES + kFewerTiles - 1) / kFewerTiles;
+  const int alone = (tiles + kFewerTiles - 1) / kFewerTiles;
+  const int late = max(used - (units / programs - 1) * programs / ahead, 0);
+  const int last = min(late, (over + blocks - 1) / blocks), some = (max(over - last * blocks, 0) + lost - 1) / lost;
+  const bool full = some * smaller + last * alone <= programs;
+  if (units < programs || blocks == 1 || some + last > used || !full) return {used, 0, kept, smaller, alone};
+  return {used - some - last, some, kept, smaller, alone};
+}
+
 // Of `used` tiles of tokens all of w13, then all of w2, whose tokens are done long before by then. Without an expert
 // yet.
 DEVICE Tile unit_of(const Given &a, int used, int u) {
   const int ahead = used * a.of[0].blocks;
   Tile t = {-1};
+  t.each = EACH;
   t.product = u >= ahead;
   if (t.product) u -= ahead;
-  const int blocks = a.of[t.product].blocks;
+  int tile = 0, blocks = a.of[t.product].blocks, first = 0;  // from this tile of tokens on, and tile of 64 rows
+  if (kFewer && t.product) {
+    const Parts p = parts_of(a, used);
+    const int others = u - p.whole * blocks, smaller = others - p.some * p.kept, last = smaller - p.some * p.smaller;
+    if (others >= 0) u = others, tile = p.whole, blocks = p.kept;
+    if (smaller >= 0) u = smaller, blocks = p.smaller, first = TILES * p.kept, t.each = kFewer;
+    if (last >= 0) u = last, tile = p.whole + p.some, blocks = p.alone, first = 0;
+  }
   t.tile = u / blocks;
   t.block = u - t.tile * blocks;
+  t.tile += tile;
+  t.first = first + USERS * t.each * t.block;
   return t;
 }
 
@@ -74,7 +108,7 @@ DEVICE Tile experts_unit(const Given &a, int u) {
 // apart.
 DEVICE int row_tile(const Given &a, const Tile &t, int i) {
   if (APART && t.product == 0) return USERS * t.block + i / 2 + i % 2 * (a.of[0].width / 64);
-  return TILES * t.block + i;
+  return t.first + i;
 }
 
 // A tile of a unit's weights, or the last one.
@@ -158,7 +192,8 @@ DEVICE void store_with(const Sums &d, const Rows (&rows)[EACH], const Given &a, 
   const int warp = threadIdx.x % 128 / 32, g = threadIdx.x % 32 / 4, t4 = threadIdx.x % 4;
 #pragma unroll
   for (int e = 0; e < (KIND_OF == kFirst && APART ? 1 : EACH); e++) {
-    const int tile = row_tile(a, t, side * EACH + e);
+    if (e >= t.each) break;
+    const int tile = row_tile(a, t, side * t.each + e);
     const int n = in_turn ? 32 * tile + 8 * warp + 2 * t4 : 64 * tile + 16 * warp + 4 * t4;
     const bool there = n < o.width;
     const u64 y = o.y + 2 * static_cast<u64>(n);
@@ -188,7 +223,7 @@ template <Kind KIND_OF>
 DEVICE void store(const Sums &d, const Given &a, const Tile &t, int side, const int *routes, const float *shares) {
   Rows rows[EACH];
 #pragma unroll
-  for (int e = 0; e < EACH; e++) rows[e] = rows_of<KIND_OF>(a, t, row_tile(a, t, side * EACH + e));
+  for (int e = 0; e < EACH; e++) rows[e] = rows_of<KIND_OF>(a, t, row_tile(a, t, side * t.each + min(e, t.each - 1)));
   store_with<KIND_OF>(d, rows, a, t, side, routes, shares);
 }
 

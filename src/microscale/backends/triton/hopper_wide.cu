@@ -10,9 +10,6 @@
 // Both products of experts are one list, from which programs claim: a unit of w2 waits until its tokens are done with
 // w13, and whoever has claimed that runs and waits for nobody. A linear is `hopper_linear.cu`'s.
 
-constexpr int kPieces = (TILES * kTile + 2047) / 2048;             // of 16 bytes that a thread copies of the codes,
-constexpr int kScalePieces = (TILES * kTileScales + 2047) / 2048;  // and of their scales
-
 // Where the first step of that lies, in tiles and steps.
 DEVICE u32 first_step(const Given &a, const Tile &t, int i) {
   const Operands &o = operands(a, t);
@@ -22,9 +19,12 @@ DEVICE u32 first_step(const Given &a, const Tile &t, int i) {
 constexpr int kUnrolled =
     4;  // steps whose addresses are constants apart: a new one waits until the last copy has read it
 
-// N tokens, 16 at a time, and the weights of all groups, all columns.
-template <int N>
+// N tokens, 16 at a time, and the weights of all groups, E tiles each, all columns.
+template <int N, int E>
 DEVICE void copy_unit(const Given &a, Ring &r, const Tile &t) {
+  constexpr int kTiles = USERS * E;
+  constexpr int kPieces = (kTiles * kTile + 2047) / 2048;             // of 16 bytes that a thread copies of the codes,
+  constexpr int kScalePieces = (kTiles * kTileScales + 2047) / 2048;  // and of their scales
   const Operands &o = operands(a, t);
   const int piece = threadIdx.x % 8, token = threadIdx.x / 8;
   const u32 copy_at = token * 128 + ((piece ^ (token % 8)) << 4), mine = threadIdx.x * 16;
@@ -46,7 +46,7 @@ DEVICE void copy_unit(const Given &a, Ring &r, const Tile &t) {
   u64 codes[kPieces];
 #pragma unroll
   for (int j = 0; j < kPieces; j++) {
-    const u32 at = min(j * 128 + threadIdx.x, TILES * kTile / 16 - 1u);
+    const u32 at = min(j * 128 + threadIdx.x, kTiles * kTile / 16 - 1u);
     codes[j] = o.codes + static_cast<u64>(first_step(a, t, at / (kTile / 16))) * kTile + at % (kTile / 16) * 16;
     unknown(codes[j]);
   }
@@ -54,7 +54,7 @@ DEVICE void copy_unit(const Given &a, Ring &r, const Tile &t) {
 #pragma unroll
   for (int j = 0; j < kScalePieces; j++) {
     constexpr u32 kOfTile = kTileScales / 16;
-    const u32 at = min(j * 128 + threadIdx.x, TILES * kOfTile - 1);
+    const u32 at = min(j * 128 + threadIdx.x, kTiles * kOfTile - 1);
     scales[j] = o.scales + static_cast<u64>(first_step(a, t, at / kOfTile)) * kTileScales + at % kOfTile * 16;
     unknown(scales[j]);
   }
@@ -67,11 +67,11 @@ DEVICE void copy_unit(const Given &a, Ring &r, const Tile &t) {
       barrier_wait(r.bar + kEmpty, r.parity);
 #pragma unroll
       for (int j = 0; j < kPieces; j++)
-        if (TILES * kTile % 2048 == 0 || j * 2048 + mine < TILES * kTile)
+        if (kTiles * kTile % 2048 == 0 || j * 2048 + mine < kTiles * kTile)
           copy16(r.stage + kCodes + mine + j * 2048, codes[j] + s * kTile, 16);
 #pragma unroll
       for (int j = 0; j < kScalePieces; j++)
-        if (j * 2048 + mine < TILES * kTileScales)
+        if (j * 2048 + mine < kTiles * kTileScales)
           copy16(r.stage + kScales + mine + j * 2048, scales[j] + s * kTileScales, 16);
       const int bytes = EVEN || (done + s) * 64 + piece * 8 < o.columns ? 16 : 0;
 #pragma unroll
@@ -90,6 +90,15 @@ DEVICE void copy_unit(const Given &a, Ring &r, const Tile &t) {
     barrier_wait(r.bar + kEmpty, r.parity);
     barrier_arrive(r.bar);
     advance(r);
+  }
+}
+
+template <int E>
+DEVICE void copy_tiles(const Given &a, Ring &r, const Tile &t) {
+  switch (rounded(t.count)) {
+#define COPY(n) \
+  case n: copy_unit<n, E>(a, r, t); break;
+    EACH_SIZE(COPY)
   }
 }
 
@@ -116,11 +125,10 @@ DEVICE void copy(const Given &a, Ring r, Units n) {
     const Tile t = publish(a, n, claimed);
     if (t.expert < 0) break;
     if (t.product == 1) wait_until(tile_done(a.progress, t.tile), a.of[0].blocks * USERS);
-    switch (rounded(t.count)) {
-#define COPY(n) \
-  case n: copy_unit<n>(a, r, t); break;
-      EACH_SIZE(COPY)
-    }
+    if (kFewer && t.each == kFewer)
+      copy_tiles<kFewer ? kFewer : EACH>(a, r, t);
+    else
+      copy_tiles<EACH>(a, r, t);
   }
   copies_wait();
 }
@@ -150,6 +158,15 @@ DEVICE void never_reached(const Decoded &pairs, const Tile &t) {
     for (u32 v : some) needs(v);
 }
 
+template <int E>
+DEVICE void multiply_tiles(Sums &d, Decoded &pairs, const Given &a, const Tile &t, int side, Ring &r) {
+  switch (rounded(t.count)) {
+#define MULTIPLY(n) \
+  case n: multiply<n, E>(d, pairs, a, t, side, r); break;
+    EACH_SIZE(MULTIPLY)
+  }
+}
+
 DEVICE void use_unit(const Given &a, const Tile &t, int side, Ring &r, int *routes, float *shares) {
   constexpr int kRounds = (MOST + 127) / 128;
   const int thread = threadIdx.x % 128;
@@ -158,11 +175,10 @@ DEVICE void use_unit(const Given &a, const Tile &t, int side, Ring &r, int *rout
 #pragma unroll
   for (int i = 0; i < kRounds; i++) route[i] = route_of(a, t, thread + 128 * i);
   Decoded pairs;
-  switch (rounded(t.count)) {
-#define MULTIPLY(n) \
-  case n: multiply<n>(d, pairs, a, t, side, r); break;
-    EACH_SIZE(MULTIPLY)
-  }
+  if (kFewer && t.each == kFewer)
+    multiply_tiles<kFewer ? kFewer : EACH>(d, pairs, a, t, side, r);
+  else
+    multiply_tiles<EACH>(d, pairs, a, t, side, r);
 #pragma unroll
   for (int e = 0; e < EACH; e++)
 #pragma unroll
@@ -187,7 +203,7 @@ DEVICE void use(const Given &a, Ring r, Units n, int (*routes)[USERS][MOST], flo
   // Groups begin one after the other, and so they end: the matrix unit is never without one.
   if (t.expert >= 0) barrier_wait(r.full + min(side * STAGES / (2 * USERS - 2), operands(a, t).chunks - 1) * 8, 0);
   for (int turn = 0; t.expert >= 0; t = next_unit(n)) {
-    if (row_tile(a, t, side * EACH) * results_of(t) >= operands(a, t).width) {
+    if (row_tile(a, t, side * t.each) * results_of(t) >= operands(a, t).width) {
       leave_out(a, t, r);
       if (t.product == 0) tell(a, t, side);
       continue;

@@ -43,7 +43,7 @@ constexpr int kAhead = EACH;  // groups that are decoded ahead of the one that i
 //
 // Codes are loaded a group before they are decoded, while products are under way: of 8 bits and 144 tokens there are no
 // registers for more.
-template <int N>
+template <int N, int E>
 DEVICE void multiply(Sums &d, Decoded &pairs, const Given &a, const Tile &t, int side, Ring &r) {
   const bool speaks = threadIdx.x % 32 == 0;
   const int chunks = operands(a, t).chunks, tile = side * EACH;
