@@ -159,8 +159,6 @@ DEVICE void finish(float (&c)[4], const Rows &r) {
   finish<kBiases[which], kRowScales[which]>(c, r);
 }
 
-constexpr int kTogether = 5;  // pieces of 8 tokens whose results are worked out side by side: one alone mostly waits
-
 // What a thread stores of 8 tokens and its `e`th tile: four results of one of them, or, of gates and ups in turn, two.
 template <Kind KIND_OF>
 DEVICE uint2 results(const Sums &d, const Given &a, const Rows (&rows)[EACH], int e, int j, const float *shares) {
@@ -188,32 +186,41 @@ template <Kind KIND_OF>
 DEVICE void store_with(const Sums &d, const Rows (&rows)[EACH], const Given &a, const Tile &t, int side,
                        const int *routes, const float *shares) {
   constexpr bool in_turn = KIND_OF == kFirst && kInTurn;
+  constexpr int kStored = KIND_OF == kFirst && APART ? 1 : EACH;  // tiles,
+  // and pieces of 8 tokens whose results are worked out side by side: one alone mostly waits.
+  constexpr int kTogether = kStored == 1 ? 5 : kStored == 2 ? 2 : 1;
   const Operands &o = a.of[KIND_OF == kSecond];
   const int warp = threadIdx.x % 128 / 32, g = threadIdx.x % 32 / 4, t4 = threadIdx.x % 4;
+  u64 y[kStored];
+  bool there[kStored];
 #pragma unroll
-  for (int e = 0; e < (KIND_OF == kFirst && APART ? 1 : EACH); e++) {
-    if (e >= t.each) break;
+  for (int e = 0; e < kStored; e++) {
     const int tile = row_tile(a, t, side * t.each + e);
     const int n = in_turn ? 32 * tile + 8 * warp + 2 * t4 : 64 * tile + 16 * warp + 4 * t4;
-    const bool there = n < o.width;
-    const u64 y = o.y + 2 * static_cast<u64>(n);
+    there[e] = e < t.each && n < o.width;
+    y[e] = o.y + 2 * static_cast<u64>(n);
+  }
 #pragma unroll
-    for (int first = 0; first < MOST / 8; first += kTogether) {
-      if (8 * first >= t.count) break;
-      uint2 c[kTogether];
+  for (int first = 0; first < MOST / 8; first += kTogether) {
+    if (8 * first >= t.count) break;
+    uint2 c[kTogether][kStored];
 #pragma unroll
-      for (int i = 0; i < kTogether; i++)
-        if (first + i < MOST / 8) c[i] = results<KIND_OF>(d, a, rows, e, first + i, shares);
+    for (int i = 0; i < kTogether; i++)
 #pragma unroll
-      for (int i = 0; i < kTogether; i++) {
-        if (first + i >= MOST / 8) continue;
-        const int token = 8 * (first + i) + g;
-        const bool stored = token < t.count && there;
-        const u64 at = y + 2 * static_cast<u64>(KIND_OF == kSecond ? routes[token] : t.start + token) * o.width;
+      for (int e = 0; e < kStored; e++)
+        if (first + i < MOST / 8) c[i][e] = results<KIND_OF>(d, a, rows, e, first + i, shares);
+#pragma unroll
+    for (int i = 0; i < kTogether; i++) {
+      if (first + i >= MOST / 8) continue;
+      const int token = 8 * (first + i) + g;
+      const u64 at = 2 * static_cast<u64>(KIND_OF == kSecond ? routes[token] : t.start + token) * o.width;
+#pragma unroll
+      for (int e = 0; e < kStored; e++) {
+        const bool stored = token < t.count && there[e];
         if (in_turn)
-          store4_if(stored, at, c[i].x);
+          store4_if(stored, y[e] + at, c[i][e].x);
         else
-          store8_if(stored, at, c[i]);
+          store8_if(stored, y[e] + at, c[i][e]);
       }
     }
   }
