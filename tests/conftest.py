@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from ahead import begun, end
 from placed_layers import either, placer, repacker  # noqa: F401 (fixtures)
 
 torch.set_num_threads(1)  # tensors here are small, and a busy neighbour then cannot stall a barrier
@@ -34,6 +35,20 @@ def _poison(t: torch.Tensor) -> torch.Tensor:
     if not t.is_floating_point() and not t.is_complex():
         return t.fill_(0xAA & torch.iinfo(t.dtype).max)
     return t
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """What takes minutes begins now, see `ahead`."""
+    if session.config.option.collectonly:
+        return
+    for item in session.items:
+        ahead = getattr(getattr(item, "module", None), "ahead", None)
+        for function, job in ahead(item) if callable(ahead) else ():
+            begun(function, job)
+
+
+def pytest_sessionfinish() -> None:
+    end()
 
 
 @pytest.fixture(autouse=True)

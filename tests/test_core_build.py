@@ -6,23 +6,34 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 
+from ahead import begun
+
 ROOT = Path(__file__).parent.parent
+TOOLS = ("cmake", "ninja", "c++")
 REQUIRED = os.environ.get("MICROSCALE_TEST_CORE") == "required"
 
 
-def tool(name: str) -> str:
+def found(name: str) -> str | None:
     """A program of this environment or of the machine."""
-    found = shutil.which(
+    return shutil.which(
         name, path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     )
-    if found is None:
+
+
+def tool(name: str) -> str:
+    """The same, which has to be there."""
+    where = found(name)
+    if where is None:
         sentence = f"{name} is not installed, so the C++ core cannot be built here"
         pytest.fail(sentence) if REQUIRED else pytest.skip(sentence)
-    return found
+    return where
 
 
 def run(*command: str) -> str:
@@ -31,18 +42,35 @@ def run(*command: str) -> str:
     return done.stdout
 
 
-@pytest.fixture(scope="module")
-def build(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@cache
+def place() -> TemporaryDirectory[str]:
+    """Where the core is built, until this process ends."""
+    return TemporaryDirectory(prefix="microscale-core-")
+
+
+def compiled(where: str) -> None:
     """All of csrc/ and its tests, with address and undefined-behaviour sanitizers."""
-    where = tmp_path_factory.mktemp("core")
     cmake, ninja = tool("cmake"), tool("ninja")
-    tool("c++")
     # The tiles of AMX in memory, so that its kernels run on any machine with AVX-512-BF16.
     names = {"MODULE": "OFF", "TESTS": "ON", "SANITIZE": "ON", "EMULATE_AMX": "ON"}
     options = [f"-DMICROSCALE_{name}={value}" for name, value in names.items()]
-    run(cmake, "-S", str(ROOT), "-B", str(where), "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}", *options)
-    run(cmake, "--build", str(where))
-    return where
+    run(cmake, "-S", str(ROOT), "-B", where, "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}", *options)
+    run(cmake, "--build", where)
+
+
+def ahead(item: pytest.Function) -> Iterator[tuple[Callable[[str], None], str]]:
+    """What a test waits for."""
+    if "build" in item.fixturenames and all(map(found, TOOLS)):
+        yield compiled, place().name
+
+
+@pytest.fixture(scope="module")
+def build() -> Path:
+    """Of `compiled`."""
+    for name in TOOLS:
+        tool(name)
+    begun(compiled, place().name).result()
+    return Path(place().name)
 
 
 def test_the_cores_own_tests_pass_under_sanitizers(build: Path) -> None:

@@ -5,10 +5,8 @@ from __future__ import annotations
 import ctypes
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -23,23 +21,6 @@ from microscale.machine import detect
 from microscale.oracle import Problem
 
 HERE = Path(__file__).parent
-
-
-def pytest_collection_finish(session: pytest.Session) -> None:
-    """Compiling for GPUs that are not here takes minutes: it begins now, beside the first tests, of which most take one
-    processor. A module says by `ahead` what a test will wait for.
-    """
-    if session.config.option.collectonly or find_spec("triton") is None:
-        return
-    for item in session.items:
-        ahead = getattr(getattr(item, "module", None), "ahead", None)
-        for function, job in ahead(item) if ahead else ():
-            import_module("triton_ahead").begun(function, job)
-
-
-def pytest_sessionfinish() -> None:
-    if "triton_ahead" in sys.modules:
-        sys.modules["triton_ahead"].pool().shutdown(cancel_futures=True)
 
 
 @pytest.fixture

@@ -19,8 +19,9 @@ from typing import Any
 
 import pytest
 import torch
-from triton_ahead import TARGETS, Made, all_of, compiled, made, suitable_bytes
+from triton_ahead import TARGETS, Made, compiled, made, suitable_bytes
 
+from ahead import all_of
 from microscale.formats import FORMATS
 
 ACTIVATIONS = (("swiglu_oai", True, True, True), ("silu", True, False, False), ("silu", False, False, True))

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterable
-from concurrent.futures import Future, ProcessPoolExecutor
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cache
 from importlib import import_module
-from multiprocessing import get_context
 from typing import Any
 
 import torch
@@ -325,32 +321,6 @@ def step(job: Job) -> tuple[dict[str, Any], dict[str, Any]]:
         sizes = attend.cut(given["WIDTH"], job.dtype.itemsize, TARGETS[job.target].shared)
         given["KEYS"], warps, given["STAGES"] = sizes
     return given, {"num_warps": warps}
-
-
-@cache
-def pool() -> ProcessPoolExecutor:
-    """A process for each processor: compilers hold Python's lock. Fresh ones, since torch's threads do not fork."""
-    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return ProcessPoolExecutor(count, get_context("spawn"), initializer=_stand_back)
-
-
-def _stand_back() -> None:
-    """Tests that are at work meanwhile come first."""
-    torch.set_num_threads(1)
-    if hasattr(os, "nice"):
-        os.nice(10)
-
-
-@cache
-def begun(function: Callable[[Any], Made], job: Any) -> Future[Made]:
-    """What `function` makes of a job, in one of the pool's processes, which begins at the first call."""
-    return pool().submit(function, job)
-
-
-def all_of(function: Callable[[Any], Made], jobs: Iterable[Any]) -> dict[Any, Made]:
-    """`function` of each job, on all processors."""
-    waiting = {job: begun(function, job) for job in jobs}
-    return {job: result.result() for job, result in waiting.items()}
 
 
 def random_bytes(name: str, shape: tuple[int, ...]) -> QuantTensor:
