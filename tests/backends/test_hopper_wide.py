@@ -143,6 +143,7 @@ def test_three_tiles_a_group_give_the_same_bits(
         ((640, 608), 6, "m40t9c1w16s4x"),  # both, and all units are of the first round or the last
         ((1216, 608), 7, "m24t9c1w16s4x"),  # one of three is whole, one keeps one unit, one none
         ((1216, 608), 7, "m40t9c1w16s4x"),  # more than there are programs would be needed, so none is
+        ((1216, 320), 5, "m48t6c1w12s4x"),  # two groups of warps have usual units alone
     ],
 )
 def test_smaller_units_that_fill_a_last_round_give_the_same_bits(

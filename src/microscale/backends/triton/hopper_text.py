@@ -89,8 +89,8 @@ class Spec:
     @property
     def fewer(self) -> int:
         """Tiles that a group has in units which fill a last round, or 0: all units are alike. One in the place of two
-        would leave a warp nothing to do while it waits."""
-        return 2 if self.each == 3 and not self.apart else 0
+        would leave a warp nothing to do while it waits; the loop of two groups has one number of tiles."""
+        return 2 if self.each == 3 and self.users > 2 and not self.apart else 0
 
     @property
     def registers(self) -> tuple[int, int]:

@@ -61,8 +61,8 @@ DEVICE Parts parts_of(const Given &a, int used) {
   const int alone = (tiles + kFewerTiles - 1) / kFewerTiles;
   const int late = max(used - (units / programs - 1) * programs / ahead, 0);
   const int last = min(late, (over + blocks - 1) / blocks), some = (max(over - last * blocks, 0) + lost - 1) / lost;
-  const bool full = some * smaller + last * alone <= programs;
-  if (units < programs || blocks == 1 || some + last > used || !full) return {used, 0, kept, smaller, alone};
+  const bool fits = some * smaller + last * alone <= programs;
+  if (units < programs || blocks == 1 || some + last > used || !fits) return {used, 0, kept, smaller, alone};
   return {used - some - last, some, kept, smaller, alone};
 }
 

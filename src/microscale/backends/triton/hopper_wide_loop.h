@@ -45,6 +45,7 @@ constexpr int kAhead = EACH;  // groups that are decoded ahead of the one that i
 // registers for more.
 template <int N, int E>
 DEVICE void multiply(Sums &d, Decoded &pairs, const Given &a, const Tile &t, int side, Ring &r) {
+  static_assert(E == EACH, "pairs are of so many tiles");
   const bool speaks = threadIdx.x % 32 == 0;
   const int chunks = operands(a, t).chunks, tile = side * EACH;
   Places at = places_from(tile);
