@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_hopper_wide import cut, packed, portable, random, table_of, touches_nothing
+from test_hopper_wide import cut, packed, portable, random, touches_nothing
 from torch import Tensor
 
 from microscale.activations import GPT_OSS, Activation
@@ -26,7 +26,8 @@ def rings(emulated: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     """The module, whose kernels run on the CPU."""
     module = import_module("microscale.backends.triton.hopper_rings")
     monkeypatch.setattr(emulated.nvrtc, "refuse", lambda: None)
-    monkeypatch.setattr(module, "zeros", lambda count, _: torch.zeros(count, dtype=torch.int32))
+    for kind in (module, emulated):
+        monkeypatch.setattr(kind, "zeros", lambda count, _: torch.zeros(count, dtype=torch.int32))
     return module
 
 
@@ -79,8 +80,16 @@ class Problem:
         worst = moe_budget(x, here, share, self.w13, self.w2, self.activation, **biases).worst(total)
         assert worst <= 1, f"error is {worst:.3g} times the permitted one"
         if alike:
-            table, other = table_of(here, self.experts, 48), cut("m48t4c1w12s3x")
-            given = x, share, *self.packed, self.biases, self.activation, table, other
+            given = (
+                x,
+                ids,
+                share,
+                *self.packed,
+                self.biases,
+                self.activation,
+                cut("m48t4c1w12s3x"),
+                expert_map,
+            )
             assert torch.equal(y[there], rings.hopper_wide.experts(*given)[there])
         return spec
 

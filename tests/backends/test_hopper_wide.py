@@ -102,8 +102,8 @@ def test_experts_are_within_the_permitted_error(
     ids = (random(generator, 70, 2) > 0.5).long()
     ids[0] = -1
     results = [
-        of_experts(emulated, name, activation, ids, 3, seed, word, monkeypatch)
-        for word in ("m48t4c1w12s3x", "m64t4c1w12s5x", "m80t3c1w16s4x", "m40t9c1w16s4x")
+        of_experts(emulated, name, activation, ids, 3, seed, word, monkeypatch, listed=listed)
+        for word, listed in (("m48t4c1w12s3x", True), ("m64t4c1w12s5x", False), ("m80t3c1w16s4x", True))
     ]
     assert all(torch.equal(results[0], y) for y in results[1:])
 
@@ -130,7 +130,8 @@ def test_three_tiles_a_group_give_the_same_bits(
     With gates and ups that lie apart it is four groups of two."""
     given = emulated, name, activation, (torch.arange(60)[:, None] % 3 > 0).long(), 2, seed
     words = ("m48t4c1w12s4x", "m24t9c1w16s4x", "m40t9c1w16s8x", "m48t9c1w16s6x", "m24t8c1w20s4x")
-    first, *more = (of_experts(*given, word, monkeypatch, (640, 320)) for word in words)
+    rest = monkeypatch, (640, 320)
+    first, *more = (of_experts(*given, word, *rest, listed=i % 2 == 0) for i, word in enumerate(words))
     assert all(torch.equal(first, y) for y in more)
 
 
@@ -166,15 +167,15 @@ def test_the_only_tile_is_done_with_w13_before_w2(
 ) -> None:
     """The group that copies is at the tile's units of w2 when others are still at those of w13."""
     ids = torch.ones(20, 1, dtype=torch.long)
-    for word in ("m48t4c1w12s3x", "m24t9c1w16s4x"):
-        of_experts(emulated, "mxfp4", activation, ids, 2, seed, word, monkeypatch)
+    for word, listed in (("m48t4c1w12s3x", False), ("m24t9c1w16s4x", True)):
+        of_experts(emulated, "mxfp4", activation, ids, 2, seed, word, monkeypatch, listed=listed)
 
 
 def of_experts(
     emulated: Any, name: str, activation: Activation, ids: Tensor, experts: int, seed: int, word: str,
-    monkeypatch: pytest.MonkeyPatch, columns: tuple[int, int] = (96, 192),
+    monkeypatch: pytest.MonkeyPatch, columns: tuple[int, int] = (96, 192), listed: bool = True,
 ) -> Tensor:  # fmt: skip
-    """Checked against what is permitted. `columns`: of w13 and w2."""
+    """Checked against what is permitted. `columns`: of w13 and w2; `listed`: programs sort routes themselves."""
     monkeypatch.setattr(emulated.nvrtc, "refuse", lambda: None)
     generator = torch.Generator().manual_seed(seed)
     (tokens, top_k), (hidden, inner) = ids.shape, columns
@@ -186,8 +187,14 @@ def of_experts(
     matrices = packed(w13), packed(w2)
     one, _ = emulated.taken((cut(word), cut(word)), matrices, activation, biases, share, False)
     assert one.wide
-    table = table_of(ids, experts, one.block_m)
-    shares = emulated.experts(x, share, *matrices, biases, activation, table, one)
+    monkeypatch.setattr(emulated, "zeros", lambda count, _: torch.zeros(count, dtype=torch.int32))
+    monkeypatch.setattr(
+        emulated.routing, "route", lambda ids, _map, experts, most, _pdl: table_of(ids, experts, most)
+    )
+    with monkeypatch.context() as patched:
+        if not listed:
+            patched.setattr(emulated, "ROOMS", ())
+        shares = emulated.experts(x, ids, share, *matrices, biases, activation, one)
     there = (ids >= 0)[..., None]
     y = torch.where(there, shares.view(tokens, top_k, hidden), 0).float().sum(1).bfloat16()
     worst = moe_budget(x, ids, share, w13, w2, activation, b13=biases[0], b2=biases[1]).worst(y)
@@ -313,8 +320,14 @@ def test_the_compiler_leaves_memory_for_behind_the_wait(
         pytest.skip(nvrtc.refuse())
     given = {"scale": "e8m0", "element": "e4m3" if rest.get("scale") == "f32" else "e2m1"} | rest
     spec = source.Spec(experts, most=128, stages=6, each=2, even=True, **given)
+    text = portable(source.text(spec))
+    if experts:  # before the groups part, as all of them may find tiles
+        before, behind = text.split("griddepcontrol.wait")
+        touches_nothing(before)
+        assert touches(behind)
+        return
     # What comes before the groups part, and of each group what comes before and after it waits for the kernel ahead.
-    start, *groups = portable(source.text(spec)).split("setmaxnreg")
+    start, *groups = text.split("setmaxnreg")
     assert len(groups) == 2
     assert not touches(start)
     for group in groups:

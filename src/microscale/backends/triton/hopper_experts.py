@@ -61,19 +61,21 @@ def moe(
     cut13 = cut13.of_experts(w13, activation.apart)
     cut2 = cut2.of_experts(w2)
     # These need tokens in the order that routing finds, or where each expert's begin.
-    direct = (m == 1 if direct is None else direct) and not (cut13.bulk or cut2.bulk or cut13.wide)
+    direct = (m == 1 if direct is None else direct) and not (cut13.bulk or cut2.bulk)
     # Between float16 and wider activations and the kernels that read them stand others, which do not start early.
     pdl = pdl and x.dtype == torch.bfloat16
     with tiles.on(x.device):
-        if direct:
-            table = Table(ids, ids, ids, ids, ids, top_k)
-        else:
-            table = routing.route(ids, expert_map, experts, cut13.block_m, pdl)
-        if cut13.bulk:
-            x = tokens_in_order(table, x, top_k, experts, pdl)
         if cut13.wide:
-            shares = hopper_wide.experts(as_parts(x), weights, w13, w2, biases, activation, table, cut13)
+            shares = hopper_wide.experts(
+                as_parts(x), ids, weights, w13, w2, biases, activation, cut13, expert_map, pdl
+            )
         else:
+            if direct:
+                table = Table(ids, ids, ids, ids, ids, top_k)
+            else:
+                table = routing.route(ids, expert_map, experts, cut13.block_m, pdl)
+            if cut13.bulk:
+                x = tokens_in_order(table, x, top_k, experts, pdl)
             h = first(
                 x, weights, w13, b13, activation, table, cut13, weight_on_input, pdl, expert_map, direct
             )

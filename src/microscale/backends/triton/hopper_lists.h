@@ -1,20 +1,21 @@
-// Which tiles of tokens there are, found by every program of `hopper_rings.cu` for itself while its first codes are
-// still far away: a kernel ahead that sorts routes costs more. `hopper_unit.h` comes before it.
+// Which tiles of tokens there are, found by every program for itself while its first codes are still far away: a kernel
+// ahead that sorts routes costs more, and what is in shared memory is at once there. `hopper_unit.h` comes before it.
 
-constexpr int kTokens = 8;                                   // of a tile
-constexpr int kThreads = 128 * USERS + 32 * (USERS + 2);     // groups that multiply, a warp for the codes of each,
-constexpr int kFinders = kThreads - 32;                      // one for tokens, and one that counts units that are done
-constexpr int kRouteWarps = (ROUTES + 31) / 32;              // that routes are enough for, one of each lane
-constexpr int kPasses = (ROUTES + kFinders - 1) / kFinders;  // routes of a lane at most
+constexpr int kTokens = MOST;                              // of a tile
+constexpr int kRouteWarps = (ROUTES + 31) / 32;            // that routes are enough for, one of each lane
+constexpr int kPasses = (ROUTES + FINDERS - 1) / FINDERS;  // routes of a lane at most
 
 // In shared memory.
 struct Lists {
   u8 counts[kRouteWarps][(EXPERTS + 15) / 16 * 16];  // routes that a warp has for an expert
   int used, tiles[kRouteWarps];                      // tiles, and those that a warp's routes begin
   unsigned short firsts[EXPERTS];                    // an expert's first tile
-  unsigned short order[kTokens * MOST_TILES];        // of each tile up to 8 routes, in their order
+  unsigned short order[kTokens * MOST_TILES];        // of each expert its routes, from its first tile's place on
   unsigned short expert[MOST_TILES];                 // of each tile
   u8 count[MOST_TILES];                              // of its tokens
+#if MOST > 8
+  unsigned short start[MOST_TILES];  // and the first one's place
+#endif
 };
 
 // Integers of 4 or 8 bytes, of which those are meant that 4 hold.
@@ -30,28 +31,28 @@ DEVICE int expert_of(const Given &a, int route) {
   return e >= 0 && e < EXPERTS ? e : -1;
 }
 
-// Tiles come in the order of their first routes, those of an expert one after the other. For all threads but the last
-// warp's, who then meet it.
+// Tiles come in the order of their first routes, those of an expert one after the other, with equal parts of its
+// tokens, in eights. For FINDERS threads, the first ones, who then meet the others.
 DEVICE void find_tiles(const Given &a, Lists &l) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   u32 *counts = reinterpret_cast<u32 *>(l.counts);
   int e[kPasses], rank[kPasses], tiles[kPasses], all[kPasses];  // of a route's expert; its rank among the expert's
 #pragma unroll
-  for (int p = 0; p < kPasses; p++) e[p] = expert_of(a, p * kFinders + threadIdx.x);
-  for (int i = threadIdx.x; i < static_cast<int>(sizeof(l.counts) / 4); i += kFinders) counts[i] = 0;
+  for (int p = 0; p < kPasses; p++) e[p] = expert_of(a, p * FINDERS + threadIdx.x);
+  for (int i = threadIdx.x; i < static_cast<int>(sizeof(l.counts) / 4); i += FINDERS) counts[i] = 0;
   u32 same[kPasses];
 #pragma unroll
   for (int p = 0; p < kPasses; p++) same[p] = __match_any_sync(~0u, e[p]);
-  meet_some(1, kFinders);
+  meet_some(1, FINDERS);
 #pragma unroll
   for (int p = 0; p < kPasses; p++) {
     rank[p] = __popc(same[p] & ((1u << lane) - 1));
-    if (e[p] >= 0 && rank[p] == 0) l.counts[p * (kFinders / 32) + warp][e[p]] = __popc(same[p]);
+    if (e[p] >= 0 && rank[p] == 0) l.counts[p * (FINDERS / 32) + warp][e[p]] = __popc(same[p]);
   }
-  meet_some(1, kFinders);
+  meet_some(1, FINDERS);
 #pragma unroll
   for (int p = 0; p < kPasses; p++) {
-    const int mine = p * (kFinders / 32) + warp;
+    const int mine = p * (FINDERS / 32) + warp;
     all[p] = 0;
     if (e[p] >= 0)
 #pragma unroll
@@ -70,34 +71,42 @@ DEVICE void find_tiles(const Given &a, Lists &l) {
     if (lane == 31 && mine < kRouteWarps) l.tiles[mine] = first;
     if (tiles[p]) l.firsts[e[p]] = first - tiles[p];  // of those that this warp's routes begin, for now
   }
-  meet_some(1, kFinders);
+  meet_some(1, FINDERS);
 #pragma unroll
   for (int p = 0; p < kPasses; p++) {
     int used = 0, before = 0;
 #pragma unroll
     for (int w = 0; w < kRouteWarps; w++) {
-      if (w == p * (kFinders / 32) + warp) before = used;
+      if (w == p * (FINDERS / 32) + warp) before = used;
       used += l.tiles[w];
     }
     if (p == 0 && threadIdx.x == 0) l.used = used;
     if (tiles[p] == 0) continue;
     const int first = l.firsts[e[p]] + before;
     l.firsts[e[p]] = first;
-    for (int k = 0; k < tiles[p]; k++)
-      l.expert[first + k] = e[p], l.count[first + k] = min(kTokens, all[p] - kTokens * k);
+#if MOST > 8
+    const int each = (all[p] + tiles[p] - 1) / tiles[p] + 7 & ~7;
+    for (int k = 0; k < tiles[p]; k++) l.start[first + k] = kTokens * first + each * k;
+#else
+    const int each = kTokens;
+#endif
+    for (int k = 0; k < tiles[p]; k++) l.expert[first + k] = e[p], l.count[first + k] = min(each, all[p] - each * k);
   }
-  meet_some(1, kFinders);
+  meet_some(1, FINDERS);
 #pragma unroll
   for (int p = 0; p < kPasses; p++)
-    if (e[p] >= 0) l.order[kTokens * l.firsts[e[p]] + rank[p]] = p * kFinders + threadIdx.x;
+    if (e[p] >= 0) l.order[kTokens * l.firsts[e[p]] + rank[p]] = p * FINDERS + threadIdx.x;
 }
 
-// A tile's tokens have places for 8 in between.
 DEVICE Tile listed_unit(const Given &a, const Lists &l, int u) {
   Tile t = unit_of(a, l.used, u);
   if (t.tile >= l.used) return t;
   t.expert = l.expert[t.tile];
+#if MOST > 8
+  t.start = l.start[t.tile];
+#else
   t.start = kTokens * t.tile;
+#endif
   t.count = l.count[t.tile];
   return t;
 }

@@ -9,7 +9,8 @@
 // `hopper_text.py` writes the constants in capitals, and `decode_group`; `hopper_ptx.h`, `hopper_rows.h`,
 // `hopper_unit.h`, `hopper_steps.h`, `hopper_lists.h` and `hopper_ring_loop.h` come before this text.
 
-constexpr bool kApart = APART && EACH == 1;  // one group has gates and the next one their ups
+constexpr int kThreads = 128 * USERS + 32 * (USERS + 2);  // the last warp finds no tiles
+constexpr bool kApart = APART && EACH == 1;               // one group has gates and the next one their ups
 constexpr int kClaims = 4;
 
 struct Shared {

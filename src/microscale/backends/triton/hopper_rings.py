@@ -17,15 +17,13 @@ from microscale.backends.triton import hopper_wide
 from microscale.backends.triton.cuts import HOPPER_SHARED, Cut
 from microscale.backends.triton.fragments import COLUMNS, ROWS, Fragments
 from microscale.backends.triton.hopper_text import Spec
-from microscale.backends.triton.hopper_wide import Given, address, float_kind
+from microscale.backends.triton.hopper_wide import Given, address, float_kind, lists_for
 from microscale.backends.triton.placement import LANDS
 from microscale.backends.triton.routing import zeros
 
-ROOMS = (64, 256, 512, 1024)  # of routes
 TOKENS = 8  # of a tile
 TOKEN_STAGES = 3
 _LEAST_STEPS = 3  # of a stage: with fewer, warps mostly wait for barriers
-_IDS = {torch.int32: 4, torch.int64: 8}
 
 
 @dataclass(frozen=True)
@@ -35,17 +33,10 @@ class Rings(Spec):
     Attributes:
         steps: of 64 columns in a stage, of w13 and of w2, whose columns they divide.
         chunks: of 64 columns, of w13 or w2, whichever has more.
-        known: experts that are here.
-        routes: room for so many.
-        id_bytes, map_bytes: of an expert's number among the routes, and in the map; 0: there is none.
     """
 
     steps: tuple[int, int] = (0, 0)
     chunks: int = 0
-    known: int = 0
-    routes: int = 0
-    id_bytes: int = 8
-    map_bytes: int = 0
 
     @property
     def file(self) -> str:
@@ -73,30 +64,22 @@ class Rings(Spec):
     @property
     def fixed(self) -> int:
         """Bytes of shared memory besides: barriers, lists, what comes with tokens, results on their way."""
-        warps, tiles = -(-self.routes // 32), self.users * self.each
-        lists = (
-            warps * (self.known + 19) + 2 * self.known + (2 * TOKENS + 3) * self.most_tiles(self.routes) + 4
-        )
+        tiles = self.users * self.each
         ratios = 4 * tiles * (self.chunks // 2 + 2) if self.scale == "f32" else 0
         of_rows = sum(256 if any(there) else 16 for there in (self.bias, self.row_scale))
         beside = of_rows * tiles + 64 + ratios
         apart = 2048 * self.users if self.apart and self.each == 1 else 0
-        return 16 * self.stages * self.users + lists + 2 * beside + apart + 256
+        return 16 * self.stages * self.users + self.lists + 2 * beside + apart + 256
 
-    def most_tiles(self, routes: int) -> int:
-        """Of tokens that so many routes can have."""
-        return min(routes, self.known + routes // TOKENS)
+    @property
+    def finders(self) -> int:
+        return self.threads - 32
 
     def given(self) -> dict[str, object]:
         return super().given() | {
             "STEPS": ", ".join(map(str, self.steps)),
             "CHUNKS": self.chunks,
             "TOKEN_STAGES": TOKEN_STAGES,
-            "EXPERTS": self.known,
-            "ROUTES": self.routes,
-            "MOST_TILES": self.most_tiles(self.routes),
-            "ID_BYTES": self.id_bytes,
-            "MAP_BYTES": self.map_bytes,
         }
 
 
@@ -125,17 +108,15 @@ def spec_of(
     users, each = cut.warps // 4, cut.tiles // (cut.warps // 4)
     if apart and each == 1 and users % 2:
         users -= 1  # groups of warps take turns in having gates and ups
-    room = next((room for room in ROOMS if room >= topk_ids.numel()), 0)
+    lists = lists_for(w13, topk_ids, expert_map)
     if (
         weight_on_input
         or users < 2
-        or room == 0
+        or lists is None
         or cut.block_m != TOKENS
         or w13.format != w2.format
         or any(w.shape[-1] % COLUMNS for w in weights)
         or (apart and w13.shape[1] // 2 % ROWS)
-        or topk_ids.dtype not in _IDS
-        or (expert_map is not None and expert_map.dtype not in _IDS)
         or any(t is not None and t.data_ptr() % 16 for t in biases)
         or any(hopper_wide.refuse(w, activation, biases, topk_weights) for w in weights)
     ):
@@ -147,12 +128,8 @@ def spec_of(
     )  # fmt: skip
     given = {name: getattr(made, name) for name in Spec.__dataclass_fields__}
     spec = Rings(
-        **given | {"users": users, "each": each, "most": TOKENS},
+        **given | lists | {"users": users, "each": each, "most": TOKENS},
         chunks=max(w13.chunks, w2.chunks),
-        known=w13.shape[0],
-        routes=room,
-        id_bytes=_IDS[topk_ids.dtype],
-        map_bytes=0 if expert_map is None else _IDS[expert_map.dtype],
     )
     for part, stages in itertools.product((1, 2, 3), range(spec.stages, 1, -1)):
         steps = _steps(cuts[0].chunks // part, w13), _steps(cuts[1].chunks // part, w2)

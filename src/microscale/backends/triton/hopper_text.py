@@ -33,6 +33,8 @@ class Spec:
         top_k: experts of a token.
         row_scale: as `bias`, whether rows have a factor.
         kind, gated, apart, limit: of the activation; apart: gates and ups are not interleaved; two tiles each.
+        routes, known: of experts whose programs sort routes themselves: room for so many, and experts that are here.
+        id_bytes, map_bytes: of an expert's number among these routes, and in the map; 0: there is none.
     """
 
     experts: bool
@@ -51,6 +53,10 @@ class Spec:
     gated: bool = False
     apart: bool = False
     limit: bool = False
+    routes: int = 0
+    known: int = 0
+    id_bytes: int = 8
+    map_bytes: int = 0
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -75,7 +81,8 @@ class Spec:
         if not self.experts:
             return ("hopper_rows.h", "hopper_linear.h", "hopper_steps.h", self.file)
         loop = "hopper_wide_loop.h" if self.users == 2 else "hopper_turns.h"
-        return ("hopper_rows.h", "hopper_unit.h", "hopper_steps.h", loop, self.file)
+        lists = ("hopper_lists.h",) if self.routes else ()
+        return ("hopper_rows.h", "hopper_unit.h", "hopper_steps.h", loop, *lists, "hopper_tiles.h", self.file)
 
     @property
     def threads(self) -> int:
@@ -105,6 +112,24 @@ class Spec:
         tile = 512 * len(LANDS[self.element]) + (256 if self.scale == "e4m3" else 128)
         return wide_stages(self.stages, self.most, self.users * self.each * tile)
 
+    @property
+    def finders(self) -> int:
+        """Threads that sort routes."""
+        return self.threads
+
+    @property
+    def lists(self) -> int:
+        """Bytes of shared memory in which a program finds its tiles of tokens, or 0."""
+        if not self.routes:
+            return 0
+        warps, tiles = -(-self.routes // 32), self.most_tiles(self.routes)
+        of_tile = 2 * self.most + 3 + 2 * (self.most > 8)
+        return warps * (self.known + 19) + 2 * self.known + of_tile * tiles + 16
+
+    def most_tiles(self, routes: int) -> int:
+        """Of tokens that so many routes can have."""
+        return min(routes, self.known + routes // self.most)
+
     def given(self) -> dict[str, object]:
         """What the text has in capitals."""
         return {
@@ -133,6 +158,13 @@ class Spec:
             "EACH_SIZE(DO)": " ".join(f"DO({n})" for n in self.sizes),
             "APART": int(self.apart),
             "HAS_LIMIT": int(self.limit),
+            "LISTED": int(self.routes > 0),
+            "EXPERTS": self.known,
+            "ROUTES": self.routes,
+            "FINDERS": self.finders,
+            "MOST_TILES": self.most_tiles(self.routes),
+            "ID_BYTES": self.id_bytes,
+            "MAP_BYTES": self.map_bytes,
         }
 
 

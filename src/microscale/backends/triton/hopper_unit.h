@@ -89,21 +89,6 @@ DEVICE Tile unit_of(const Given &a, int used, int u) {
   return t;
 }
 
-DEVICE Tile experts_unit(const Given &a, int u) {
-  const int used = load(tiles_used(a.progress));
-  Tile t = unit_of(a, used, u);
-  if (t.tile >= used) return t;
-  t.expert = load(reinterpret_cast<const int *>(a.tile_experts) + t.tile);
-  // The expert's tokens in equal parts, instead of full tiles and what is left.
-  const int *ends = reinterpret_cast<const int *>(a.ends);
-  const int first = t.expert ? load(ends + t.expert - 1) : 0, all = load(ends + t.expert) - first;
-  const int parts = (all + MOST - 1) / MOST, each = (all + parts - 1) / parts + 7 & ~7;
-  const int part = (load(reinterpret_cast<const int *>(a.tile_starts) + t.tile) - first) / MOST;
-  t.start = first + part * each;
-  t.count = min(each, all - part * each);
-  return t;
-}
-
 // The tiles of 64 rows that a group takes: EACH that follow one another, or a tile of gates and one of ups that lie
 // apart.
 DEVICE int row_tile(const Given &a, const Tile &t, int i) {
@@ -240,18 +225,4 @@ DEVICE float share_of(const Given &a, int route) {
 #else
   return __ldg(reinterpret_cast<const float *>(a.weights) + route);
 #endif
-}
-
-// A token's place in the result of the second product, and its share there.
-struct Route {
-  int to;
-  float share;
-};
-
-DEVICE Route route_of(const Given &a, const Tile &t, int token) {
-  Route r = {0, 0.0f};
-  if (t.product == 0) return r;
-  r.to = load(reinterpret_cast<const int *>(a.order) + t.start + min(token, t.count - 1));
-  r.share = share_of(a, r.to);
-  return r;
 }

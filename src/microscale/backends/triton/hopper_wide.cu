@@ -1,7 +1,7 @@
 // Products of many tokens on Hopper: one group of four warps copies tokens and codes into shared memory, two to four
 // others decode 64 to 192 rows of weights each into registers and multiply. `hopper_text.py` writes the constants in
 // capitals, `decode_group` and `Product` above this text; `hopper_ptx.h`, `hopper_rows.h`, `hopper_unit.h`,
-// `hopper_steps.h` and `hopper_wide_loop.h` or `hopper_turns.h` come before it.
+// `hopper_steps.h`, `hopper_wide_loop.h` or `hopper_turns.h`, and `hopper_tiles.h` come before it.
 //
 // A program stays on its multiprocessor and takes units: TILES of 64 rows times one tile of at most MOST tokens, whose
 // number is fitted to what is there: one of SIZES. No barrier holds the groups together: the one that copies runs
@@ -35,8 +35,7 @@ DEVICE void copy_unit(const Given &a, Ring &r, const Tile &t) {
   for (int j = 0; j < kCopies; j++) which[j] = t.start + min(token + 16 * j, t.count - 1);
   if (t.product == 0)
 #pragma unroll
-    for (int j = 0; j < kCopies; j++)
-      which[j] = static_cast<u32>(load(reinterpret_cast<const int *>(a.order) + which[j])) / TOP_K;
+    for (int j = 0; j < kCopies; j++) which[j] = static_cast<u32>(route_at(a, which[j])) / TOP_K;
   u64 x[kCopies];
 #pragma unroll
   for (int j = 0; j < kCopies; j++) {
@@ -234,13 +233,13 @@ extern "C" __global__ void __launch_bounds__(128 + 128 * USERS, 1) KERNEL(const 
     barriers_are_there();
   }
   __syncthreads();
+  wait_ahead();  // weights and biases may be new, too
+  find(a);
   if (threadIdx.x < 128) {
     fewer_registers<COPY_REGISTERS>();
-    wait_ahead();
     copy(a, r, n);
   } else {
     more_registers<USE_REGISTERS>();
-    wait_ahead();  // weights and biases may be new, too
     use(a, r, n, routes, shares);
   }
 }

@@ -14,12 +14,14 @@ import torch
 from torch import Tensor
 
 from microscale.activations import Activation
-from microscale.backends.triton import nvrtc, tiles
+from microscale.backends.triton import nvrtc, routing, tiles
 from microscale.backends.triton.cuts import HOPPER_SHARED, Cut
 from microscale.backends.triton.fragments import Fragments
 from microscale.backends.triton.hopper_text import KINDS, MOST_OF_TWO, Spec, text
-from microscale.backends.triton.routing import Table
+from microscale.backends.triton.routing import zeros
 
+ROOMS = (64, 256, 512, 1024)  # of routes that programs sort themselves
+_IDS = {torch.int32: 4, torch.int64: 8}
 _FLOATS = {torch.bfloat16: 1, torch.float32: 2}  # as `Spec.bias` says it
 
 
@@ -132,26 +134,39 @@ def float_kind(t: Tensor | None) -> int:
     return 0 if t is None else _FLOATS[t.dtype]
 
 
+def lists_for(w13: Fragments, topk_ids: Tensor, expert_map: Tensor | None) -> dict[str, int] | None:
+    """What `Spec` says of programs that sort these routes themselves; None: they are too many, or numbers of a kind
+    that the text does not know."""
+    dtypes = [t.dtype for t in (topk_ids, expert_map) if t is not None]
+    room = next((room for room in ROOMS if room >= topk_ids.numel()), 0)
+    if room == 0 or any(dtype not in _IDS for dtype in dtypes):
+        return None
+    map_bytes = 0 if expert_map is None else _IDS[expert_map.dtype]
+    return {"routes": room, "known": w13.shape[0], "id_bytes": _IDS[topk_ids.dtype], "map_bytes": map_bytes}
+
+
 def experts(
     x: Tensor,
+    ids: Tensor,
     weights: Tensor,
     w13: Fragments,
     w2: Fragments,
     biases: tuple[Tensor | None, Tensor | None],
     activation: Activation,
-    table: Table,
     cut: Cut,
+    expert_map: Tensor | None = None,
+    pdl: bool = True,
 ) -> Tensor:
-    """[M, H] bfloat16 and [M, T] routing weights -> [M * T, H], each route's share.
+    """[M, H] bfloat16, [M, T] ids and routing weights -> [M * T, H], each route's share.
+
+    A route without an expert here has none: see `total`.
 
     Args:
+        ids: contiguous, as the weights.
         biases: of w13 and w2.
-        table: whose tiles have the cut's `block_m` tokens; a call of its own, as `progress` is counted up.
     """
-    gated, apart = activation.gated, activation.apart
+    gated, apart, routes = activation.gated, activation.apart, ids.numel()
     inner = w13.shape[1] // 2 if gated else w13.shape[1]
-    h = torch.empty(weights.numel(), inner, dtype=x.dtype, device=x.device)
-    y = torch.empty(weights.numel(), w2.shape[1], dtype=x.dtype, device=x.device)
     blocks = -(-inner // (64 * cut.users)) if apart else -(-w13.tiles // cut.tiles), -(-w2.tiles // cut.tiles)
     if cut.users > 2 and cut.stages % 2:
         cut = replace(cut, stages=max(cut.stages - 1, 4))
@@ -159,13 +174,27 @@ def experts(
         True, (w13, w2), cut, bias=tuple(map(float_kind, biases)), weights=float_kind(weights), top_k=weights.shape[1],
         kind=activation.kind, gated=gated, apart=apart, limit=activation.limit is not None,
     )  # fmt: skip
+    lists = lists_for(w13, ids, expert_map)
+    listed = None if lists is None else replace(spec, **lists)  # type: ignore[arg-type]
+    found: tuple[Tensor | None, ...] = (None,) * 4
+    if listed and cut.shared(w13.format, 1) + listed.lists <= HOPPER_SHARED:
+        # An expert's last tile may be partly empty, and its tokens have places for whole tiles.
+        spec, count = listed, listed.most_tiles(routes)
+        progress, places = zeros(2 + count, x.device), count * cut.block_m
+    else:
+        table = routing.route(ids, expert_map, w13.shape[0], cut.block_m, pdl)
+        found = (table.tile_experts, table.tile_starts, table.ends, table.order)
+        count, progress, places = table.count, table.progress, routes
+    h = torch.empty(places, inner, dtype=x.dtype, device=x.device)
+    y = torch.empty(routes, w2.shape[1], dtype=x.dtype, device=x.device)
     given = Given(
         (Operands * 2)(
             operands(w13, h, x, biases[0], blocks[0]), operands(w2, y, h, biases[1], blocks[1])
         ),
-        *(t.data_ptr() for t in (table.tile_experts, table.tile_starts, table.ends, table.order)),
-        table.progress.data_ptr(), weights.data_ptr(),
+        *map(address, found), progress.data_ptr(), weights.data_ptr(),
         alpha=activation.alpha, beta=activation.beta, limit=activation.limit or 0.0,
+        ids=ids.data_ptr(), expert_map=address(expert_map), routes=routes,
+        known=0 if expert_map is None else expert_map.numel(),
     )  # fmt: skip
-    launch(spec, x.device, table.count * sum(blocks), given)
+    launch(spec, x.device, count * sum(blocks), given)
     return y
