@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from functools import partial
 from importlib import import_module
+from itertools import product
 from typing import Any
 
 import pytest
@@ -19,6 +21,7 @@ from microscale.tolerance import moe_budget
 SILU, STEP, PLAIN = Activation("silu"), Activation("swiglu_step", limit=1.0), Activation("silu", gated=False)
 NAMES = ("mxfp4", "nvfp4", "mxfp8_e4m3", "mxfp6_e2m3", "mxint8", "fp8_block128")
 WORDS = ("m8t2c8w8s3r", "m8t4c4w8s3r", "m8t3c9w12s2r")
+MANY = ("m16t2c4w8s2r", "m24t4c5w8s2r", "m32t3c4w12s2r")  # more than 8 tokens a tile
 
 
 @pytest.fixture
@@ -105,8 +108,11 @@ def local(ids: Tensor, experts: int, expert_map: Tensor | None) -> Tensor:
 def test_experts_of_each_format(rings: Any, name: str, seed: int) -> None:
     # Rows that do not fill a tile, tiles that do not fill a unit, and an odd number of steps.
     problem = Problem(seed, (256, 320), 136, name)
-    spec = problem.check(rings, WORDS[2], torch.randint(-1, 4, (9, 2)), alike=True)
+    ids = torch.randint(-1, 4, (9, 2))
+    spec = problem.check(rings, WORDS[2], ids, alike=True)
     assert (spec.users, spec.each, spec.steps) == (3, 1, (4, 5))
+    spec = problem.check(rings, MANY[1], ids, alike=True)
+    assert (spec.most, spec.users, spec.each, spec.steps) == (24, 2, 2, (4, 5))
 
 
 CUTS = (
@@ -120,6 +126,10 @@ CUTS = (
     (WORDS[2], SILU, (384, 320), (2, 1, (6, 5))),  # the third group has none to take turns with
     ("m8t6c4w12s2r", GPT_OSS, (256, 256), (3, 2, (4, 4))),
     ("m8t2c5w8s3r m8t2c4w8s3r", GPT_OSS, (640, 512), (2, 1, (5, 4))),
+    (MANY[0], SILU, (256, 256), (2, 1, (4, 4))),
+    (MANY[1], SILU, (320, 192), (2, 2, (5, 3))),
+    (MANY[2], PLAIN, (192, 256), (3, 1, (3, 4))),
+    ("m24t6c4w8s2r", GPT_OSS, (256, 192), (2, 3, (4, 3))),
 )
 
 
@@ -131,14 +141,16 @@ def test_every_cut(
     if activation is SILU:
         problem.biases = (None, None)
     kind = torch.bfloat16 if activation is STEP else torch.float32
-    spec = problem.check(rings, words, torch.randint(0, 4, (7, 2)), kind=kind, alike=True)
+    tokens = 7 if words.startswith("m8") else 40
+    spec = problem.check(rings, words, torch.randint(0, 4, (tokens, 2)), kind=kind, alike=True)
     assert (spec.users, spec.each, spec.steps) == found
 
 
 @pytest.mark.parametrize(
     ("tokens", "word"),
     [(1, WORDS[2]), (2, WORDS[2]), (8, WORDS[2]), (16, WORDS[2]), (32, WORDS[2]), (40, WORDS[2]), (40, WORDS[1]),
-     (64, WORDS[1]), (97, WORDS[2]), (128, WORDS[0])],
+     (64, WORDS[1]), (97, WORDS[2]), (128, WORDS[0]),
+     (40, MANY[0]), (160, MANY[1]), (250, MANY[2])],
 )  # fmt: skip
 def test_routes_are_found_wherever_they_are(rings: Any, tokens: int, word: str, seed: int) -> None:
     """By threads that have one each, or two or three."""
@@ -148,24 +160,28 @@ def test_routes_are_found_wherever_they_are(rings: Any, tokens: int, word: str, 
     kind = torch.int32 if tokens % 16 else torch.int64
     spec = problem.check(rings, word, ids.to(kind))
     assert (spec.routes, spec.id_bytes) == (
-        next(n for n in (64, 256, 512, 1024) if n >= 8 * tokens),
+        next(n for n in (64, 256, 512, 1024, 2048) if n >= 8 * tokens),
         kind.itemsize,
     )
 
 
+@pytest.mark.parametrize("word", [WORDS[1], *MANY])
 @pytest.mark.parametrize("map_kind", [None, torch.int32, torch.int64])
-def test_tiles_of_an_expert_are_full_but_for_the_last(rings: Any, map_kind: Any, seed: int) -> None:
+def test_experts_have_no_tile_or_many(rings: Any, map_kind: Any, word: str, seed: int) -> None:
     """Experts with none, one, a tile and more."""
     expert_map = None
     if map_kind is not None:
         expert_map = torch.tensor([-1, 6, 2, 5, 3, -1, 0])[torch.randperm(7)].to(map_kind)
-    counts = torch.tensor([0, 1, 8, 9, 17, 8, 5])[torch.randperm(7)]
+    counts = torch.tensor([0, 1, 8, 9, 17, 8, 5])[torch.randperm(7)] * (1 if word[:2] == "m8" else 3)
     routes = torch.cat((torch.arange(7).repeat_interleave(counts), torch.tensor([-1, 1 << 30])))
     ids = routes[torch.randperm(len(routes))].view(-1, 2)
-    Problem(seed, (256, 256), 136, experts=7).check(rings, WORDS[1], ids.int(), expert_map)
+    Problem(seed, (256, 256), 136, experts=7).check(rings, word, ids.int(), expert_map)
 
 
-@pytest.mark.parametrize(("word", "activation"), [(WORDS[0], SILU), (WORDS[1], GPT_OSS), (WORDS[2], PLAIN)])
+@pytest.mark.parametrize(
+    ("word", "activation"),
+    [(WORDS[0], SILU), (WORDS[1], GPT_OSS), (WORDS[2], PLAIN), (MANY[0], SILU), (MANY[1], GPT_OSS)],
+)
 def test_whoever_is_late(rings: Any, word: str, activation: Activation, seed: int, monkeypatch: Any) -> None:
     """One program has the only tile, whose units of w2 wait for those of w13, or many, in each of which there are
     groups without rows."""
@@ -193,9 +209,9 @@ def test_what_is_for_other_kernels(rings: Any, seed: int) -> None:
     assert not taken(ids=ids.short())
     assert not taken(share=share.half())
     assert not taken(expert_map=torch.zeros(4, dtype=torch.int16))
-    assert not taken("m16t2c4w8s3r")  # tokens of a tile
-    for routes in (1024, 1025):
-        assert taken(ids=ids[:1, :1].expand(routes, 1)) == (routes == 1024)
+    assert not taken("m40t2c4w8s3r")  # tokens of a tile
+    for routes in (2048, 2049):
+        assert taken(ids=ids[:1, :1].expand(routes, 1)) == (routes == 2048)
     bias = torch.zeros(4 * 512 + 1).bfloat16()[1:].view(4, 512)
     for biases, good in (((None, None), True), ((bias, None), False), ((bias.clone(), None), True)):
         problem.biases = biases
@@ -208,8 +224,18 @@ def test_what_is_for_other_kernels(rings: Any, seed: int) -> None:
         assert taken(WORDS[0]) == (448 in columns)
 
 
-@pytest.mark.parametrize("name", ["mxfp4", "nvfp4"])
-@pytest.mark.parametrize("word", [*WORDS, "m8t6c4w12s2r"])
+FOUR_BITS = ("m16t4c4w8s3r", "m16t6c5w12s2r", "m24t6c4w12s3r", "m24t6c5w12s2r")
+MORE_BITS = ("m8t2c9w8s2r", "m16t4c4w8s2r", "m16t4c5w8s2r", "m24t4c3w8s3r", "m24t4c4w8s2r", "m24t4c5w8s2r")
+
+
+@pytest.mark.parametrize(
+    ("word", "name"),
+    [
+        *product((*WORDS, "m8t6c4w12s2r", *FOUR_BITS), ["mxfp4"]),
+        *product((WORDS[0], *FOUR_BITS), ["nvfp4"]),
+        *product(MORE_BITS, ["mxint8", "fp8_block128"]),
+    ],
+)
 def test_it_compiles_for_a_gpu(wide: Any, source: Any, word: str, name: str) -> None:
     """Of the sizes of Qwen3-30B-A3B and gpt-oss-20b."""
     if wide.nvrtc.refuse() is not None:
@@ -217,7 +243,9 @@ def test_it_compiles_for_a_gpu(wide: Any, source: Any, word: str, name: str) -> 
     rings, fragments = (
         import_module(f"microscale.backends.triton.{m}") for m in ("hopper_rings", "fragments")
     )
-    experts, hidden, inner, activation = (32, 2880, 2880, GPT_OSS) if "c9" in word else (128, 2048, 768, SILU)
+    experts, hidden, inner, activation = (
+        (32, 2880, 2880, GPT_OSS) if re.search("c[359]", word) else (128, 2048, 768, SILU)
+    )
     meta, fmt = torch.device("meta"), FORMATS[name]
 
     def matrix(rows: int, columns: int) -> Any:

@@ -47,6 +47,8 @@ def tune(groups: list[str], ops: list[str], say: Callable[[str], None]) -> dict[
                 table["linear"] = list(tune_linear(name, fmt, say))
                 torch.cuda.empty_cache()
             if "moe" in ops:
-                table["moe"] = list(tune_moe(name, fmt, say))
+                # Of other models than these the row stays as it was.
+                found = zip(tune_moe(name, fmt, say), table["moe"], strict=True)
+                table["moe"] = [row if row["us"] else was for row, was in found]
                 torch.cuda.empty_cache()
     return document

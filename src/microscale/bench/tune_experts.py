@@ -38,6 +38,16 @@ _RINGS = (
     ("m8t4c4w8s3r", "m8t4c4w8s3r"),
     ("m8t4c8w8s2r", "m8t4c6w8s2r"),
     ("m8t6c4w12s2r", "m8t6c4w12s2r"),
+    ("m16t4c4w8s2r", "m16t4c4w8s2r"),
+    ("m16t4c4w8s3r", "m16t4c4w8s3r"),
+    ("m16t4c5w8s2r", "m16t4c5w8s2r"),
+    ("m16t6c4w12s3r", "m16t6c4w12s3r"),
+    ("m16t6c5w12s2r", "m16t6c5w12s2r"),
+    ("m24t4c3w8s3r", "m24t4c3w8s3r"),
+    ("m24t4c4w8s2r", "m24t4c4w8s2r"),
+    ("m24t4c5w8s2r", "m24t4c5w8s2r"),
+    ("m24t6c4w12s3r", "m24t6c4w12s3r"),
+    ("m24t6c5w12s2r", "m24t6c5w12s2r"),
 )
 
 
@@ -55,7 +65,8 @@ def _pairs(
     if row.rings:
         other = cuts.moe_cuts((fmt, fmt), tokens, model.top_k, model.experts, model.inner, 1, rings=False)
         rings = [(Cut.parse(first), Cut.parse(second)) for first, second in _RINGS]
-        right = [pair for pair in rings if checked.moe(pair[0]) and checked.moe(pair[1])]
+        large = [pair for pair in rings if pair[0].block_m >= each]
+        right = [pair for pair in large if checked.moe(pair[0]) and checked.moe(pair[1])]
         return list(dict.fromkeys([other, *row.pairs, *right]))
     apart = model.activation.apart
     size = max(each, 8)

@@ -63,8 +63,8 @@ class Cut:
         wide: by `hopper_wide`, in which a group of four warps copies and `users` multiply, each one or two of `tiles`;
             block_m is the most tokens of a program, whose number is fitted to an expert's; a linear's all have so many.
             Activations of one part only.
-        rings: of experts, both by `hopper_rings`: `warps` multiply, each four of them one or two of `tiles`; chunks are
-            of a stage, at most. Activations of one part only.
+        rings: of experts, both by `hopper_rings`: `warps` multiply, each four of them one to three of `tiles`, up to 32
+            tokens; chunks are of a stage, at most. Activations of one part only.
     """
 
     block_m: int

@@ -4,10 +4,11 @@
 // each asks for them, into the next units, another one for all groups' tokens, which come in a ring, too, and a last
 // one counts units of w13 that are done.
 //
-// A program stays on its multiprocessor and claims units, in order: a tile of up to 8 tokens times TILES of 64 rows. A
-// unit of w2 waits until its tokens are done with w13, and whoever has claimed that runs and waits for nobody.
+// A program stays on its multiprocessor and claims units, in order: a tile of up to MOST tokens times TILES of 64 rows.
+// A unit of w2 waits until its tokens are done with w13, and whoever has claimed that runs and waits for nobody.
 // `hopper_text.py` writes the constants in capitals, and `decode_group`; `hopper_ptx.h`, `hopper_rows.h`,
-// `hopper_unit.h`, `hopper_steps.h`, `hopper_lists.h` and `hopper_ring_loop.h` come before this text.
+// `hopper_unit.h`, `hopper_steps.h`, `hopper_lists.h`, `hopper_ring_loop.h` and `hopper_ring_eight.h` or
+// `hopper_ring_pieces.h` come before this text.
 
 constexpr int kThreads = 128 * USERS + 32 * (USERS + 2);  // the last warp finds no tiles
 constexpr bool kApart = APART && EACH == 1;               // one group has gates and the next one their ups
@@ -160,28 +161,35 @@ DEVICE void count_done(const Given &a, const Shared &s, const Bars &b) {
 }
 
 #if APART && EACH == 1
-// Of two groups one has gates and the other their ups. `turn`: of units of w13.
+// Of two groups one has gates and the other their ups, which take turns in two places, `turn` being the next one's.
 DEVICE void store_apart(const Sums &d, const Given &a, const Tile &t, int group, const Rows &rows, Shared &s,
-                        int turn) {
-  float v[4] = {d[0][0], d[0][1], d[0][2], d[0][3]};
-  finish<kFirst>(v, rows);
-  float4 &ups = s.ups[group / 2 * 2 + turn % 2][threadIdx.x % 128];
-  if (group % 2) ups = make_float4(v[0], v[1], v[2], v[3]);
-  meet_some(2 + group / 2, 256);
-  if (group % 2) return;
-  v[0] = activate(a, v[0], ups.x), v[1] = activate(a, v[1], ups.y);
-  v[2] = activate(a, v[2], ups.z), v[3] = activate(a, v[3], ups.w);
+                        int &turn) {
   const Operands &o = a.of[0];
-  const int lane = threadIdx.x % 32, token = lane / 4;
+  const int lane = threadIdx.x % 32;
   const int n = 64 * tile_of_group(a, t, group, 0) + 16 * (threadIdx.x % 128 / 32) + 4 * (lane % 4);
-  const u64 at = o.y + 2 * static_cast<u64>(n) + 2 * static_cast<u64>(t.start + token) * o.width;
-  store8_if(token < t.count && n < o.width, at, of_one_token(v));
+#pragma unroll
+  for (int piece = 0; piece < MOST / 8; piece++) {
+    if (8 * piece >= t.count) break;
+    float v[4] = {d[0][4 * piece], d[0][4 * piece + 1], d[0][4 * piece + 2], d[0][4 * piece + 3]};
+    finish<kFirst>(v, rows);
+    float4 &ups = s.ups[group / 2 * 2 + turn][threadIdx.x % 128];
+    turn ^= 1;
+    if (group % 2) ups = make_float4(v[0], v[1], v[2], v[3]);
+    meet_some(2 + group / 2, 256);
+    if (group % 2) continue;
+    v[0] = activate(a, v[0], ups.x), v[1] = activate(a, v[1], ups.y);
+    v[2] = activate(a, v[2], ups.z), v[3] = activate(a, v[3], ups.w);
+    const int token = 8 * piece + lane / 4;
+    const u64 at = o.y + 2 * static_cast<u64>(n) + 2 * static_cast<u64>(t.start + token) * o.width;
+    store8_if(token < t.count && n < o.width, at, of_one_token(v));
+  }
 }
 #endif
 
 // Groups that multiply.
 DEVICE void use(const Given &a, Shared &s, const Bars &b, Ring r, Ring x, int group) {
   const int lane = threadIdx.x % 32;
+  int ups = 0;
   each_unit(a, s, b, [&](const Tile &t, int turn) {
     const u32 full = b.full + turn % 2 * 8, done = b.done + turn % 2 * 8, parity = turn / 2 & 1;
     Beside &beside = s.beside[turn % 2];
@@ -189,19 +197,21 @@ DEVICE void use(const Given &a, Shared &s, const Bars &b, Ring r, Ring x, int gr
     if (has_rows(a, t, group)) {
       Sums d;
 #pragma unroll
-      for (int e = 0; e < EACH; e++) d[e][0] = d[e][1] = d[e][2] = d[e][3] = 0.0f;
+      for (int e = 0; e < EACH; e++)
+#pragma unroll
+        for (int i = 0; i < MOST / 2; i++) d[e][i] = 0.0f;
       Rows rows[EACH];
       if (t.product == 0) {
-        multiply<kSteps[0]>(d, r, x, a.of[0].chunks / kSteps[0], beside, group);
+        multiply<kSteps[0]>(d, r, x, a.of[0].chunks / kSteps[0], beside, group, t.count);
 #pragma unroll
         for (int e = 0; e < EACH; e++) rows[e] = rows_beside<kFirst>(beside, group * EACH + e);
 #if APART && EACH == 1
-        store_apart(d, a, t, group, rows[0], s, turn);
+        store_apart(d, a, t, group, rows[0], s, ups);
 #else
         store_with<kFirst>(d, rows, a, t, group, nullptr, nullptr);
 #endif
       } else {
-        multiply<kSteps[1]>(d, r, x, a.of[1].chunks / kSteps[1], beside, group);
+        multiply<kSteps[1]>(d, r, x, a.of[1].chunks / kSteps[1], beside, group, t.count);
 #pragma unroll
         for (int e = 0; e < EACH; e++) rows[e] = rows_beside<kSecond>(beside, group * EACH + e);
         store_with<kSecond>(d, rows, a, t, group, beside.routes, beside.shares);

@@ -21,14 +21,14 @@ from microscale.backends.triton.hopper_wide import Given, address, float_kind, l
 from microscale.backends.triton.placement import LANDS
 from microscale.backends.triton.routing import zeros
 
-TOKENS = 8  # of a tile
+MOST = 32  # tokens of a tile
 TOKEN_STAGES = 3
 _LEAST_STEPS = 3  # of a stage: with fewer, warps mostly wait for barriers
 
 
 @dataclass(frozen=True)
 class Rings(Spec):
-    """What `hopper_rings.cu` is compiled for; `users` are groups of warps that multiply, `most` is `TOKENS`.
+    """What `hopper_rings.cu` is compiled for; `users` are groups of warps that multiply.
 
     Attributes:
         steps: of 64 columns in a stage, of w13 and of w2, whose columns they divide.
@@ -44,7 +44,8 @@ class Rings(Spec):
 
     @property
     def parts(self) -> tuple[str, ...]:
-        heads = ("rows", "unit", "steps", "lists", "ring_loop")
+        loop = "ring_eight" if self.most == 8 else "ring_pieces"
+        heads = ("rows", "unit", "steps", "lists", "ring_loop", loop)
         return (*(f"hopper_{head}.h" for head in heads), self.file)
 
     @property
@@ -55,7 +56,7 @@ class Rings(Spec):
     def shared(self) -> int:
         step = 512 * len(LANDS[self.element]) + (256 if self.scale == "e4m3" else 128)
         rings = self.users * self.stages * self.each * max(self.steps) * step
-        return 128 + rings + TOKEN_STAGES * TOKENS * (128 * max(self.steps) + 16)
+        return 128 + rings + TOKEN_STAGES * self.most * (128 * max(self.steps) + 16)
 
     @property
     def fewer(self) -> int:
@@ -67,7 +68,7 @@ class Rings(Spec):
         tiles = self.users * self.each
         ratios = 4 * tiles * (self.chunks // 2 + 2) if self.scale == "f32" else 0
         of_rows = sum(256 if any(there) else 16 for there in (self.bias, self.row_scale))
-        beside = of_rows * tiles + 64 + ratios
+        beside = of_rows * tiles + 8 * self.most + ratios
         apart = 2048 * self.users if self.apart and self.each == 1 else 0
         return 16 * self.stages * self.users + self.lists + 2 * beside + apart + 256
 
@@ -113,7 +114,7 @@ def spec_of(
         weight_on_input
         or users < 2
         or lists is None
-        or cut.block_m != TOKENS
+        or cut.block_m > MOST
         or w13.format != w2.format
         or any(w.shape[-1] % COLUMNS for w in weights)
         or (apart and w13.shape[1] // 2 % ROWS)
@@ -128,7 +129,7 @@ def spec_of(
     )  # fmt: skip
     given = {name: getattr(made, name) for name in Spec.__dataclass_fields__}
     spec = Rings(
-        **given | lists | {"users": users, "each": each, "most": TOKENS},
+        **given | lists | {"users": users, "each": each},
         chunks=max(w13.chunks, w2.chunks),
     )
     for part, stages in itertools.product((1, 2, 3), range(spec.stages, 1, -1)):
@@ -164,7 +165,7 @@ def experts(
         x = x.clone()
     inner = w13.shape[1] // 2 if activation.gated else w13.shape[1]
     tiles = spec.most_tiles(routes)
-    h = torch.empty(TOKENS * tiles, inner, dtype=x.dtype, device=x.device)
+    h = torch.empty(spec.most * tiles, inner, dtype=x.dtype, device=x.device)
     y = torch.empty(routes, w2.shape[1], dtype=x.dtype, device=x.device)
     pairs = spec.users * spec.each / 2  # tiles of gates in a unit, where ups lie apart
     blocks = (

@@ -20,7 +20,7 @@ from microscale.backends.triton.fragments import Fragments
 from microscale.backends.triton.hopper_text import KINDS, MOST_OF_TWO, Spec, text
 from microscale.backends.triton.routing import zeros
 
-ROOMS = (64, 256, 512, 1024)  # of routes that programs sort themselves
+ROOMS = (64, 256, 512, 1024, 2048)  # of routes that programs sort themselves
 _IDS = {torch.int32: 4, torch.int64: 8}
 _FLOATS = {torch.bfloat16: 1, torch.float32: 2}  # as `Spec.bias` says it
 
