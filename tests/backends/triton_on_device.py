@@ -368,7 +368,8 @@ def test_experts_of_few_tokens_have_the_bits_of_other_kernels(name: str, biased:
         (60, torch.int32, expert_map.to(torch.int32)),
     )
     for pair in (pair for pair in cuts_of(name)[1] if pair[0].rings):
-        for m, kind, found in calls:
+        # Each kind of call is a kernel of its own. Tiles of many tokens need many.
+        for m, kind, found in calls if pair[0].block_m == 8 else calls[-1:]:
             tokens = (x[:m], ids[:m].to(kind), weights[:m])
             asked = (activation, (b13, b2), *tokens[1:], found, False)
             assert hopper_rings.spec_of(pair, (w13, w2), *asked) is not None

@@ -8,7 +8,7 @@ constexpr int kPasses = (ROUTES + FINDERS - 1) / FINDERS;  // routes of a lane a
 // In shared memory.
 struct Lists {
   u8 counts[kRouteWarps][(EXPERTS + 15) / 16 * 16];  // routes that a warp has for an expert
-  int used, tiles[kRouteWarps];                      // tiles, and those that a warp's routes begin
+  int used, tiles[kRouteWarps];                      // tiles, and those that a warp's routes begin, of two kinds
   unsigned short firsts[EXPERTS];                    // an expert's first tile
   unsigned short order[kTokens * MOST_TILES];        // of each expert its routes, from its first tile's place on
   unsigned short expert[MOST_TILES];                 // of each tile
@@ -31,12 +31,22 @@ DEVICE int expert_of(const Given &a, int route) {
   return e >= 0 && e < EXPERTS ? e : -1;
 }
 
-// Tiles come in the order of their first routes, those of an expert one after the other, with equal parts of its
-// tokens, in eights. For FINDERS threads, the first ones, who then meet the others.
+// Two numbers of tiles, of those that have many tokens and of the others.
+DEVICE int of_many(int both) { return both >> 16; }
+DEVICE int of_few(int both) { return both & 0xFFFF; }
+
+// Up to so many rounds of units programs should end with short ones. With more it is better if some wait for memory
+// while others multiply, all the time.
+constexpr int kFewRounds = 10;
+
+// Tiles come in the order of their first routes, in few rounds those of many tokens before the others; those of an
+// expert one after the other, with equal parts of its tokens, in eights. For FINDERS threads, the first ones, who then
+// meet the others.
 DEVICE void find_tiles(const Given &a, Lists &l) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   u32 *counts = reinterpret_cast<u32 *>(l.counts);
   int e[kPasses], rank[kPasses], tiles[kPasses], all[kPasses];  // of a route's expert; its rank among the expert's
+  int each[kPasses], place[kPasses];  // tokens of a tile; the warp's tiles of both kinds up to here
 #pragma unroll
   for (int p = 0; p < kPasses; p++) e[p] = expert_of(a, p * FINDERS + threadIdx.x);
   for (int i = threadIdx.x; i < static_cast<int>(sizeof(l.counts) / 4); i += FINDERS) counts[i] = 0;
@@ -62,14 +72,15 @@ DEVICE void find_tiles(const Given &a, Lists &l) {
         if (w < mine) rank[p] += n;
       }
     tiles[p] = e[p] >= 0 && rank[p] == 0 ? (all[p] + kTokens - 1) / kTokens : 0;
-    int first = tiles[p];
+    each[p] = kTokens == 8 || tiles[p] == 0 ? kTokens : (all[p] + tiles[p] - 1) / tiles[p] + 7 & ~7;
+    const bool many = 3 * each[p] > 2 * kTokens;
+    place[p] = many ? tiles[p] << 16 : tiles[p];
 #pragma unroll
     for (int off = 1; off < 32; off *= 2) {
-      const int v = __shfl_up_sync(~0u, first, off);
-      if (lane >= off) first += v;
+      const int v = __shfl_up_sync(~0u, place[p], off);
+      if (lane >= off) place[p] += v;
     }
-    if (lane == 31 && mine < kRouteWarps) l.tiles[mine] = first;
-    if (tiles[p]) l.firsts[e[p]] = first - tiles[p];  // of those that this warp's routes begin, for now
+    if (lane == 31 && mine < kRouteWarps) l.tiles[mine] = place[p];
   }
   meet_some(1, FINDERS);
 #pragma unroll
@@ -80,17 +91,21 @@ DEVICE void find_tiles(const Given &a, Lists &l) {
       if (w == p * (FINDERS / 32) + warp) before = used;
       used += l.tiles[w];
     }
-    if (p == 0 && threadIdx.x == 0) l.used = used;
+    const int in_all = of_many(used) + of_few(used);
+    if (p == 0 && threadIdx.x == 0) l.used = in_all;
     if (tiles[p] == 0) continue;
-    const int first = l.firsts[e[p]] + before;
+    const bool many = 3 * each[p] > 2 * kTokens;
+    const bool rounds = in_all * (a.of[0].blocks + a.of[1].blocks) > kFewRounds * static_cast<int>(gridDim.x);
+    before += place[p];
+    const int end = rounds ? of_many(before) + of_few(before) : many ? of_many(before) : of_many(used) + of_few(before);
+    const int first = end - tiles[p];
     l.firsts[e[p]] = first;
+    for (int k = 0; k < tiles[p]; k++) {
+      l.expert[first + k] = e[p], l.count[first + k] = min(each[p], all[p] - each[p] * k);
 #if MOST > 8
-    const int each = (all[p] + tiles[p] - 1) / tiles[p] + 7 & ~7;
-    for (int k = 0; k < tiles[p]; k++) l.start[first + k] = kTokens * first + each * k;
-#else
-    const int each = kTokens;
+      l.start[first + k] = kTokens * first + each[p] * k;
 #endif
-    for (int k = 0; k < tiles[p]; k++) l.expert[first + k] = e[p], l.count[first + k] = min(each, all[p] - each * k);
+    }
   }
   meet_some(1, FINDERS);
 #pragma unroll

@@ -21,6 +21,7 @@ from microscale.backends.triton.hopper_wide import Given, address, float_kind, l
 from microscale.backends.triton.placement import LANDS
 from microscale.backends.triton.routing import zeros
 
+ROOMS = (64, 256, 512, 1024, 2048)  # of routes
 MOST = 32  # tokens of a tile
 TOKEN_STAGES = 3
 _LEAST_STEPS = 3  # of a stage: with fewer, warps mostly wait for barriers
@@ -109,7 +110,7 @@ def spec_of(
     users, each = cut.warps // 4, cut.tiles // (cut.warps // 4)
     if apart and each == 1 and users % 2:
         users -= 1  # groups of warps take turns in having gates and ups
-    lists = lists_for(w13, topk_ids, expert_map)
+    lists = lists_for(ROOMS, w13, topk_ids, expert_map)
     if (
         weight_on_input
         or users < 2

@@ -17,7 +17,7 @@ struct Given {
   Operands of[2];
   u64 tile_experts, tile_starts, ends, order, progress, weights;
   float alpha, beta, limit;
-  u64 ids, expert_map;  // of `hopper_rings.cu`, which finds tiles itself,
+  u64 ids, expert_map;  // where programs find tiles themselves,
   int routes, known;    // and how many there are
 };
 

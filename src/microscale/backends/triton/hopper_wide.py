@@ -20,7 +20,7 @@ from microscale.backends.triton.fragments import Fragments
 from microscale.backends.triton.hopper_text import KINDS, MOST_OF_TWO, Spec, text
 from microscale.backends.triton.routing import zeros
 
-ROOMS = (64, 256, 512, 1024, 2048)  # of routes that programs sort themselves
+ROOMS = (512, 1024)  # of routes that programs sort themselves
 _IDS = {torch.int32: 4, torch.int64: 8}
 _FLOATS = {torch.bfloat16: 1, torch.float32: 2}  # as `Spec.bias` says it
 
@@ -134,11 +134,17 @@ def float_kind(t: Tensor | None) -> int:
     return 0 if t is None else _FLOATS[t.dtype]
 
 
-def lists_for(w13: Fragments, topk_ids: Tensor, expert_map: Tensor | None) -> dict[str, int] | None:
+def lists_for(
+    rooms: tuple[int, ...], w13: Fragments, topk_ids: Tensor, expert_map: Tensor | None
+) -> dict[str, int] | None:
     """What `Spec` says of programs that sort these routes themselves; None: they are too many, or numbers of a kind
-    that the text does not know."""
+    that the text does not know.
+
+    Args:
+        rooms: numbers of routes that there may be room for, each another kernel, ascending.
+    """
     dtypes = [t.dtype for t in (topk_ids, expert_map) if t is not None]
-    room = next((room for room in ROOMS if room >= topk_ids.numel()), 0)
+    room = next((room for room in rooms if room >= topk_ids.numel()), 0)
     if room == 0 or any(dtype not in _IDS for dtype in dtypes):
         return None
     map_bytes = 0 if expert_map is None else _IDS[expert_map.dtype]
@@ -174,7 +180,7 @@ def experts(
         True, (w13, w2), cut, bias=tuple(map(float_kind, biases)), weights=float_kind(weights), top_k=weights.shape[1],
         kind=activation.kind, gated=gated, apart=apart, limit=activation.limit is not None,
     )  # fmt: skip
-    lists = lists_for(w13, ids, expert_map)
+    lists = lists_for(ROOMS, w13, ids, expert_map)
     listed = None if lists is None else replace(spec, **lists)  # type: ignore[arg-type]
     found: tuple[Tensor | None, ...] = (None,) * 4
     if listed and cut.shared(w13.format, 1) + listed.lists <= HOPPER_SHARED:
