@@ -72,13 +72,14 @@ DEVICE void multiply_pieces(Sums &d, Ring &r, Ring &x, int stages, const Beside 
 
 template <int COUNT>
 DEVICE void multiply(Sums &d, Ring &r, Ring &x, int stages, const Beside &beside, int group, int tokens) {
+  constexpr int kMost = MOST / 8, kThree = kMost < 3 ? kMost : 3;
   if (tokens <= 8) {
     multiply_pieces<COUNT, 1>(d, r, x, stages, beside, group);
-  } else if (MOST <= 16 || tokens <= 16) {
+  } else if (kMost <= 2 || tokens <= 16) {
     multiply_pieces<COUNT, 2>(d, r, x, stages, beside, group);
-  } else if (MOST <= 24 || tokens <= 24) {
-    multiply_pieces < COUNT, MOST<24 ? MOST / 8 : 3>(d, r, x, stages, beside, group);
+  } else if (kMost <= 3 || tokens <= 24) {
+    multiply_pieces<COUNT, kThree>(d, r, x, stages, beside, group);
   } else {
-    multiply_pieces<COUNT, MOST / 8>(d, r, x, stages, beside, group);
+    multiply_pieces<COUNT, kMost>(d, r, x, stages, beside, group);
   }
 }

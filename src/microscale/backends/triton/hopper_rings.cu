@@ -189,7 +189,7 @@ DEVICE void store_apart(const Sums &d, const Given &a, const Tile &t, int group,
 // Groups that multiply.
 DEVICE void use(const Given &a, Shared &s, const Bars &b, Ring r, Ring x, int group) {
   const int lane = threadIdx.x % 32;
-  int ups = 0;
+  [[maybe_unused]] int ups = 0;
   each_unit(a, s, b, [&](const Tile &t, int turn) {
     const u32 full = b.full + turn % 2 * 8, done = b.done + turn % 2 * 8, parity = turn / 2 & 1;
     Beside &beside = s.beside[turn % 2];
