@@ -224,6 +224,31 @@ def test_what_is_for_other_kernels(rings: Any, seed: int) -> None:
         assert taken(WORDS[0]) == (448 in columns)
 
 
+def spec_for(
+    rings: Any,
+    word: str,
+    name: str,
+    sizes: tuple[int, int, int],
+    activation: Activation,
+    ids: tuple[int, int],
+) -> Any:
+    """Of a call with so many tokens and routes of each, and experts, columns of w13 and of w2; there are no weights."""
+    fragments = import_module("microscale.backends.triton.fragments")
+    (experts, hidden, inner), meta, fmt = sizes, torch.device("meta"), FORMATS[name]
+
+    def matrix(rows: int, columns: int) -> Any:
+        codes = torch.empty(experts, -(-rows // 64), columns // 64, 1, device=meta)
+        factor = torch.empty(experts, rows, device=meta) if fmt.tensor_scale else None
+        return fragments.Fragments(fmt, (experts, rows, columns), None, codes, codes, factor, None)
+
+    w13, w2 = matrix(2 * inner, hidden), matrix(hidden, inner)
+    biases = [
+        torch.empty(w.shape[:2], device=meta).bfloat16() if activation is GPT_OSS else None for w in (w13, w2)
+    ]
+    topk = torch.empty(ids, dtype=torch.int32, device=meta), torch.empty(ids, device=meta)
+    return rings.spec_of((cut(word),) * 2, (w13, w2), activation, biases, *topk, None, False)
+
+
 FOUR_BITS = ("m16t4c4w8s3r", "m16t6c5w12s2r", "m24t6c4w12s3r", "m24t6c5w12s2r")
 MORE_BITS = ("m8t2c9w8s2r", "m16t4c4w8s2r", "m16t4c5w8s2r", "m24t4c3w8s3r", "m24t4c4w8s2r", "m24t4c5w8s2r")
 
@@ -240,31 +265,33 @@ def test_it_compiles_for_a_gpu(wide: Any, source: Any, word: str, name: str) -> 
     """Of the sizes of Qwen3-30B-A3B and gpt-oss-20b."""
     if wide.nvrtc.refuse() is not None:
         pytest.skip(wide.nvrtc.refuse())
-    rings, fragments = (
-        import_module(f"microscale.backends.triton.{m}") for m in ("hopper_rings", "fragments")
-    )
-    experts, hidden, inner, activation = (
-        (32, 2880, 2880, GPT_OSS) if re.search("c[359]", word) else (128, 2048, 768, SILU)
-    )
-    meta, fmt = torch.device("meta"), FORMATS[name]
-
-    def matrix(rows: int, columns: int) -> Any:
-        codes = torch.empty(experts, -(-rows // 64), columns // 64, 1, device=meta)
-        factor = torch.empty(experts, rows, device=meta) if fmt.tensor_scale else None
-        return fragments.Fragments(fmt, (experts, rows, columns), None, codes, codes, factor, None)
-
-    w13, w2 = matrix(2 * inner, hidden), matrix(hidden, inner)
-    biases = [
-        torch.empty(w.shape[:2], device=meta).bfloat16() if activation is GPT_OSS else None for w in (w13, w2)
-    ]
-    ids, share = torch.empty(32, 8, dtype=torch.int32, device=meta), torch.empty(32, 8, device=meta)
-    spec = rings.spec_of((cut(word),) * 2, (w13, w2), activation, biases, ids, share, None, False)
+    rings = import_module("microscale.backends.triton.hopper_rings")
+    of_gpt_oss = re.search("c[359]", word)
+    sizes, activation = ((32, 2880, 2880), GPT_OSS) if of_gpt_oss else ((128, 2048, 768), SILU)
+    spec = spec_for(rings, word, name, sizes, activation, (32, 8))
     assert spec.stages == cut(word).stages
-    text = source.text(spec)
-    log = wide.nvrtc.compiled("x.cu", text, ["--ptxas-options=-v"])[1]
-    assert " 0 bytes stack frame, 0 bytes spill stores" in log, log
-    fixed = int(log.rpartition(" bytes smem")[0].rpartition(" ")[2])
-    assert fixed <= spec.fixed
     assert spec.shared + spec.fixed <= 227 << 10
+    text = source.text(spec)
+    compiles(wide, text, spec.fixed)
     before, _ = portable(text).split("griddepcontrol.wait")
     touches_nothing(before)
+
+
+def compiles(wide: Any, text: str, most: int) -> None:
+    """Without a stack, and with so much shared memory of its own at most."""
+    log = wide.nvrtc.compiled("x.cu", text, ["--ptxas-options=-v"])[1]
+    assert " 0 bytes stack frame, 0 bytes spill stores" in log, log
+    assert int(log.rpartition(" bytes smem")[0].rpartition(" ")[2]) <= most
+
+
+def test_lists_of_many_experts_fit_a_text_or_are_for_other_kernels(wide: Any, source: Any) -> None:
+    """Of the size of Qwen3-Next-80B-A3B."""
+    if wide.nvrtc.refuse() is not None:
+        pytest.skip(wide.nvrtc.refuse())
+    rings = import_module("microscale.backends.triton.hopper_rings")
+    fits, other = (
+        spec_for(rings, "m16t4c4w8s3r", "mxfp4", (512, 2048, 512), SILU, (tokens, 10))
+        for tokens in (102, 103)
+    )
+    assert other is None
+    compiles(wide, source.text(fits), 48 << 10)

@@ -18,7 +18,8 @@ from typing import Any
 from microscale.backends.triton.fragments import Fragments
 from microscale.formats import Format
 
-HOPPER_SHARED = 227 << 10  # bytes that a program may use
+HOPPER_SHARED = 227 << 10  # bytes that a program may use,
+STATIC_SHARED = 48 << 10  # and of these what its text may have room for by itself
 REGISTERS = 1 << 16  # of a multiprocessor
 MULTIPROCESSORS = 132  # of an H100 or H200
 _SAMPLES = 20  # of how many routes an expert has

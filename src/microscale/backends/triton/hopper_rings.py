@@ -14,7 +14,7 @@ from torch import Tensor
 
 from microscale.activations import Activation
 from microscale.backends.triton import hopper_wide
-from microscale.backends.triton.cuts import HOPPER_SHARED, Cut
+from microscale.backends.triton.cuts import HOPPER_SHARED, STATIC_SHARED, Cut
 from microscale.backends.triton.fragments import COLUMNS, ROWS, Fragments
 from microscale.backends.triton.hopper_text import Spec
 from microscale.backends.triton.hopper_wide import Given, address, float_kind, lists_for
@@ -136,7 +136,8 @@ def spec_of(
     for part, stages in itertools.product((1, 2, 3), range(spec.stages, 1, -1)):
         steps = _steps(cuts[0].chunks // part, w13), _steps(cuts[1].chunks // part, w2)
         fitted = replace(spec, stages=stages, steps=steps)
-        if min(steps) >= _LEAST_STEPS and fitted.shared + fitted.fixed <= HOPPER_SHARED:
+        fits = fitted.fixed <= STATIC_SHARED and fitted.shared + fitted.fixed <= HOPPER_SHARED
+        if fits and min(steps) >= _LEAST_STEPS:
             return fitted
     return None
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from microscale.activations import Activation
 from microscale.backends.triton import nvrtc, routing, tiles
-from microscale.backends.triton.cuts import HOPPER_SHARED, Cut
+from microscale.backends.triton.cuts import HOPPER_SHARED, STATIC_SHARED, Cut
 from microscale.backends.triton.fragments import Fragments
 from microscale.backends.triton.hopper_text import KINDS, MOST_OF_TWO, Spec, text
 from microscale.backends.triton.routing import zeros
@@ -183,7 +183,8 @@ def experts(
     lists = lists_for(ROOMS, w13, ids, expert_map)
     listed = None if lists is None else replace(spec, **lists)  # type: ignore[arg-type]
     found: tuple[Tensor | None, ...] = (None,) * 4
-    if listed and cut.shared(w13.format, 1) + listed.lists <= HOPPER_SHARED:
+    fixed = cut.shared(w13.format, 1) - spec.shared + (listed.lists if listed else 0)
+    if listed and fixed <= STATIC_SHARED and spec.shared + fixed <= HOPPER_SHARED:
         # An expert's last tile may be partly empty, and its tokens have places for whole tiles.
         spec, count = listed, listed.most_tiles(routes)
         progress, places = zeros(2 + count, x.device), count * cut.block_m
