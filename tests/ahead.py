@@ -7,10 +7,11 @@ argument, both of which can be pickled, and later gets the result of `begun`.
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ProcessPoolExecutor
 from functools import cache
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from typing import Any
 
 import torch
@@ -24,7 +25,9 @@ def pool() -> ProcessPoolExecutor:
 
 
 def _stand_back() -> None:
-    """Tests that are at work meanwhile come first."""
+    """Tests that are at work meanwhile come first. A session of its own: what this process starts ends with it."""
+    if hasattr(os, "setsid"):
+        os.setsid()
     torch.set_num_threads(1)
     if hasattr(os, "nice"):
         os.nice(10)
@@ -43,6 +46,12 @@ def all_of(function: Callable[[Any], Any], jobs: Iterable[Any]) -> dict[Any, Any
 
 
 def end() -> None:
-    """What nobody waits for any more does not begin."""
-    if pool.cache_info().currsize:
-        pool().shutdown(cancel_futures=True)
+    """What nobody waits for any more does not begin, nor go on."""
+    if not pool.cache_info().currsize:
+        return
+    pool().shutdown(wait=False, cancel_futures=True)
+    for process in active_children():
+        try:
+            os.killpg(process.pid, signal.SIGTERM)
+        except (AttributeError, ProcessLookupError):  # not on every platform; it has no session yet
+            process.terminate()

@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 import torch
 from triton_ahead import random_bytes
 
+from ahead import begun
 from microscale.activations import GPT_OSS
 from microscale.backends.triton_rules import refuse, uncompiled, unproven
 from microscale.formats import FORMATS
@@ -128,7 +130,8 @@ def test_exponents_look_past_zero_blocks_and_nan_scales(layout: Any, name: str) 
     assert layout.pack(w).exponents == (127, 127)
 
 
-def run_on_device(interpreted: bool, selected: str = "test") -> None:
+def run_on_device(interpreted: bool, selected: str = "test") -> str:
+    """The last line that pytest prints."""
     here = Path(__file__).parent
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     environment.pop("TRITON_INTERPRET", None)
@@ -137,19 +140,31 @@ def run_on_device(interpreted: bool, selected: str = "test") -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", selected]
     command += sorted(str(file) for file in here.glob("triton_*on_device.py"))
     result = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    print(result.stdout.splitlines()[-1] if result.stdout else "it printed nothing")
     assert result.returncode == 0, result.stdout[-20000:] + result.stderr[-2000:]
+    return result.stdout.splitlines()[-1]
+
+
+def interpreted(selected: str) -> str:
+    """In a process of its own: Triton asks the environment once, when it is imported."""
+    return run_on_device(True, selected)
+
+
+PARTS = ("conformance and linear", "conformance and moe", "not conformance")
+
+
+def ahead(item: pytest.Function) -> Iterator[tuple[Callable[[str], str], str]]:
+    """What a test waits for."""
+    if item.name == "test_kernels_in_the_interpreter" and find_spec("triton") is not None:
+        yield from ((interpreted, part) for part in PARTS)
 
 
 def test_kernels_in_the_interpreter() -> None:
-    """In processes of their own, two side by side: Triton asks the environment once, when it is imported."""
     pytest.importorskip("triton", reason=NO_TRITON)
-    parts = ("conformance and linear", "conformance and moe", "not conformance")
-    with ThreadPoolExecutor(2) as pool:
-        list(pool.map(lambda part: run_on_device(True, part), parts))
+    for part in PARTS:
+        print(begun(interpreted, part).result())
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA or ROCm GPU")
 def test_kernels_on_the_gpu() -> None:
     pytest.importorskip("triton", reason=NO_TRITON)
-    run_on_device(interpreted=False)
+    print(run_on_device(interpreted=False))
