@@ -100,6 +100,7 @@ def tune_moe(name: str, fmt: Format, say: Callable[[str], None]) -> Iterator[dic
             routes, each = cuts.shares(tokens, model.top_k, model.experts)
             if next(r for r in rows if r.holds(tokens, routes, each, model.inner)) is not row:
                 continue
+            say(f"{name}, experts, row {i + 1} of {len(rows)}: {what} with {tokens} tokens")
             cell = gpu.moe_cell(model, layers[what], tokens)
             for both in _pairs(row, fmt, model, tokens, each, checked):
                 taken = timed([partial(_experts, g, cell.biases, both) for g in cell.given])
