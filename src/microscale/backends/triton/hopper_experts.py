@@ -60,7 +60,7 @@ def moe(
         )
     cut13 = cut13.of_experts(w13, activation.apart)
     cut2 = cut2.of_experts(w2)
-    # These need tokens in the order that routing finds, or where each expert's begin.
+    # These need tokens in the order that routing finds.
     direct = (m == 1 if direct is None else direct) and not (cut13.bulk or cut2.bulk)
     # Between float16 and wider activations and the kernels that read them stand others, which do not start early.
     pdl = pdl and x.dtype == torch.bfloat16

@@ -31,6 +31,9 @@ DEVICE int expert_of(const Given &a, int route) {
   return e >= 0 && e < EXPERTS ? e : -1;
 }
 
+// Whether a tile has many tokens.
+DEVICE bool is_long(int tokens) { return 3 * tokens > 2 * kTokens; }
+
 // Two numbers of tiles, of those that have many tokens and of the others.
 DEVICE int of_many(int both) { return both >> 16; }
 DEVICE int of_few(int both) { return both & 0xFFFF; }
@@ -40,8 +43,8 @@ DEVICE int of_few(int both) { return both & 0xFFFF; }
 constexpr int kFewRounds = 10;
 
 // Tiles come in the order of their first routes, in few rounds those of many tokens before the others; those of an
-// expert one after the other, with equal parts of its tokens, in eights. For FINDERS threads, the first ones, who then
-// meet the others.
+// expert one after the other, with equal parts of its tokens, see `tokens_of_each`. For FINDERS threads, the first
+// ones, who then meet the others.
 DEVICE void find_tiles(const Given &a, Lists &l) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   u32 *counts = reinterpret_cast<u32 *>(l.counts);
@@ -72,9 +75,8 @@ DEVICE void find_tiles(const Given &a, Lists &l) {
         if (w < mine) rank[p] += n;
       }
     tiles[p] = e[p] >= 0 && rank[p] == 0 ? (all[p] + kTokens - 1) / kTokens : 0;
-    each[p] = kTokens == 8 || tiles[p] == 0 ? kTokens : (all[p] + tiles[p] - 1) / tiles[p] + 7 & ~7;
-    const bool many = 3 * each[p] > 2 * kTokens;
-    place[p] = many ? tiles[p] << 16 : tiles[p];
+    each[p] = kTokens == 8 || tiles[p] == 0 ? kTokens : tokens_of_each(all[p], tiles[p]);
+    place[p] = is_long(each[p]) ? tiles[p] << 16 : tiles[p];
 #pragma unroll
     for (int off = 1; off < 32; off *= 2) {
       const int v = __shfl_up_sync(~0u, place[p], off);
@@ -94,7 +96,7 @@ DEVICE void find_tiles(const Given &a, Lists &l) {
     const int in_all = of_many(used) + of_few(used);
     if (p == 0 && threadIdx.x == 0) l.used = in_all;
     if (tiles[p] == 0) continue;
-    const bool many = 3 * each[p] > 2 * kTokens;
+    const bool many = is_long(each[p]);
     const bool rounds = in_all * (a.of[0].blocks + a.of[1].blocks) > kFewRounds * static_cast<int>(gridDim.x);
     before += place[p];
     const int end = rounds ? of_many(before) + of_few(before) : many ? of_many(before) : of_many(used) + of_few(before);

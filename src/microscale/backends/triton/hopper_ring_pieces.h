@@ -72,14 +72,9 @@ DEVICE void multiply_pieces(Sums &d, Ring &r, Ring &x, int stages, const Beside 
 
 template <int COUNT>
 DEVICE void multiply(Sums &d, Ring &r, Ring &x, int stages, const Beside &beside, int group, int tokens) {
-  constexpr int kMost = MOST / 8, kThree = kMost < 3 ? kMost : 3;
-  if (tokens <= 8) {
-    multiply_pieces<COUNT, 1>(d, r, x, stages, beside, group);
-  } else if (kMost <= 2 || tokens <= 16) {
-    multiply_pieces<COUNT, 2>(d, r, x, stages, beside, group);
-  } else if (kMost <= 3 || tokens <= 24) {
-    multiply_pieces<COUNT, kThree>(d, r, x, stages, beside, group);
-  } else {
-    multiply_pieces<COUNT, kMost>(d, r, x, stages, beside, group);
+  switch (rounded(tokens)) {
+#define PIECES(n) \
+  case n: multiply_pieces<COUNT, n / 8>(d, r, x, stages, beside, group); break;
+    EACH_SIZE(PIECES)
   }
 }

@@ -40,6 +40,11 @@ class Rings(Spec):
     chunks: int = 0
 
     @property
+    def sizes(self) -> tuple[int, ...]:
+        """Every number of eights."""
+        return tuple(range(self.most, 0, -8))
+
+    @property
     def file(self) -> str:
         return "hopper_rings.cu"
 

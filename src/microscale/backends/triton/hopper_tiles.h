@@ -17,10 +17,9 @@ DEVICE Tile experts_unit(const Given &a, int u) {
   Tile t = unit_of(a, used, u);
   if (t.tile >= used) return t;
   t.expert = load(reinterpret_cast<const int *>(a.tile_experts) + t.tile);
-  // The expert's tokens in equal parts, instead of full tiles and what is left.
   const int *ends = reinterpret_cast<const int *>(a.ends);
   const int first = t.expert ? load(ends + t.expert - 1) : 0, all = load(ends + t.expert) - first;
-  const int parts = (all + MOST - 1) / MOST, each = (all + parts - 1) / parts + 7 & ~7;
+  const int each = tokens_of_each(all, (all + MOST - 1) / MOST);
   const int part = (load(reinterpret_cast<const int *>(a.tile_starts) + t.tile) - first) / MOST;
   t.start = first + part * each;
   t.count = min(each, all - part * each);

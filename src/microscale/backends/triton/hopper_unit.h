@@ -44,6 +44,9 @@ DEVICE int rounded(int n) {
   return found;
 }
 
+// Tokens of a tile, where an expert has so many and so many tiles: equal parts, instead of full tiles and what is left.
+DEVICE int tokens_of_each(int all, int tiles) { return (all + tiles - 1) / tiles + 7 & ~7; }
+
 // The last round of units may be far from full. Then tiles of tokens, from the last one back, have smaller units of w2
 // instead, kFewer tiles a group, so many that they are a full round, and these come last. Three of them are two usual
 // ones: of an odd number one is kept, but by tiles which w13 is not done with when the round before is claimed.
