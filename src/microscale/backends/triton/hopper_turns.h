@@ -10,8 +10,8 @@ constexpr int kAtOnce = 2;   // of which so many are waited for and made visible
 
 static_assert(kTurn % kAtOnce == 0 && STAGES % kTurn == 0 && STAGES >= 2 * kAtOnce, "whole turns");
 
-// Of the tile whose products are under way and of the next one, which take turns.
-typedef u32 Decoded[2][16];
+// Of all tiles half a step, whose products are under way, and the next one, which take turns.
+typedef u32 Decoded[2][8 * EACH];
 
 // Whether steps from one on are there; `bar`: its barrier.
 DEVICE bool steps_passed(u32 bar, u32 parity) {
@@ -34,16 +34,18 @@ DEVICE void advance_turn(Ring &r) {
   if (r.bar == r.full + kEmpty) r.stage = r.first, r.bar = r.full, r.parity ^= 1;
 }
 
-// A thread's codes of a turn's tile, of E a step; `at`: its places in a stage.
+// A thread's codes of a step; `at`: its places in a stage.
 template <int E>
-DEVICE Codes load_tile(u32 turn, const Places &at, int tile) {
-  const u32 stage = turn + tile / E * kStage, codes = stage + tile % E * kTile;
-  return load_codes({codes + at.four, codes + at.more, stage + tile % E * kTileScales + at.scales});
+DEVICE void load_step(Codes (&c)[EACH], u32 stage, const Places &at) {
+#pragma unroll
+  for (int e = 0; e < E; e++)
+    c[e] = load_codes({stage + e * kTile + at.four, stage + e * kTile + at.more, stage + e * kTileScales + at.scales});
 }
 
-DEVICE void decode_tile(const Codes &c, u32 (&o)[16]) {
-  decode_half(c, 0, reinterpret_cast<u32(&)[8]>(o[0]));
-  decode_half(c, 1, reinterpret_cast<u32(&)[8]>(o[8]));
+template <int E>
+DEVICE void decode_halves(const Codes (&c)[EACH], int half, u32 (&o)[8 * EACH]) {
+#pragma unroll
+  for (int e = 0; e < E; e++) decode_half(c[e], half, reinterpret_cast<u32(&)[8]>(o[8 * e]));
 }
 
 // d = w @ x of all columns, of E tiles.
@@ -51,7 +53,6 @@ DEVICE void decode_tile(const Codes &c, u32 (&o)[16]) {
 // Codes are loaded a tile before they are decoded, while products are under way.
 template <int N, int E>
 DEVICE void multiply(Sums &d, Decoded &pairs, const Given &a, const Tile &t, int side, Ring &r) {
-  constexpr int kTilesOfTurn = kTurn * E;  // that a group multiplies
   const bool speaks = threadIdx.x % 32 == 0;
   const int chunks = operands(a, t).chunks, first_tile = side * E;
   Places at = places_from(first_tile);
@@ -59,8 +60,9 @@ DEVICE void multiply(Sums &d, Decoded &pairs, const Given &a, const Tile &t, int
   keep_apart(at, first, stage);
   steps_there(r.bar, r.parity, false);
   u64 x = descriptor(r.stage);
-  decode_tile(load_tile<E>(stage, at, 0), pairs[0]);
-  Codes next = load_tile<E>(stage, at, 1);
+  Codes codes[EACH];
+  load_step<E>(codes, stage, at);
+  decode_halves<E>(codes, 0, pairs[0]);
 #if BLOCKS
   const float *ratios[EACH];
   float ratio[EACH];
@@ -78,41 +80,42 @@ DEVICE void multiply(Sums &d, Decoded &pairs, const Given &a, const Tile &t, int
     u64 then = x;
     u32 later = stage;
 #pragma unroll
-    for (int tile = 0; tile < kTilesOfTurn; tile++) {
-      const int step = tile / E, e = tile % E, loaded = tile + 2;
-      if (e == 0 && step && done + step == chunks) break;
+    for (int part = 0; part < 2 * kTurn; part++) {
+      const int step = part / 2, half = part % 2, next = step + 1;
+      if (half == 0 && step && done + step == chunks) break;
 #if BLOCKS
-      if (e == 0 && (done + step) % 2 == 0) {  // two steps are a block
+      if (half == 0 && (done + step) % 2 == 0) {  // two steps are a block
         products_wait<0>();
         rescale<N, E>(d, ratio);
 #pragma unroll
         for (int i = 0; i < E; i++) ratio[i] = __ldg(ratios[i] + (done + step) / 2 + 1);
       }
 #endif
-      if (loaded == kTilesOfTurn && more) {
+      if (half && next == kTurn && more) {
         later = r.bar + 8 * kTurn == r.full + kEmpty ? first : stage + kTurn * kStage;
         advance_turn(r);
         then = descriptor(r.stage);
       }
       // Of this turn or of the next one, and asked before it is looked at.
-      const bool here = loaded < kTilesOfTurn, waits = loaded % (kAtOnce * E) == 0 && (here || more);
-      const u32 next_bar = here ? bar + 8 * (loaded / E) : r.bar + 8 * (loaded / E - kTurn);
+      const bool here = next < kTurn, waits = half && next % kAtOnce == 0 && (here || more);
+      const u32 next_bar = here ? bar + 8 * next : r.bar;
       const u32 next_parity = here ? parity : r.parity;
       const bool there = waits && steps_passed(next_bar, next_parity);
-      const u32(&w)[16] = pairs[tile % 2];
       products_begin();
 #pragma unroll
-      for (int i = 0; i < 4; i++)
-        Product<N>::add(d[e], &w[4 * i], x + step * (kStage / 16) + 2 * i, BLOCKS || i || step || done);
+      for (int i = 0; i < 2; i++)
+#pragma unroll
+        for (int e = 0; e < E; e++)
+          Product<N>::add(d[e], &pairs[half][8 * e + 4 * i], x + step * (kStage / 16) + 4 * half + 2 * i,
+                          BLOCKS || half || i || step || done);
       products_end();
       if (waits) steps_there(next_bar, next_parity, there);
       // Behind the last step what nobody needs is loaded and decoded.
-      const Codes codes = next;
-      next = load_tile<E>(here ? stage : later, at, loaded % kTilesOfTurn);
+      if (half) load_step<E>(codes, here ? stage + next * kStage : later, at);
       // All products but these are done, and with the registers that are decoded into now.
       products_wait<1>();
-      if (e == 0 && (step || done) && speaks) barrier_arrive(step ? bar + kEmpty + 8 * (step - 1) : before);
-      decode_tile(codes, pairs[(tile + 1) % 2]);
+      if (half == 0 && (step || done) && speaks) barrier_arrive(step ? bar + kEmpty + 8 * (step - 1) : before);
+      decode_halves<E>(codes, 1 - half, pairs[1 - half]);
     }
     before = bar + kEmpty + 8 * (kTurn - 1), x = then, stage = later;
   }
