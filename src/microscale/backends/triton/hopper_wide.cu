@@ -115,11 +115,9 @@ DEVICE Tile publish(const Given &a, Units &n, int &claimed) {
   return n.tiles[slot];
 }
 
-// The first group of warps.
-DEVICE void copy(const Given &a, Ring r, Units n) {
+// The first group of warps; `claimed`: as `publish` has it.
+DEVICE void copy(const Given &a, Ring r, Units n, int claimed) {
   r.parity = 1;
-  int claimed = 0;
-  if (threadIdx.x == 0) claimed = claim(a.progress);
   for (;;) {
     const Tile t = publish(a, n, claimed);
     if (t.expert < 0) break;
@@ -234,10 +232,11 @@ extern "C" __global__ void __launch_bounds__(128 + 128 * USERS, 1) KERNEL(const 
   }
   __syncthreads();
   wait_ahead();  // weights and biases may be new, too
+  const int claimed = threadIdx.x == 0 ? claim(a.progress) : 0;  // which takes as long as to find tiles
   find(a);
   if (threadIdx.x < 128) {
     fewer_registers<COPY_REGISTERS>();
-    copy(a, r, n);
+    copy(a, r, n, claimed);
   } else {
     more_registers<USE_REGISTERS>();
     use(a, r, n, routes, shares);
