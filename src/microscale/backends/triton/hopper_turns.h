@@ -1,5 +1,5 @@
 // The loop of `hopper_wide.cu` over a unit's steps where three groups of warps or more multiply: kTurn steps in a turn,
-// and products of a whole step of a tile at a time. `hopper_unit.h` and `hopper_steps.h` come before it.
+// and products of half a step of all tiles at a time. `hopper_unit.h` and `hopper_steps.h` come before it.
 //
 // With so many groups what counts is how many instructions there are: a scheduler has few to spare beside products. So
 // all of a turn lies a constant behind its beginning, in stages as well: of a unit's last turn some come with nothing
