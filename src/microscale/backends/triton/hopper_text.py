@@ -55,7 +55,7 @@ class Spec:
     limit: bool = False
     routes: int = 0
     known: int = 0
-    id_bytes: int = 8
+    id_bytes: int = 0
     map_bytes: int = 0
 
     @property

@@ -50,7 +50,7 @@ DEVICE void decode_halves(const Codes (&c)[EACH], int half, u32 (&o)[8 * EACH]) 
 
 // d = w @ x of all columns, of E tiles.
 //
-// Codes are loaded a tile before they are decoded, while products are under way.
+// Codes of a step are loaded, and their first halves decoded, while the second halves of the one before are multiplied.
 template <int N, int E>
 DEVICE void multiply(Sums &d, Decoded &pairs, const Given &a, const Tile &t, int side, Ring &r) {
   const bool speaks = threadIdx.x % 32 == 0;

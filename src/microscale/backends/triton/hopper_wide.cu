@@ -232,7 +232,8 @@ extern "C" __global__ void __launch_bounds__(128 + 128 * USERS, 1) KERNEL(const 
   }
   __syncthreads();
   wait_ahead();  // weights and biases may be new, too
-  const int claimed = threadIdx.x == 0 ? claim(a.progress) : 0;  // which takes as long as to find tiles
+  // Takes as long as to find tiles.
+  const int claimed = threadIdx.x == 0 ? claim(a.progress) : 0;
   find(a);
   if (threadIdx.x < 128) {
     fewer_registers<COPY_REGISTERS>();

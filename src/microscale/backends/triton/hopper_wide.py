@@ -176,19 +176,19 @@ def experts(
     blocks = -(-inner // (64 * cut.users)) if apart else -(-w13.tiles // cut.tiles), -(-w2.tiles // cut.tiles)
     if cut.users > 2 and cut.stages % 2:
         cut = replace(cut, stages=max(cut.stages - 1, 4))
+    lists = lists_for(ROOMS, w13, ids, expert_map) or {}
     spec = spec_of(
         True, (w13, w2), cut, bias=tuple(map(float_kind, biases)), weights=float_kind(weights), top_k=weights.shape[1],
-        kind=activation.kind, gated=gated, apart=apart, limit=activation.limit is not None,
+        kind=activation.kind, gated=gated, apart=apart, limit=activation.limit is not None, **lists,
     )  # fmt: skip
-    lists = lists_for(ROOMS, w13, ids, expert_map)
-    listed = None if lists is None else replace(spec, **lists)  # type: ignore[arg-type]
     found: tuple[Tensor | None, ...] = (None,) * 4
-    fixed = cut.shared(w13.format, 1) - spec.shared + (listed.lists if listed else 0)
-    if listed and fixed <= STATIC_SHARED and spec.shared + fixed <= HOPPER_SHARED:
+    fixed = cut.shared(w13.format, 1) - spec.shared + spec.lists
+    if lists and fixed <= STATIC_SHARED and spec.shared + fixed <= HOPPER_SHARED:
         # An expert's last tile may be partly empty, and its tokens have places for whole tiles.
-        spec, count = listed, listed.most_tiles(routes)
+        count = spec.most_tiles(routes)
         progress, places = zeros(2 + count, x.device), count * cut.block_m
     else:
+        spec = replace(spec, routes=0, known=0, id_bytes=0, map_bytes=0) if lists else spec
         table = routing.route(ids, expert_map, w13.shape[0], cut.block_m, pdl)
         found = (table.tile_experts, table.tile_starts, table.ends, table.order)
         count, progress, places = table.count, table.progress, routes
