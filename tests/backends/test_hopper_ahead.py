@@ -199,12 +199,12 @@ def test_the_loop_for_a_few_tokens_waits_for_nothing_but_the_matrix_unit(
 
 def serialized(ptx: str) -> str:
     """What ptxas says if it lets no two products be under way; that is all that tells of it, but for the time."""
-    from triton.knobs import nvidia
+    from triton.backends.nvidia.compiler import get_ptxas
 
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "kernel.ptx")
         source.write_text(ptx)
-        command = [nvidia.ptxas.path, "-v", "--gpu-name=sm_90a", source, "-o", Path(folder, "kernel.cubin")]
+        command = [get_ptxas(90).path, "-v", "--gpu-name=sm_90a", source, "-o", Path(folder, "kernel.cubin")]
         said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     return "\n".join(line for line in said.splitlines() if "serialized" in line)
 

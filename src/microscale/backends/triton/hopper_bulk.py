@@ -13,8 +13,9 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
 
+from microscale.backends.triton.gluon_names import barrier, load_box
 from microscale.backends.triton.hopper_decode import (
     accumulator,
     bits_of,
@@ -24,7 +25,6 @@ from microscale.backends.triton.hopper_decode import (
 )
 from microscale.backends.triton.hopper_fetch import fetch
 from microscale.backends.triton.hopper_loop import (
-    barrier,
     next_slot,
     ratio_at,
     ratio_pointers,
@@ -122,10 +122,10 @@ def _expect(bars, copy, slot, COPIES, BLOCK_M: gl.constexpr, C: gl.constexpr):
 def _copy(xs, bars, x, row, copy, slot, COPIES, BLOCK_M: gl.constexpr, C: gl.constexpr):
     here = copy < COPIES
     column = copy * (_copied(C, BLOCK_M) * 64)
-    tma.async_copy_global_to_shared(x[0], [row, column], bars.index(slot), xs[0].index(slot), pred=here)
+    load_box(x[0], [row, column], bars.index(slot), xs[0].index(slot), pred=here)
     if rest_of(BLOCK_M):
         row = row + main_of(BLOCK_M)
-        tma.async_copy_global_to_shared(x[1], [row, column], bars.index(slot), xs[1].index(slot), pred=here)
+        load_box(x[1], [row, column], bars.index(slot), xs[1].index(slot), pred=here)
 
 
 @gluon.constexpr_function

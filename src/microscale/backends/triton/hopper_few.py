@@ -10,6 +10,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warpgroup_mma_wait
 
+from microscale.backends.triton.gluon_names import barrier, load_shared, reinterpret
 from microscale.backends.triton.hopper_decode import (
     accumulator,
     bits_of,
@@ -17,7 +18,7 @@ from microscale.backends.triton.hopper_decode import (
     scales_layout,
     words_layout,
 )
-from microscale.backends.triton.hopper_loop import barrier, scale_words, tile_of, wide_rows
+from microscale.backends.triton.hopper_loop import scale_words, tile_of, wide_rows
 
 
 @gluon.constexpr_function
@@ -154,9 +155,9 @@ def _copy_tokens(
     tp = x + rows[:, None] * K + column[None, :]
     for i in gl.static_range(COPIES):
         mask = real[:, None] & (i * WIDTH + column < K)[None, :]
-        async_copy.async_copy_global_to_shared(xs.index(i), tp + i * WIDTH, mask=mask)
+        load_shared(xs.index(i), tp + i * WIDTH, mask=mask)
     async_copy.commit_group()
-    return xs._reinterpret(gl.bfloat16, [HELD * WIDTH // (C * 64), BLOCK_M, C * 64], STEP)
+    return reinterpret(xs, gl.bfloat16, [HELD * WIDTH // (C * 64), BLOCK_M, C * 64], STEP)
 
 
 @gluon.jit

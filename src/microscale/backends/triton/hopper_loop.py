@@ -12,6 +12,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warpgroup_mma_wait
 
+from microscale.backends.triton.gluon_names import barrier, load_shared
 from microscale.backends.triton.hopper_decode import (
     accumulator,
     bits_of,
@@ -19,9 +20,6 @@ from microscale.backends.triton.hopper_decode import (
     scales_layout,
     words_layout,
 )
-
-# Triton 3.7 gave it another name.
-barrier = gl.thread_barrier if hasattr(gl, "thread_barrier") else gl.barrier
 
 
 @gluon.constexpr_function
@@ -113,7 +111,7 @@ def _copy(
         LAYOUT: gl.constexpr = gl.BlockedLayout([1, WIDTH], [32, 1], [gl.num_warps(), 1], [1, 0])
         i = gl.arange(0, T * C * ROWS, gl.SliceLayout(1, LAYOUT))
         mask = (step * C + i // ROWS % C < CHUNKS)[:, None]
-    async_copy.async_copy_global_to_shared(buffer.index(slot), pointer + step * (C * STRIDE), mask=mask)
+    load_shared(buffer.index(slot), pointer + step * (C * STRIDE), mask=mask)
 
 
 @gluon.jit
@@ -139,7 +137,7 @@ def copy_weights(
         LAYOUT: gl.constexpr = gl.BlockedLayout([4], [32], [gl.num_warps()], [0])
         j = gl.arange(0, T * C * 32 * WORDS, LAYOUT)
         mask = step * C + j // (32 * WORDS) % C < CHUNKS
-    async_copy.async_copy_global_to_shared(ss.index(slot), sp + step * (C * 32 * WORDS), mask=mask)
+    load_shared(ss.index(slot), sp + step * (C * 32 * WORDS), mask=mask)
 
 
 @gluon.jit
@@ -153,9 +151,7 @@ def _copy_tokens(
         TOKENS: gl.constexpr = gl.BlockedLayout([1, 8], [4 // C, 8 * C], [WARPS, 1], [1, 0])
         mask = (step * (C * 64) + gl.arange(0, C * 64, gl.SliceLayout(0, TOKENS)) < K)[None, :]
     for p in gl.static_range(PARTS):
-        async_copy.async_copy_global_to_shared(
-            xs.index(slot * PARTS + p), token_pointers + (p * K + step * (C * 64)), mask=mask
-        )
+        load_shared(xs.index(slot * PARTS + p), token_pointers + (p * K + step * (C * 64)), mask=mask)
 
 
 @gluon.jit
