@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import tma
@@ -13,16 +12,6 @@ barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 _before = "async_copy_global_to_shared"
 load_shared = getattr(async_copy, "async_load", None) or getattr(async_copy, _before)
 load_box = getattr(tma, "async_load", None) or getattr(tma, _before)
-
-
-if hasattr(gl.shared_memory_descriptor, "reinterpret"):
-
-    @gluon.jit
-    def reinterpret(memory, DTYPE: gl.constexpr, SHAPE: gl.constexpr, LAYOUT: gl.constexpr):
-        """The same bytes of shared memory in another shape and layout; so since 3.9."""
-        return memory.reinterpret(DTYPE, SHAPE, LAYOUT)
-else:
-
-    @gluon.jit
-    def reinterpret(memory, DTYPE: gl.constexpr, SHAPE: gl.constexpr, LAYOUT: gl.constexpr):
-        return memory._reinterpret(DTYPE, SHAPE, LAYOUT)
+# Since 3.9: the same bytes of shared memory in another shape and layout.
+_descriptor = gl.shared_memory_descriptor
+reinterpret = getattr(_descriptor, "reinterpret", None) or _descriptor._reinterpret
