@@ -75,27 +75,24 @@ def decoder(element: Element, scale: str) -> str:
     count, integer = placement.words(element.name), element.exponent_bits == 0
     values = [v * 64 if integer else v for v in element.values]
     table = ", ".join(f"{v!r}f" if abs(v) < 1e30 else "0.0f" for v in map(float, values))
-    rows = ", ".join(f"{{{p}, {h}, {w}, {m}, {s}}}" for p, h, w, m, s in placement.places(element.name))
+    rows = ", ".join(f"{{{p}, {h}, {w}, {m}, {s}}}" for p, h, w, m, s in placement.taken(element.name))
+    joined = ", w0 + (w1 << 2)" if placement.sums(element.name) else ""
     words = ", ".join(f"w{i}" for i in range(count))
     args = ", ".join(f"u32 w{i}" for i in range(count))
     if scale == "e4m3":
-        byte = "(q ? s >> (7 + 16 * odd) | (odd ? s << 9 : 0) : s >> 16 * odd) >> 4 & 0x7F"
-        factor = f"std::ldexp(kE4m3[{byte}], -16)"
+        field = "(q ? s << 8 | s >> 24 : s) >> (odd ? 20 : 4) & 0xFF"
+        factor = f"static_cast<double>(wide_float(0x7000 | ({field}) << 4)) * std::ldexp(1.0, -126)"
     else:
         missing = 0 if integer else element.bias - 127
         factor = f"std::ldexp(static_cast<double>(wide_float(s >> 16 * odd & 0xFFFF)), {missing})"
-    e4m3 = ", ".join(
-        f"{v!r}" if v == v else "0" for v in map(float, FORMATS["mxfp8_e4m3"].element.values[:128])
-    )
     return f"""
-static const double kE4m3[] = {{{e4m3}}};
 static const struct {{ int pair, half, word; u32 mask; int shift; }} kPlaces[] = {{{rows}}};
 static const float kValues[] = {{{table}}};
 static void decode_group(u32 (&o)[8], {args}, u32 s) {{
-  const u32 words[] = {{{words}}};
+  const u32 words[] = {{{words}{joined}}};
   u32 codes[8][2] = {{}};
   for (const auto &p : kPlaces)
-    codes[p.pair][p.half] |= (p.shift >= 0 ? words[p.word] >> p.shift : words[p.word] << -p.shift) & p.mask;
+    codes[p.pair][p.half] ^= (p.shift >= 0 ? words[p.word] >> p.shift : words[p.word] << -p.shift) & p.mask;
   for (int pair = 0; pair < 8; pair++) {{
     const int odd = pair % 2, q = pair / 4;
     (void)q;

@@ -90,6 +90,19 @@ def test_block_scales_are_powers_of_two_and_ratios(layout: Any) -> None:
     assert not fragments.suits(w)
 
 
+def drawn(placement: Any, words: Any, element: str, shifts: Any, mask: int) -> torch.Tensor:
+    """What `placement.moves` says of a pair, of words in int64."""
+    held = [*words]
+    if placement.words(element) == 2:
+        held.append(held[0] + 4 * held[1] & 0xFFFFFFFF)
+    elif placement.words(element) == 3:
+        held.append(held[0] & placement.CHOSEN | held[1] << 2 & (0xFFFFFFFF ^ placement.CHOSEN))
+    found = torch.zeros_like(held[0])
+    for word, left, wraps in shifts:
+        found = found ^ held[word] << left ^ (held[word] >> 32 - left if wraps else 0)
+    return found & mask
+
+
 @pytest.mark.parametrize("name", [n for n, f in FORMATS.items() if f.scale != "e4m3"])
 def test_the_hopper_kernels_decode_what_fragments_holds(layout: Any, name: str) -> None:
     """The kernel's rotations and masks, bit for bit, on integers: every code comes out where wgmma wants it."""
@@ -105,12 +118,8 @@ def test_the_hopper_kernels_decode_what_fragments_holds(layout: Any, name: str) 
         rest = packed[..., 512:].unflatten(2, (4, 8, 4, 2, -1))
         words = torch.cat((packed[..., :512].unflatten(2, (4, 8, 4, 2, 2)), rest), -1)
 
-    def rotated(v: torch.Tensor, left: int) -> torch.Tensor:
-        return (v << left | v >> 32 - left) & 0xFFFFFFFF
-
     found = [
-        sum(rotated(words[..., word], left) & mask for word, left, mask in pair)
-        for pair in placement.moves(element.name)
+        drawn(placement, words.unbind(-1), element.name, *pair) for pair in placement.moves(element.name)
     ]
     bits = torch.stack(found, -1)
     halves = torch.stack((bits << 16 & 0xFFFFFFFF, bits & 0xFFFF0000), -1)
@@ -148,7 +157,8 @@ def executed(text: str, held: dict[str, torch.Tensor]) -> dict[str, torch.Tensor
     for line in filter(None, text.splitlines()):
         operation, rest = line.strip(";").split(" ", 1)
         name, *words = [word.strip() for word in rest.split(",")]
-        a, b, *more = [held[w] if w in held else torch.tensor(int(w, 0)) for w in words]
+        a, *others = [held[w] if w in held else torch.tensor(int(w, 0)) for w in words]
+        b, more = (others[0], others[1:]) if others else (a, [])
         if operation == "shl.b32":
             found = a << b
         elif operation == "shf.l.wrap.b32":
@@ -156,6 +166,10 @@ def executed(text: str, held: dict[str, torch.Tensor]) -> dict[str, torch.Tensor
             found = a << more[0] | a >> 32 - more[0]
         elif operation == "and.b32":
             found = a & b
+        elif operation == "mov.b32":
+            found = a
+        elif operation == "mad.lo.u32":
+            found = a * b + more[0]
         elif operation == "lop3.b32":
             found = torch.zeros_like(a | b | more[0])
             for i in range(8):
@@ -170,19 +184,34 @@ def executed(text: str, held: dict[str, torch.Tensor]) -> dict[str, torch.Tensor
 
 @pytest.mark.parametrize("element", sorted({fmt.element.name for fmt in FORMATS.values()}))
 def test_the_instructions_bring_codes_to_bfloat16(layout: Any, element: str) -> None:
-    """As `placement` says, for random words; the instructions for 4 bits are written out, and must agree with it."""
+    """As `placement` says, for random words."""
     decode = import_module("microscale.backends.triton.hopper_decode")
     placement = import_module("microscale.backends.triton.placement")
     names = [f"w{i}" for i in range(placement.words(element))]
     words = torch.randint(2**32, (len(names), 1000), dtype=torch.int64)
     held = executed(decode._unpacking(element, names), dict(zip(names, words, strict=True)))
     for pair, name in zip(placement.moves(element), decode._PAIRS, strict=True):
-        wanted = sum((words[i] << left | words[i] >> 32 - left) & 0xFFFFFFFF & mask for i, left, mask in pair)
+        wanted = drawn(placement, words, element, *pair)
         if element == "int8":  # integers from -128 to 127 as bfloat16, both halves
             halves = torch.stack((wanted & 0xFF, wanted >> 16 & 0xFF))
             values = (halves - (halves >> 7 << 8)).bfloat16().view(torch.int16).long() & 0xFFFF
             wanted = values[0] | values[1] << 16
         assert torch.equal(held[name], wanted), name
+
+
+def test_the_instructions_bring_scales_of_nvfp4_to_bfloat16(layout: Any) -> None:
+    """Every scale in every place of a word, times what codes and the rows' factor miss."""
+    decode = import_module("microscale.backends.triton.hopper_decode")
+    fragments = import_module("microscale.backends.triton.fragments")
+    fmt = FORMATS["nvfp4"]
+    given = torch.stack([torch.arange(1, 127).roll(i) for i in range(4)], -1).to(torch.uint8)
+    scales = given.view(63, 2, 4).repeat_interleave(32, 0).flatten(0, 1)  # a tile for each two rows
+    words = fragments._scale_words(scales, fmt).view(63, 32, 2)[:, :, 0].long() & 0xFFFFFFFF
+    held = executed(decode._E4M3.replace(".reg .b32 same;", "").format("w"), {"w": words})
+    wanted = scales.view(63, 32, 2, 4).view(torch.float8_e4m3fn).to(torch.bfloat16) * 2.0**110
+    for block, name in enumerate("st"):
+        halves = torch.stack((held[name] & 0xFFFF, held[name] >> 16), -1)
+        assert torch.equal(halves, wanted[..., block].view(torch.int16).long()), name
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)

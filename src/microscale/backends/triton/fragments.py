@@ -6,8 +6,8 @@ of each thread lie one after the other, so that a load is as wide as it gets. Ro
 in one thread, so that a gate meets its up. `placement` says which bit is where.
 
 MX scales are bfloat16 exponents that have what the elements miss besides (4 bits: 2^126), so that one product puts both
-in. NVFP4's stay E4M3 without the sign bit. Of block FP8's, which are float32, the power of two goes in like an MX
-scale, and what is left, 1 to 2, waits for the sums: see `ratios`.
+in. NVFP4's are eight bits of such a bfloat16, the others of which are always the same. Of block FP8's, which are
+float32, the power of two goes in like an MX scale, and what is left, 1 to 2, waits for the sums: see `ratios`.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 
 import torch
 from torch import Tensor
 
 from microscale.backends.triton import layout
-from microscale.backends.triton.placement import places, words
+from microscale.backends.triton.placement import FREE, changes, sums, taken, words
 from microscale.elements import pack_codes, unpack_codes
 from microscale.formats import Element, Format
 from microscale.quant import CHUNK, QuantTensor
@@ -45,6 +45,8 @@ class Fragments:
             scale; None elsewhere.
         row_scale: float32 [E, N], the tensor scale spread over rows times `NVFP4_REST`; None without one.
         tensor_scale, block_scales: as they came, for `unpack`; None where there are none.
+        unscaled: of NVFP4, blocks whose scale is 0, which no factor of the kernel's is, and whose codes are not: which
+            ones, and these codes for `unpack`, uint8 [., 8]; `codes` has zeros there. None without any.
     """
 
     format: Format
@@ -56,6 +58,7 @@ class Fragments:
     tensor_scale: Tensor | None
     ratios: Tensor | None = None
     block_scales: Tensor | None = None
+    unscaled: tuple[Tensor, Tensor] | None = None
 
     @property
     def tiles(self) -> int:
@@ -125,7 +128,9 @@ def pack(w: QuantTensor) -> Fragments:
         ratios = torch.cat(
             (torch.ones_like(rest[..., :1]), rest[..., :-1] / rest[..., 1:], rest[..., -1:]), -1
         )
-    whole = w.codes.reshape(experts, n, -1)
+    whole, unscaled = w.codes.reshape(experts, n, -1), None
+    if fmt.scale == "e4m3":
+        whole, unscaled = _scaled_only(whole, scales)
     # A part at a time, since codes take 8 times as much on their way; of many experts, since each part is a hundred
     # small kernels, which the host takes longer to launch than the device to run.
     height, count = max(_AT_ONCE // (k * ROWS), 1), max(_AT_ONCE // (k * n), 1)
@@ -145,7 +150,17 @@ def pack(w: QuantTensor) -> Fragments:
     if w.tensor_scale is not None:
         row_scale = w.tensor_scale.expand(w.shape[:-1]).reshape(experts, n) * NVFP4_REST
     given = scales.contiguous() if fmt.scale == "f32" else None
-    return Fragments(fmt, w.shape, w.rule, codes, packed, row_scale, w.tensor_scale, ratios, given)
+    return Fragments(fmt, w.shape, w.rule, codes, packed, row_scale, w.tensor_scale, ratios, given, unscaled)
+
+
+def _scaled_only(codes: Tensor, scales: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+    """NVFP4's codes with zeros of the same sign where the scale is 0, and `Fragments.unscaled`."""
+    blocks, which = codes.reshape(scales.numel(), -1), (scales.flatten() == 0).nonzero().flatten()
+    which = which[(blocks[which] & 0x77 != 0).any(1)]
+    if which.numel() == 0:
+        return codes, None
+    there = blocks[which]
+    return blocks.index_put((which,), there & 0x88).view(codes.shape), (which, there)
 
 
 def _split(scales: Tensor, element: Element) -> tuple[Tensor, Tensor]:
@@ -168,11 +183,14 @@ def unpack(packed: Fragments) -> QuantTensor:
     for c, s in zip(packed.codes, held, strict=True):
         codes.append(pack_codes(_codes(c, fmt.element)[:n, :k].contiguous(), fmt.element.bits))
         scales.append(s if fmt.scale == "f32" else _scales(s, fmt)[:n, : -(-k // fmt.block[1])])
-    shape = packed.shape[:-2]
+    shape, whole = packed.shape[:-2], torch.stack(codes)
+    if packed.unscaled is not None:
+        which, there = packed.unscaled
+        whole.view(-1, there.shape[1])[which] = there
     return QuantTensor(
         fmt,
         packed.shape,
-        torch.stack(codes).view(*shape, n, -1),
+        whole.view(*shape, n, -1),
         torch.stack(scales).reshape(*shape, *fmt.scale_shape(n, k)),
         packed.tensor_scale,
         packed.rule,
@@ -197,13 +215,34 @@ def _code_words(codes: Tensor, element: Element) -> Tensor:
     c = codes.view(tiles, *_ROWS, chunks, *_COLUMNS)
     # -> tile, chunk, warp, g, t, p, then pair (q, h, odd row), half
     c = c.permute(0, 4, 1, 2, 8, 5, 6, 7, 3, 9).reshape(tiles, chunks, 4, 8, 4, 2, 8, 2).to(torch.int32)
-    w = torch.zeros(*c.shape[:-2], count, dtype=torch.int32, device=c.device)
-    for pair, half, word, mask, shift in places(element.name):
-        w[..., word] |= _shifted(c[..., pair, half] & mask, shift)
+    table = _table(element).to(c.device)
+    w = torch.zeros(*c.shape[:-2], table.shape[2], dtype=torch.int32, device=c.device)
+    for some, code in zip(table, c.flatten(-2).unbind(-1), strict=True):
+        w ^= some[code]
+    if sums(element.name):
+        w = _settled(*w.unbind(-1))
     if count == 4:  # of each thread the words of p = 0, then those of p = 1
         return w.movedim(5, 2).reshape(tiles, chunks, -1)
     # Two words of each p of each thread; then of 6 bits the third ones.
     return torch.cat((w[..., :2].flatten(2), w[..., 2:].flatten(2)), 2)
+
+
+@cache
+def _table(element: Element) -> Tensor:
+    """int32 [16, codes there are, words]: what each code of a group, pair by pair, changes in the group's words."""
+    changed = torch.tensor(changes(element.name)).to(torch.int32).view(16, element.bits, -1)
+    table = torch.zeros(16, 1, changed.shape[2], dtype=torch.int32)
+    for i in range(element.bits):
+        table = torch.cat((table, table ^ changed[:, i : i + 1]), 1)
+    return table
+
+
+def _settled(first: Tensor, second: Tensor, wanted: Tensor) -> Tensor:
+    """Two words of 4 bits: what there is of them, with the bits that are free, so that their sum has what it shall."""
+    for start in FREE:
+        free = (wanted >> start) - (first + (second << 2) >> start)
+        first, second = first | (free & 3) << start, second | (free >> 2 & 3) << start
+    return torch.stack((first, second), -1)
 
 
 def _codes(packed: Tensor, element: Element) -> Tensor:
@@ -217,9 +256,12 @@ def _codes(packed: Tensor, element: Element) -> Tensor:
             packed[..., 512:].unflatten(2, (4, 8, 4, 2, -1)),
         )
         w = torch.cat(parts, -1)
+    held = [*w.unbind(-1)]
+    if sums(element.name):
+        held.append(held[0] + (held[1] << 2))
     c = torch.zeros(*w.shape[:-1], 8, 2, dtype=torch.uint8, device=w.device)
-    for pair, half, word, mask, shift in places(element.name):
-        c[..., pair, half] |= (_shifted(w[..., word], -shift) & mask).to(torch.uint8)
+    for pair, half, word, mask, shift in taken(element.name):
+        c[..., pair, half] ^= (_shifted(held[word], -shift) & mask).to(torch.uint8)
     c = c.view(tiles, chunks, 4, 8, 4, 2, 2, 2, 2, 2)  # tile, chunk, warp, g, t, p, q, h, odd row, odd column
     return c.permute(0, 2, 3, 8, 1, 5, 6, 7, 4, 9).reshape(tiles * ROWS, chunks * COLUMNS)
 
@@ -233,6 +275,17 @@ def _exponents(scales: Tensor, element: Element) -> Tensor:
     return scales.to(torch.int32) + missing & 255
 
 
+@cache
+def _e4m3_fields() -> Tensor:
+    """int32 [127]: of E4M3 bytes without a sign eight bits of the bfloat16 that codes are multiplied with, ascending.
+
+    That is the scale times 2^126, which codes miss, but for `NVFP4_REST`: 0x7000 and these bits times 16. Not of a
+    scale of 0, whose bits are 0: see `Fragments.unscaled`.
+    """
+    scales = torch.arange(127, dtype=torch.uint8).view(torch.float8_e4m3fn).to(torch.bfloat16)
+    return (scales * (2.0**126 / NVFP4_REST)).view(torch.int16).to(torch.int32) >> 4 & 255
+
+
 def _scale_words(scales: Tensor, fmt: Format) -> Tensor:
     """uint8 [tiles * 64, blocks] -> int32 [tiles, chunks, 32 or 64]."""
     blocks = COLUMNS // fmt.block[1]
@@ -244,8 +297,9 @@ def _scale_words(scales: Tensor, fmt: Format) -> Tensor:
         pairs = s[..., 0] << 7 | s[..., 1] << 23
         packed = pairs[..., :1] | _rotated(pairs[..., 1:], -8)
     else:
+        s = _e4m3_fields().to(s.device)[s]
         pairs = s[..., 0] << 4 | s[..., 1] << 20
-        packed = pairs[..., 0::2] | _rotated(pairs[..., 1::2], 7)
+        packed = pairs[..., 0::2] | _rotated(pairs[..., 1::2], -8)
     return packed.flatten(2)
 
 
@@ -258,8 +312,9 @@ def _scales(packed: Tensor, fmt: Format) -> Tensor:
         s = torch.stack((pairs >> 7 & 255, pairs >> 23 & 255), -1)
         s = s - int(_exponents(torch.zeros((), dtype=torch.uint8), fmt.element)) & 255
     else:
-        pairs = torch.stack((w, _rotated(w, -7)), -1).flatten(-2)
-        s = torch.stack((pairs >> 4 & 127, pairs >> 20 & 127), -1)
+        pairs = torch.stack((w, _rotated(w, 8)), -1).flatten(-2)
+        fields = torch.stack((pairs >> 4 & 255, pairs >> 20 & 255), -1)
+        s = torch.searchsorted(_e4m3_fields().to(w.device), fields, out_int32=True)
     return s.permute(0, 2, 3, 5, 1, 4).reshape(tiles * ROWS, -1).to(torch.uint8)
 
 

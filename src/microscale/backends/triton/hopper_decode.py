@@ -5,32 +5,13 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from microscale.backends.triton.placement import LANDS, moves, words
+from microscale.backends.triton.placement import CHOSEN, LANDS, moves, sums, words
 
 # Of 16 codes, pairs 0 to 7. The even ones belong to an even row, the odd ones to the row after it; the first four lie
 # in the first half of 32 columns.
 _PAIRS = "abcdefuv"
 _SCALE_OF = ("even0", "odd0") * 2 + ("even1", "odd1") * 2
 
-# Codes of 4 bits, and what 6 bits have in common with them: as `moves` says, but for a step that two pairs share.
-_FOUR = """
-shl.b32 b, {0}, 6;
-shf.l.wrap.b32 c, {0}, {0}, 10;
-shl.b32 e, {1}, 6;
-shf.l.wrap.b32 f, {1}, {1}, 10;
-shl.b32 z, {1}, 2;
-lop3.b32 z, 0x0C180C18, {0}, z, 0xCA;
-shl.b32 u, z, 2;
-shf.l.wrap.b32 v, z, z, 12;
-and.b32 a, {0}, 0x81C081C0;
-and.b32 b, b, 0x81C081C0;
-and.b32 c, c, 0x81C081C0;
-and.b32 d, {1}, 0x81C081C0;
-and.b32 e, e, 0x81C081C0;
-and.b32 f, f, 0x81C081C0;
-and.b32 u, u, 0x81C081C0;
-and.b32 v, v, 0x81C081C0;
-"""
 # A word of scales has one for an even row and one for the odd row after it.
 _SPREAD = """
 mov.b32 {p, q}, s;
@@ -42,54 +23,49 @@ mov.b32 odd1, {q, q};
 """
 # E8M0: the word is two bfloat16 as it is, for both halves of the 32 columns.
 _E8M0 = "mov.b32 s, {0};\nmov.b32 t, {0};\n"
-# E4M3 in place of a bfloat16's exponent and fraction is its value times 2^-120, subnormals included: times 2^120 it is
-# exact, and times 2^110 it has what codes miss but for `fragments.NVFP4_REST`.
+# Eight bits of a bfloat16 for either half, see `fragments._e4m3_fields`.
 _E4M3 = """
-.reg .b32 big, rest;
-mov.b32 big, 0x7B807B80;
-mov.b32 rest, 0x76807680;
-and.b32 s, {0}, 0x07F007F0;
-shf.r.wrap.b32 t, {0}, {0}, 7;
-and.b32 t, t, 0x07F007F0;
-mul.rn.bf16x2 s, s, big;
-mul.rn.bf16x2 t, t, big;
-mul.rn.bf16x2 s, s, rest;
-mul.rn.bf16x2 t, t, rest;
+.reg .b32 same;
+mov.b32 same, 0x70007000;
+shf.l.wrap.b32 t, {0}, {0}, 8;
+lop3.b32 s, {0}, 0x0FF00FF0, same, 0xEA;
+lop3.b32 t, t, 0x0FF00FF0, same, 0xEA;
 """
+
+
+def _joined(element: str, given: list[str]) -> list[str]:
+    """Instructions that make the joined word j, where there is one."""
+    if sums(element):
+        return [f"mad.lo.u32 j, {given[1]}, 4, {given[0]};"]
+    if words(element) == 4:
+        return []
+    return [f"shl.b32 j, {given[1]}, 2;", f"lop3.b32 j, {CHOSEN:#x}, {given[0]}, j, 0xCA;"]
 
 
 def _unpacking(element: str, given: list[str]) -> str:
     """Instructions that bring eight pairs into a, b, ... v; `given` are the registers of the group's words."""
-    lines = []
-    if element == "int8":
-        # v = u - 128 sign, with u its lower 7 bits, is (128 + u) - (128 + 128 sign): two bfloat16 whose sum is exact.
-        for pair, name in enumerate(_PAIRS):
-            ((word, left, _),) = moves(element)[pair]
-            source = given[word]
-            if left:
-                lines.append(f"shf.l.wrap.b32 {name}, {source}, {source}, {left};")
-                source = name
+    lines = _joined(element, given)
+    for name, (shifts, mask) in zip(_PAIRS, moves(element), strict=True):
+        sources = []
+        for shift, moved in zip(shifts, (name, "z"), strict=False):
+            source = [*given, "j"][shift.word]
+            if shift.left and shift.wraps:
+                lines.append(f"shf.l.wrap.b32 {moved}, {source}, {source}, {shift.left};")
+            elif shift.left:
+                lines.append(f"shl.b32 {moved}, {source}, {shift.left};")
+            sources.append(moved if shift.left else source)
+        if element == "int8":
+            # v = u - 128 sign, with u its lower 7 bits, is (128 + u) - (128 + 128 sign): two bfloat16 whose sum is
+            # exact.
             lines += [
-                f"lop3.b32 z, {source}, 0x00800080, 0xC300C300, 0xEA;",
-                f"lop3.b32 {name}, {source}, 0x007F007F, 0x43004300, 0xEA;",
+                f"lop3.b32 z, {sources[0]}, 0x00800080, 0xC300C300, 0xEA;",
+                f"lop3.b32 {name}, {sources[0]}, 0x007F007F, 0x43004300, 0xEA;",
                 f"add.rn.bf16x2 {name}, {name}, z;",
             ]
-        return "\n".join(lines) + "\n"
-    four = words(element) < 4
-    if four:
-        lines.append(_FOUR.format(*given))
-    for pair, name in enumerate(_PAIRS):
-        for i, (word, left, mask) in enumerate(moves(element)[pair]):
-            if four and word < 2:
-                continue
-            source = given[word]
-            if left:
-                lines.append(f"shf.l.wrap.b32 z, {source}, {source}, {left};")
-                source = "z"
-            if i == 0:
-                lines.append(f"and.b32 {name}, {source}, {mask:#x};")
-            else:
-                lines.append(f"lop3.b32 {name}, {source}, {mask:#x}, {name}, 0xEA;")
+        elif len(sources) == 2:
+            lines.append(f"lop3.b32 {name}, {', '.join(sources)}, {mask:#x}, 0x28;")
+        else:
+            lines.append(f"and.b32 {name}, {sources[0]}, {mask:#x};")
     return "\n".join(lines) + "\n"
 
 
@@ -98,7 +74,11 @@ def _text(element: str, scale: str) -> str:
     count = words(element)
     given = ["$8", "$9", "$10", "$11"][:count]
     spread = (_E4M3 if scale == "e4m3" else _E8M0).format("$10" if count == 2 else "$12")
-    lines = ["{", ".reg .b32 a, b, c, d, e, f, u, v, z, s, t, even0, odd0, even1, odd1;", ".reg .b16 p, q;"]
+    lines = [
+        "{",
+        ".reg .b32 a, b, c, d, e, f, u, v, j, z, s, t, even0, odd0, even1, odd1;",
+        ".reg .b16 p, q;",
+    ]
     lines += [_unpacking(element, given), spread, _SPREAD]
     lines += [f"mul.rn.bf16x2 ${i}, {_PAIRS[i]}, {_SCALE_OF[i]};" for i in range(8)]
     return "\n".join([*lines, "}"])

@@ -198,7 +198,8 @@ DEVICE void use(const Given &a, Ring r, Units n, int (*routes)[USERS][MOST], flo
   const int side = __shfl_sync(~0u, threadIdx.x / 128, 0) - 1;
   Tile t = next_unit(n);
   // Groups begin one after the other, and so they end: the matrix unit is never without one.
-  if (t.expert >= 0) barrier_wait(r.full + min(side * STAGES / (2 * USERS - 2), operands(a, t).chunks - 1) * 8, 0);
+  constexpr int kApart = USERS == 2 ? STAGES / 2 : 1;
+  if (t.expert >= 0) barrier_wait(r.full + min(side * kApart, operands(a, t).chunks - 1) * 8, 0);
   for (int turn = 0; t.expert >= 0; t = next_unit(n)) {
     if (row_tile(a, t, side * t.each) * results_of(t) >= operands(a, t).width) {
       leave_out(a, t, r);
