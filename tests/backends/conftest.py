@@ -73,7 +73,7 @@ def decoder(element: Element, scale: str) -> str:
     """`decode_group` by the tables of `placement`, instead of by instructions."""
     placement = import_module("microscale.backends.triton.placement")
     count, integer = placement.words(element.name), element.exponent_bits == 0
-    values = [v * 64 if integer else v for v in element.values]
+    values, offset = [v * 64 if integer else v for v in element.values], 128 * integer
     table = ", ".join(f"{v!r}f" if abs(v) < 1e30 else "0.0f" for v in map(float, values))
     rows = ", ".join(f"{{{p}, {h}, {w}, {m}, {s}}}" for p, h, w, m, s in placement.taken(element.name))
     joined = ", w0 + (w1 << 2)" if placement.sums(element.name) else ""
@@ -83,7 +83,7 @@ def decoder(element: Element, scale: str) -> str:
         field = "(q ? s << 8 | s >> 24 : s) >> (odd ? 20 : 4) & 0xFF"
         factor = f"static_cast<double>(wide_float(0x7000 | ({field}) << 4)) * std::ldexp(1.0, -126)"
     else:
-        missing = 0 if integer else element.bias - 127
+        missing = -133 if integer else element.bias - 127
         factor = f"std::ldexp(static_cast<double>(wide_float(s >> 16 * odd & 0xFFFF)), {missing})"
     return f"""
 static const struct {{ int pair, half, word; u32 mask; int shift; }} kPlaces[] = {{{rows}}};
@@ -97,7 +97,7 @@ static void decode_group(u32 (&o)[8], {args}, u32 s) {{
     const int odd = pair % 2, q = pair / 4;
     (void)q;
     const double factor = {factor};
-    const double low = kValues[codes[pair][0]] * factor, high = kValues[codes[pair][1]] * factor;
+    const double low = kValues[codes[pair][0] ^ {offset}] * factor, high = kValues[codes[pair][1] ^ {offset}] * factor;
     o[pair] = packed(static_cast<float>(low), static_cast<float>(high));
   }}
 }}

@@ -11,6 +11,7 @@
 #include <deque>
 #include <functional>
 #include <map>
+#include <unordered_set>
 #include <vector>
 
 typedef unsigned char u8;
@@ -155,17 +156,19 @@ static void barrier_arrive_copied(u32 bar) { barrier_arrive(bar); }
 // Of a copying engine, which is at once or as late as can be, and then begins with the last.
 static bool engine_late_;
 static std::vector<std::function<void()>> copies_;
-static bool unseen_[1024], blind_;  // what a thread has waited for, before copies see it; any copy then
+// Whether a thread has waited for what others store, and copies do not see it yet; whether one copied any of it then.
+static bool unseen_[1024], blind_;
+static std::unordered_set<u64> stored_;  // by fours of bytes
 static void copies_see_stores() { unseen_[threadIdx.x] = false; }
 static void copy_some(std::function<void()> copy) {
   reads();
-  blind_ |= unseen_[threadIdx.x];
   if (engine_late_)
     copies_.push_back(std::move(copy));
   else
     copy();
 }
 static void copy_bytes(u32 to, u64 from, u32 bytes, u32 bar) {
+  for (u32 i = 0; unseen_[threadIdx.x] && i < bytes; i += 4) blind_ |= stored_.count(from + i) > 0;
   copy_some([=] {
     std::memcpy(at(to), reinterpret_cast<const void *>(from), bytes);
     barrier_changes(bar, 0, -static_cast<int64_t>(bytes));
@@ -229,6 +232,7 @@ template <typename T>
 void store(u64 to, T v) {
   for (u32 i = 0; i <= threadIdx.x % 128 / 64; i++) progress_++, give_way();
   std::memcpy(reinterpret_cast<void *>(to), &v, sizeof v);
+  for (u32 i = 0; i < sizeof v; i += 4) stored_.insert(to + i);
 }
 static void store4_if(bool yes, u64 to, u32 v) {
   if (yes) store(to, v);

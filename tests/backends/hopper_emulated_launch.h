@@ -20,6 +20,7 @@ extern "C" int emulate(const Given *given, u32 programs, u32 threads, u32 groups
   };
   argument_ = given;
   early_ = blind_ = false;
+  stored_.clear();
   gridDim.x = programs;
   blockDim.x = threads;
   for (u32 program = 0; program < programs; program++) {

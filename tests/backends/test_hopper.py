@@ -42,7 +42,7 @@ def test_fragments_are_for_bytes_that_the_layout_can_hold(layout: Any, name: str
     if w.format.scale == "f32":
         return
     codes = torch.full_like(w.codes, 0x55)  # no zero among them
-    least, greatest = layout.exponent_range(element, torch.bfloat16) if w.format.scale == "e8m0" else (0, 126)
+    least, greatest = fragments.scale_bytes(element) if w.format.scale == "e8m0" else (0, 126)
     for scale, good in (
         (least, True),
         (greatest, True),
@@ -127,29 +127,11 @@ def test_the_hopper_kernels_decode_what_fragments_holds(layout: Any, name: str) 
         values = (halves - (halves >> 31 << 32)).int().view(torch.float32).double() * 2.0 ** (
             127 - element.bias
         )
-    else:  # as the two bfloat16 that the kernel adds
-        code = halves >> 16
-        values = ((0x4300 | code & 0x7F) << 16).int().view(torch.float32).double()
-        values += ((0xC300 | code & 0x80) - 0x10000 << 16).int().view(torch.float32).double()
-        values *= 2.0**-element.mantissa_bits
+    else:  # plus 128
+        values = ((halves >> 16) - 128) * 2.0**-element.mantissa_bits
     # tile, chunk, warp, g, t, p, (q, h, odd row), odd column -> rows, columns
     values = values.unflatten(-2, (2, 2, 2)).permute(0, 2, 3, 8, 1, 5, 6, 7, 4, 9).reshape(128, 128)
     assert torch.equal(values, dequantize(w, torch.float64))
-
-
-def bf16_pair_sum(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """add.rn.bf16x2 of 32-bit words held in int64, for sums that are exact."""
-
-    def floats(v: torch.Tensor) -> torch.Tensor:
-        v = v & 0xFFFF0000
-        return (v - (v >> 31 << 32)).int().view(torch.float32)
-
-    def bits(v: torch.Tensor) -> torch.Tensor:
-        found = v.contiguous().view(torch.int32).long()
-        assert (found & 0xFFFF == 0).all()  # exact in bfloat16
-        return found >> 16 & 0xFFFF
-
-    return bits(floats(a << 16) + floats(b << 16)) | bits(floats(a) + floats(b)) << 16
 
 
 def executed(text: str, held: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -168,16 +150,14 @@ def executed(text: str, held: dict[str, torch.Tensor]) -> dict[str, torch.Tensor
             found = a & b
         elif operation == "mov.b32":
             found = a
-        elif operation == "mad.lo.u32":
-            found = a * b + more[0]
         elif operation == "lop3.b32":
             found = torch.zeros_like(a | b | more[0])
             for i in range(8):
                 if int(more[1]) >> i & 1:
                     found |= (a if i & 4 else ~a) & (b if i & 2 else ~b) & (more[0] if i & 1 else ~more[0])
         else:
-            assert operation == "add.rn.bf16x2", line
-            found = bf16_pair_sum(a, b)
+            assert operation == "mad.lo.u32", line
+            found = a * b + more[0]
         held[name] = found & 0xFFFFFFFF
     return held
 
@@ -192,10 +172,6 @@ def test_the_instructions_bring_codes_to_bfloat16(layout: Any, element: str) -> 
     held = executed(decode._unpacking(element, names), dict(zip(names, words, strict=True)))
     for pair, name in zip(placement.moves(element), decode._PAIRS, strict=True):
         wanted = drawn(placement, words, element, *pair)
-        if element == "int8":  # integers from -128 to 127 as bfloat16, both halves
-            halves = torch.stack((wanted & 0xFF, wanted >> 16 & 0xFF))
-            values = (halves - (halves >> 7 << 8)).bfloat16().view(torch.int16).long() & 0xFFFF
-            wanted = values[0] | values[1] << 16
         assert torch.equal(held[name], wanted), name
 
 

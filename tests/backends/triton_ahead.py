@@ -338,14 +338,14 @@ def random_bytes(name: str, shape: tuple[int, ...]) -> QuantTensor:
 
 def suitable_bytes(name: str, shape: tuple[int, ...]) -> Any:
     """Random bytes that Hopper's layout can hold: no infinities or NaNs, and scales in its range."""
-    layout = import_module("microscale.backends.triton.layout")
+    fragments = import_module("microscale.backends.triton.fragments")
     w = random_bytes(name, shape)
     element = w.format.element
     special = [c for c, v in enumerate(element.values) if abs(v) == float("inf") or v != v]
     if special:
         w.codes[torch.isin(w.codes, torch.tensor(special, dtype=torch.uint8))] = 1
     if w.format.scale == "e8m0":
-        least, greatest = layout.exponent_range(element, torch.bfloat16)
+        least, greatest = fragments.scale_bytes(element)
         w.scales.clamp_(min=least, max=greatest)
     elif w.format.scale == "e4m3":
         w.scales.clamp_(max=126)

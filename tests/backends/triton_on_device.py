@@ -15,7 +15,7 @@ from microscale.activations import GPT_OSS, Activation
 from microscale.backends import triton as backend
 from microscale.backends.triton import layout, routing, tiles
 from microscale.backends.triton.cuts import Cut
-from microscale.backends.triton.fragments import Fragments
+from microscale.backends.triton.fragments import Fragments, scale_bytes
 from microscale.backends.triton.layout import exponent_range
 from microscale.conformance import Case, cases, run
 from microscale.elements import pack_codes
@@ -121,7 +121,7 @@ def test_every_code_times_every_scale_is_exact(name: str, dtype: torch.dtype, pa
 def test_the_layout_of_this_gpu_is_exact_too(name: str) -> None:
     """Scales that Hopper's own layout takes, where there is one; block FP8's have a test of their own."""
     fmt = FORMATS[name]
-    least, greatest = exponent_range(fmt.element, torch.bfloat16) if fmt.scale == "e8m0" else (0, 126)
+    least, greatest = scale_bytes(fmt.element) if fmt.scale == "e8m0" else (0, 126)
     w = every_code(fmt, list(range(least, greatest + 1, 1 if not INTERPRETED else 16))).to(DEVICE)
     assert isinstance(backend.pack(w), Fragments) == tiles.target(w.device).hopper
     y = backend.linear(torch.eye(w.shape[1], dtype=torch.bfloat16, device=DEVICE), backend.pack(w))

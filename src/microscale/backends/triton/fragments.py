@@ -27,8 +27,10 @@ from microscale.formats import Element, Format
 from microscale.quant import CHUNK, QuantTensor
 
 ROWS = COLUMNS = 64
-# What the product with NVFP4's scales leaves to the rows' factor: 2^126 times a scale would leave bfloat16.
-NVFP4_REST = 2.0**16
+# What the product with NVFP4's scales leaves to the rows' factor, since 2^126 times a scale would leave bfloat16, and
+# the product with INT8's.
+ROWS_REST = 2.0**16
+INT8_BYTES = 16, 143  # of scales, with which INT8's products are exact
 _AT_ONCE = 2**24  # codes that are packed together
 
 
@@ -43,7 +45,8 @@ class Fragments:
         ratios: float32 [E, ceil(N / 128), ceil(K / 128) + 1], of block FP8: what the sums so far are multiplied by
             before each block of columns, and at the end, so that they are always in units of the block's rest of the
             scale; None elsewhere.
-        row_scale: float32 [E, N], the tensor scale spread over rows times `NVFP4_REST`; None without one.
+        row_scale: float32 [E, N], the tensor scale spread over rows times `ROWS_REST`, or for INT8 that alone; None
+            elsewhere.
         tensor_scale, block_scales: as they came, for `unpack`; None where there are none.
         unscaled: of NVFP4, blocks whose scale is 0, which no factor of the kernel's is, and whose codes are not: which
             ones, and these codes for `unpack`, uint8 [., 8]; `codes` has zeros there. None without any.
@@ -94,12 +97,17 @@ def suits(w: QuantTensor) -> bool:
     if w.format.scale == "e4m3":  # no sign, no NaN
         return bool(w.scales.max() <= 126)
     if w.format.scale == "e8m0":
-        least, greatest = layout.exponent_range(w.format.element, torch.bfloat16)
+        least, greatest = scale_bytes(w.format.element)
         if bool(w.scales.max() > greatest) or bool((_exponents(w.scales, w.format.element) == 255).any()):
             return False
         if least and layout.scale_range(w)[0] < least:
             return False
     return not _has_specials(w)
+
+
+def scale_bytes(element: Element) -> tuple[int, int]:
+    """The E8M0 bytes, both included, with which every code has its exact place in this layout."""
+    return layout.exponent_range(element, torch.bfloat16) if element.exponent_bits else INT8_BYTES
 
 
 def _has_specials(w: QuantTensor) -> bool:
@@ -147,8 +155,10 @@ def pack(w: QuantTensor) -> Fragments:
         else:
             packed[some] = _tiled(scales[some], COLUMNS // fmt.block[1], lambda t: _scale_words(t, fmt))
     row_scale = None
-    if w.tensor_scale is not None:
-        row_scale = w.tensor_scale.expand(w.shape[:-1]).reshape(experts, n) * NVFP4_REST
+    if fmt.element.exponent_bits == 0:
+        row_scale = torch.full((experts, n), ROWS_REST, device=w.device)
+    elif w.tensor_scale is not None:
+        row_scale = w.tensor_scale.expand(w.shape[:-1]).reshape(experts, n) * ROWS_REST
     given = scales.contiguous() if fmt.scale == "f32" else None
     return Fragments(fmt, w.shape, w.rule, codes, packed, row_scale, w.tensor_scale, ratios, given, unscaled)
 
@@ -217,7 +227,7 @@ def _code_words(codes: Tensor, element: Element) -> Tensor:
     c = c.permute(0, 4, 1, 2, 8, 5, 6, 7, 3, 9).reshape(tiles, chunks, 4, 8, 4, 2, 8, 2).to(torch.int32)
     table = _table(element).to(c.device)
     w = torch.zeros(*c.shape[:-2], table.shape[2], dtype=torch.int32, device=c.device)
-    for some, code in zip(table, c.flatten(-2).unbind(-1), strict=True):
+    for some, code in zip(table, (c ^ _offset(element)).flatten(-2).unbind(-1), strict=True):
         w ^= some[code]
     if sums(element.name):
         w = _settled(*w.unbind(-1))
@@ -225,6 +235,11 @@ def _code_words(codes: Tensor, element: Element) -> Tensor:
         return w.movedim(5, 2).reshape(tiles, chunks, -1)
     # Two words of each p of each thread; then of 6 bits the third ones.
     return torch.cat((w[..., :2].flatten(2), w[..., 2:].flatten(2)), 2)
+
+
+def _offset(element: Element) -> int:
+    """What codes are kept plus, as bits."""
+    return 0 if element.exponent_bits else 128
 
 
 @cache
@@ -262,16 +277,18 @@ def _codes(packed: Tensor, element: Element) -> Tensor:
     c = torch.zeros(*w.shape[:-1], 8, 2, dtype=torch.uint8, device=w.device)
     for pair, half, word, mask, shift in taken(element.name):
         c[..., pair, half] ^= (_shifted(held[word], -shift) & mask).to(torch.uint8)
-    c = c.view(tiles, chunks, 4, 8, 4, 2, 2, 2, 2, 2)  # tile, chunk, warp, g, t, p, q, h, odd row, odd column
+    c = (c ^ _offset(element)).view(
+        tiles, chunks, 4, 8, 4, 2, 2, 2, 2, 2
+    )  # tile, chunk, warp, g, t, p, q, h, odd row, odd column
     return c.permute(0, 2, 3, 8, 1, 5, 6, 7, 4, 9).reshape(tiles * ROWS, chunks * COLUMNS)
 
 
 def _exponents(scales: Tensor, element: Element) -> Tensor:
     """int32: E8M0 bytes as exponent fields of the bfloat16 that codes are multiplied with.
 
-    Only the bytes of zero blocks may leave 1..254, INT8's below 7; they come around at the top, and multiply 0.
+    Only the bytes of zero blocks may leave 1..254; they come around at the top, and multiply 0.
     """
-    missing = 127 - element.bias if element.exponent_bits else -element.mantissa_bits
+    missing = 127 - element.bias if element.exponent_bits else 127 - INT8_BYTES[0]
     return scales.to(torch.int32) + missing & 255
 
 
@@ -279,11 +296,11 @@ def _exponents(scales: Tensor, element: Element) -> Tensor:
 def _e4m3_fields() -> Tensor:
     """int32 [127]: of E4M3 bytes without a sign eight bits of the bfloat16 that codes are multiplied with, ascending.
 
-    That is the scale times 2^126, which codes miss, but for `NVFP4_REST`: 0x7000 and these bits times 16. Not of a
+    That is the scale times 2^126, which codes miss, but for `ROWS_REST`: 0x7000 and these bits times 16. Not of a
     scale of 0, whose bits are 0: see `Fragments.unscaled`.
     """
     scales = torch.arange(127, dtype=torch.uint8).view(torch.float8_e4m3fn).to(torch.bfloat16)
-    return (scales * (2.0**126 / NVFP4_REST)).view(torch.int16).to(torch.int32) >> 4 & 255
+    return (scales * (2.0**126 / ROWS_REST)).view(torch.int16).to(torch.int32) >> 4 & 255
 
 
 def _scale_words(scales: Tensor, fmt: Format) -> Tensor:

@@ -33,6 +33,17 @@ lop3.b32 t, t, 0x0FF00FF0, same, 0xEA;
 """
 
 
+# What INT8's codes are too large by, times the scale: 128 times 2^-133 is 2^-126. For even rows x, for odd rows y.
+_OFFSET = """
+.reg .b32 x, y, offset;
+mov.b32 offset, 0x80808080;
+mul.rn.bf16x2 x, s, offset;
+mov.b32 {p, q}, x;
+mov.b32 x, {p, p};
+mov.b32 y, {q, q};
+"""
+
+
 def _joined(element: str, given: list[str]) -> list[str]:
     """Instructions that make the joined word j, where there is one."""
     if sums(element):
@@ -54,15 +65,7 @@ def _unpacking(element: str, given: list[str]) -> str:
             elif shift.left:
                 lines.append(f"shl.b32 {moved}, {source}, {shift.left};")
             sources.append(moved if shift.left else source)
-        if element == "int8":
-            # v = u - 128 sign, with u its lower 7 bits, is (128 + u) - (128 + 128 sign): two bfloat16 whose sum is
-            # exact.
-            lines += [
-                f"lop3.b32 z, {sources[0]}, 0x00800080, 0xC300C300, 0xEA;",
-                f"lop3.b32 {name}, {sources[0]}, 0x007F007F, 0x43004300, 0xEA;",
-                f"add.rn.bf16x2 {name}, {name}, z;",
-            ]
-        elif len(sources) == 2:
+        if len(sources) == 2:
             lines.append(f"lop3.b32 {name}, {', '.join(sources)}, {mask:#x}, 0x28;")
         else:
             lines.append(f"and.b32 {name}, {sources[0]}, {mask:#x};")
@@ -80,7 +83,11 @@ def _text(element: str, scale: str) -> str:
         ".reg .b16 p, q;",
     ]
     lines += [_unpacking(element, given), spread, _SPREAD]
-    lines += [f"mul.rn.bf16x2 ${i}, {_PAIRS[i]}, {_SCALE_OF[i]};" for i in range(8)]
+    if element == "int8":
+        lines.append(_OFFSET)
+        lines += [f"fma.rn.bf16x2 ${i}, {_PAIRS[i]}, {_SCALE_OF[i]}, {'xy'[i % 2]};" for i in range(8)]
+    else:
+        lines += [f"mul.rn.bf16x2 ${i}, {_PAIRS[i]}, {_SCALE_OF[i]};" for i in range(8)]
     return "\n".join([*lines, "}"])
 
 

@@ -35,6 +35,7 @@ class Spec:
         kind, gated, apart, limit: of the activation; apart: gates and ups are not interleaved; two tiles each.
         routes, known: of experts whose programs sort routes themselves: room for so many, and experts that are here.
         id_bytes, map_bytes: of an expert's number among these routes, and in the map; 0: there is none.
+        engine: codes of experts come by the copying engine, and not by all threads of a group of warps.
     """
 
     experts: bool
@@ -57,6 +58,7 @@ class Spec:
     known: int = 0
     id_bytes: int = 0
     map_bytes: int = 0
+    engine: bool = True
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -82,7 +84,8 @@ class Spec:
             return ("hopper_rows.h", "hopper_linear.h", "hopper_steps.h", self.file)
         loop = "hopper_wide_loop.h" if self.users == 2 else "hopper_turns.h"
         lists = ("hopper_lists.h",) if self.routes else ()
-        return ("hopper_rows.h", "hopper_unit.h", "hopper_steps.h", loop, *lists, "hopper_tiles.h", self.file)
+        parts = ("hopper_rows.h", "hopper_unit.h", "hopper_steps.h", "hopper_codes.h", loop)
+        return (*parts, *lists, "hopper_tiles.h", self.file)
 
     @property
     def threads(self) -> int:
@@ -144,6 +147,7 @@ class Spec:
             "EACH": self.each,
             "TILES": self.users * self.each,
             "FEWER": self.fewer,
+            "ENGINE": int(self.engine),
             "COPY_REGISTERS": self.registers[0],
             "USE_REGISTERS": self.registers[1],
             "EVEN": int(self.even),

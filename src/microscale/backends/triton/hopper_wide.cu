@@ -1,7 +1,7 @@
 // Products of many tokens on Hopper: one group of four warps copies tokens and codes into shared memory, two to four
 // others decode 64 to 192 rows of weights each into registers and multiply. `hopper_text.py` writes the constants in
 // capitals, `decode_group` and `Product` above this text; `hopper_ptx.h`, `hopper_rows.h`, `hopper_unit.h`,
-// `hopper_steps.h`, `hopper_wide_loop.h` or `hopper_turns.h`, and `hopper_tiles.h` come before it.
+// `hopper_steps.h`, `hopper_codes.h`, `hopper_wide_loop.h` or `hopper_turns.h`, and `hopper_tiles.h` come before it.
 //
 // A program stays on its multiprocessor and takes units: TILES of 64 rows times one tile of at most MOST tokens, whose
 // number is fitted to what is there: one of SIZES. No barrier holds the groups together: the one that copies runs
@@ -10,12 +10,6 @@
 // Both products of experts are one list, from which programs claim: a unit of w2 waits until its tokens are done with
 // w13, and whoever has claimed that runs and waits for nobody. A linear is `hopper_linear.cu`'s.
 
-// Where the first step of that lies, in tiles and steps.
-DEVICE u32 first_step(const Given &a, const Tile &t, int i) {
-  const Operands &o = operands(a, t);
-  return (static_cast<u32>(t.expert) * o.tiles + tile_there(a, t, i)) * o.chunks;
-}
-
 constexpr int kUnrolled =
     4;  // steps whose addresses are constants apart: a new one waits until the last copy has read it
 
@@ -23,8 +17,7 @@ constexpr int kUnrolled =
 template <int N, int E>
 DEVICE void copy_unit(const Given &a, Ring &r, const Tile &t) {
   constexpr int kTiles = USERS * E;
-  constexpr int kPieces = (kTiles * kTile + 2047) / 2048;             // of 16 bytes that a thread copies of the codes,
-  constexpr int kScalePieces = (kTiles * kTileScales + 2047) / 2048;  // and of their scales
+  constexpr int kScalePieces = (kTiles * kTileScales + 2047) / 2048;  // of 16 bytes that a thread copies
   const Operands &o = operands(a, t);
   const int piece = threadIdx.x % 8, token = threadIdx.x / 8;
   const u32 copy_at = token * 128 + ((piece ^ (token % 8)) << 4), mine = threadIdx.x * 16;
@@ -42,13 +35,7 @@ DEVICE void copy_unit(const Given &a, Ring &r, const Tile &t) {
     x[j] = o.x + static_cast<u64>(which[j]) * static_cast<u32>(o.columns * 2) + 16 * piece;
     unknown(x[j]);
   }
-  u64 codes[kPieces];
-#pragma unroll
-  for (int j = 0; j < kPieces; j++) {
-    const u32 at = min(j * 128 + threadIdx.x, kTiles * kTile / 16 - 1u);
-    codes[j] = o.codes + static_cast<u64>(first_step(a, t, at / (kTile / 16))) * kTile + at % (kTile / 16) * 16;
-    unknown(codes[j]);
-  }
+  CodesAhead<E> codes = codes_of<E>(a, t);
   u64 scales[kScalePieces];
 #pragma unroll
   for (int j = 0; j < kScalePieces; j++) {
@@ -64,10 +51,7 @@ DEVICE void copy_unit(const Given &a, Ring &r, const Tile &t) {
     for (int s = 0; s < kUnrolled; s++) {
       if (done + s >= chunks) break;
       barrier_wait(r.bar + kEmpty, r.parity);
-#pragma unroll
-      for (int j = 0; j < kPieces; j++)
-        if (kTiles * kTile % 2048 == 0 || j * 2048 + mine < kTiles * kTile)
-          copy16(r.stage + kCodes + mine + j * 2048, codes[j] + s * kTile, 16);
+      bring(codes, r, s);
 #pragma unroll
       for (int j = 0; j < kScalePieces; j++)
         if (j * 2048 + mine < kTiles * kTileScales)
@@ -80,13 +64,13 @@ DEVICE void copy_unit(const Given &a, Ring &r, const Tile &t) {
     }
 #pragma unroll
     for (int j = 0; j < kCopies; j++) x[j] += kUnrolled * 128;
-#pragma unroll
-    for (int j = 0; j < kPieces; j++) codes[j] += kUnrolled * kTile;
+    go(codes, kUnrolled);
 #pragma unroll
     for (int j = 0; j < kScalePieces; j++) scales[j] += kUnrolled * kTileScales;
   }
   for (int done = chunks; done % kTurn; done++) {  // the rest of a turn, in which nothing comes
     barrier_wait(r.bar + kEmpty, r.parity);
+    bring_none(r);
     barrier_arrive(r.bar);
     advance(r);
   }
@@ -225,7 +209,7 @@ extern "C" __global__ void __launch_bounds__(128 + 128 * USERS, 1) KERNEL(const 
   const Units n = {tiles, r.full + 2 * kEmpty, 0, 0};
   if (threadIdx.x == 0) {
     for (int i = 0; i < STAGES; i++) {
-      barrier_init(r.full + 8 * i, 128);                 // every copying thread
+      barrier_init(r.full + 8 * i, 128 + kAskers);       // every copying thread
       barrier_init(r.full + kEmpty + 8 * i, 4 * USERS);  // every other warp
     }
     for (int i = 0; i < kUnits; i++) barrier_init(n.bars + 8 * i, 1);

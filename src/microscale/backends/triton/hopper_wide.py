@@ -21,6 +21,8 @@ from microscale.backends.triton.hopper_text import KINDS, MOST_OF_TWO, Spec, tex
 from microscale.backends.triton.routing import zeros
 
 ROOMS = (512, 1024)  # of routes that programs sort themselves
+# With fewer columns of w2 and up to so many tokens, units are too short for codes by the copying engine.
+FEW_COLUMNS, FEW_TOKENS = 1024, 48
 _IDS = {torch.int32: 4, torch.int64: 8}
 _FLOATS = {torch.bfloat16: 1, torch.float32: 2}  # as `Spec.bias` says it
 
@@ -179,7 +181,8 @@ def experts(
     lists = lists_for(ROOMS, w13, ids, expert_map) or {}
     spec = spec_of(
         True, (w13, w2), cut, bias=tuple(map(float_kind, biases)), weights=float_kind(weights), top_k=weights.shape[1],
-        kind=activation.kind, gated=gated, apart=apart, limit=activation.limit is not None, **lists,
+        kind=activation.kind, gated=gated, apart=apart, limit=activation.limit is not None,
+        engine=w2.shape[-1] >= FEW_COLUMNS or cut.block_m > FEW_TOKENS, **lists,
     )  # fmt: skip
     found: tuple[Tensor | None, ...] = (None,) * 4
     fixed = cut.shared(w13.format, 1) - spec.shared + spec.lists

@@ -13,7 +13,7 @@ fast as one, so what one of them has there besides costs nothing: packing puts i
             since with a sum all bits would depend on one another
     8 bits  a word for two pairs, one in place and the other of two shifts of the word
 
-INT8's bits come out as an integer, which is no bfloat16 yet.
+INT8 is kept plus 128, so without a sign: as the bits of a bfloat16 that is the number times 2^-133.
 """
 
 from __future__ import annotations
