@@ -66,8 +66,10 @@ _WIDE_FROM = 28
 # By `hopper_wide` alone, with more tiles; three a group have registers only where codes have 4 bits.
 _MANY_TILES = (
     "m24t9c1w16s8x",
+    "m32t6c1w16s8x",
     "m32t9c1w16s8x",
     "m40t9c1w16s8x",
+    "m48t6c1w16s8x",
     "m48t9c1w16s8x",
     "m64t6c1w16s10x",
     "m80t6c1w16s8x",
