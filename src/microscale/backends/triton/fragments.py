@@ -48,8 +48,8 @@ class Fragments:
         row_scale: float32 [E, N], the tensor scale spread over rows times `ROWS_REST`, or for INT8 that alone; None
             elsewhere.
         tensor_scale, block_scales: as they came, for `unpack`; None where there are none.
-        unscaled: of NVFP4, blocks whose scale is 0, which no factor of the kernel's is, and whose codes are not: which
-            ones, and these codes for `unpack`, uint8 [., 8]; `codes` has zeros there. None without any.
+        unscaled: of NVFP4, blocks whose scale is 0, which no factor of the kernel's is, and whose codes are not: their
+            places among all, and these codes for `unpack`, uint8 [., 8]; `codes` has zeros there. None without any.
     """
 
     format: Format
@@ -277,9 +277,8 @@ def _codes(packed: Tensor, element: Element) -> Tensor:
     c = torch.zeros(*w.shape[:-1], 8, 2, dtype=torch.uint8, device=w.device)
     for pair, half, word, mask, shift in taken(element.name):
         c[..., pair, half] ^= (_shifted(held[word], -shift) & mask).to(torch.uint8)
-    c = (c ^ _offset(element)).view(
-        tiles, chunks, 4, 8, 4, 2, 2, 2, 2, 2
-    )  # tile, chunk, warp, g, t, p, q, h, odd row, odd column
+    # tile, chunk, warp, g, t, p, q, h, odd row, odd column
+    c = (c ^ _offset(element)).view(tiles, chunks, 4, 8, 4, 2, 2, 2, 2, 2)
     return c.permute(0, 2, 3, 8, 1, 5, 6, 7, 4, 9).reshape(tiles * ROWS, chunks * COLUMNS)
 
 

@@ -31,8 +31,8 @@ LANDS: dict[str, tuple[int, ...]] = {
     "int8": (0, 1, 2, 3, 4, 5, 6, 7),
 }
 CHOSEN = 0x0C180C18  # of 6 bits: what the joined word has of word 0; the rest is of word 1, 2 bits further up
-# Of 4 bits, where four bits of the joined word begin that packing is free to choose: two of word 0 and, two bits
-# further down, two of word 1.
+# Of 4 bits, where four bits of the joined word begin that packing is free to choose: the first two by word 0, and the
+# others by the same two bits of word 1.
 FREE = (3, 10, 19, 26)
 # Of 6 bits, how far to the left pairs 0 to 7 have word 2 rotated. Not every order can be packed.
 _THIRD = {"e2m3": (4, 2, 0, -2, -4, -6, -8, -10), "e3m2": (4, -5, 2, 3, -6, 5, -4, -3)}
