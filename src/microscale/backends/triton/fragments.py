@@ -226,11 +226,11 @@ def _code_words(codes: Tensor, element: Element) -> Tensor:
     # -> tile, chunk, warp, g, t, p, then pair (q, h, odd row), half
     c = c.permute(0, 4, 1, 2, 8, 5, 6, 7, 3, 9).reshape(tiles, chunks, 4, 8, 4, 2, 8, 2).to(torch.int32)
     table = _table(element).to(c.device)
-    w = torch.zeros(*c.shape[:-2], table.shape[2], dtype=torch.int32, device=c.device)
-    for some, code in zip(table, (c ^ _offset(element)).flatten(-2).unbind(-1), strict=True):
-        w ^= some[code]
-    if sums(element.name):
-        w = _settled(*w.unbind(-1))
+    held = [torch.zeros(c.shape[:-2], dtype=torch.int32, device=c.device) for _ in range(table.shape[1])]
+    for i, code in enumerate((c ^ _offset(element)).flatten(-2).unbind(-1)):
+        for word in _changed(element)[i]:
+            held[word] ^= table[i, word][code]
+    w = torch.stack(_settled(*held) if sums(element.name) else held, -1)
     if count == 4:  # of each thread the words of p = 0, then those of p = 1
         return w.movedim(5, 2).reshape(tiles, chunks, -1)
     # Two words of each p of each thread; then of 6 bits the third ones.
@@ -244,20 +244,26 @@ def _offset(element: Element) -> int:
 
 @cache
 def _table(element: Element) -> Tensor:
-    """int32 [16, codes there are, words]: what each code of a group, pair by pair, changes in the group's words."""
+    """int32 [16, words, codes there are]: what each code of a group, pair by pair, changes in the group's words."""
     changed = torch.tensor(changes(element.name)).to(torch.int32).view(16, element.bits, -1)
-    table = torch.zeros(16, 1, changed.shape[2], dtype=torch.int32)
+    table = torch.zeros(16, changed.shape[2], 1, dtype=torch.int32)
     for i in range(element.bits):
-        table = torch.cat((table, table ^ changed[:, i : i + 1]), 1)
+        table = torch.cat((table, table ^ changed[:, i, :, None]), 2)
     return table
 
 
-def _settled(first: Tensor, second: Tensor, wanted: Tensor) -> Tensor:
+@cache
+def _changed(element: Element) -> tuple[tuple[int, ...], ...]:
+    """Which words that is, of each code of a group."""
+    return tuple(tuple(some.any(1).nonzero().flatten().tolist()) for some in _table(element).bool())
+
+
+def _settled(first: Tensor, second: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
     """Two words of 4 bits: what there is of them, with the bits that are free, so that their sum has what it shall."""
     for start in FREE:
         free = (wanted >> start) - (first + (second << 2) >> start)
         first, second = first | (free & 3) << start, second | (free >> 2 & 3) << start
-    return torch.stack((first, second), -1)
+    return first, second
 
 
 def _codes(packed: Tensor, element: Element) -> Tensor:
