@@ -16,11 +16,9 @@ constexpr int kUnrolled =
 // N tokens, 16 at a time, and the weights of all groups, E tiles each, all columns.
 template <int N, int E>
 DEVICE void copy_unit(const Given &a, Ring &r, const Tile &t) {
-  constexpr int kTiles = USERS * E;
-  constexpr int kScalePieces = (kTiles * kTileScales + 2047) / 2048;  // of 16 bytes that a thread copies
   const Operands &o = operands(a, t);
   const int piece = threadIdx.x % 8, token = threadIdx.x / 8;
-  const u32 copy_at = token * 128 + ((piece ^ (token % 8)) << 4), mine = threadIdx.x * 16;
+  const u32 copy_at = token * 128 + ((piece ^ (token % 8)) << 4);
   // Where each token's 16 bytes of the first step lie. Those past the end repeat the last.
   constexpr int kCopies = (N + 15) / 16;
   u32 which[kCopies];
@@ -36,14 +34,7 @@ DEVICE void copy_unit(const Given &a, Ring &r, const Tile &t) {
     unknown(x[j]);
   }
   CodesAhead<E> codes = codes_of<E>(a, t);
-  u64 scales[kScalePieces];
-#pragma unroll
-  for (int j = 0; j < kScalePieces; j++) {
-    constexpr u32 kOfTile = kTileScales / 16;
-    const u32 at = min(j * 128 + threadIdx.x, kTiles * kOfTile - 1);
-    scales[j] = o.scales + static_cast<u64>(first_step(a, t, at / kOfTile)) * kTileScales + at % kOfTile * 16;
-    unknown(scales[j]);
-  }
+  Pieces<E, kTileScales> scales = pieces_of<E, kTileScales>(a, t, o.scales);
   const int chunks = o.chunks;
 #pragma unroll 1
   for (int done = 0; done < chunks; done += kUnrolled) {
@@ -51,11 +42,8 @@ DEVICE void copy_unit(const Given &a, Ring &r, const Tile &t) {
     for (int s = 0; s < kUnrolled; s++) {
       if (done + s >= chunks) break;
       barrier_wait(r.bar + kEmpty, r.parity);
-      bring(codes, r, s);
-#pragma unroll
-      for (int j = 0; j < kScalePieces; j++)
-        if (j * 2048 + mine < kTiles * kTileScales)
-          copy16(r.stage + kScales + mine + j * 2048, scales[j] + s * kTileScales, 16);
+      bring_codes(codes, r, s);
+      bring(scales, r.stage + kScales, s);
       const int bytes = EVEN || (done + s) * 64 + piece * 8 < o.columns ? 16 : 0;
 #pragma unroll
       for (int j = 0; j < kCopies; j++) copy16(r.stage + copy_at + j * 2048, x[j] + s * 128, bytes);
@@ -64,9 +52,8 @@ DEVICE void copy_unit(const Given &a, Ring &r, const Tile &t) {
     }
 #pragma unroll
     for (int j = 0; j < kCopies; j++) x[j] += kUnrolled * 128;
-    go(codes, kUnrolled);
-#pragma unroll
-    for (int j = 0; j < kScalePieces; j++) scales[j] += kUnrolled * kTileScales;
+    go(codes, kUnrolled * kTile);
+    go(scales, kUnrolled * kTileScales);
   }
   for (int done = chunks; done % kTurn; done++) {  // the rest of a turn, in which nothing comes
     barrier_wait(r.bar + kEmpty, r.parity);
