@@ -346,9 +346,8 @@ static void multiply_16(float *d, const u32 *w, u32 x0, u32 x1) {
 }
 
 // ---- arithmetic ---------------------------------------------------------------------------------------------------
-static float quotient(float a, float b) { return a / b; }
 static float at_most(float v, float limit) { return v > limit ? limit : v; }  // a NaN stays one
-static float exponential(float v) { return std::exp(v); }
+static float sigmoid(float v) { return 1.0f / (1.0f + std::exp(-v)); }
 static float __uint_as_float(u32 bits) {
   float v;
   std::memcpy(&v, &bits, 4);

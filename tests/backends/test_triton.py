@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import subprocess
 import sys
@@ -59,11 +60,30 @@ def test_a_version_of_triton_without_hopper_kernels_is_told() -> None:
         h200 = INVENTED["h200"]
         return replace(h200, packages=(("triton", version),), gpus=(Gpu("cuda", arch, "a GPU", 1),))
 
-    assert unproven(of("3.6.0")) is None
-    assert unproven(of("3.7.1")) is None
-    assert "Triton 3.6 and 3.7; with 3.8.0 the slower ones" in str(unproven(of("3.8.0")))
-    assert unproven(of("3.8.0", "sm_100")) is None
-    assert unproven(replace(of("3.8.0"), packages=())) is None
+    for version in ("3.6.0", "3.7.1", "3.8.0", "3.9.0"):
+        assert unproven(of(version)) is None
+    assert "Triton 3.6 to 3.9; with 3.10.0 the slower ones" in str(unproven(of("3.10.0")))
+    assert unproven(of("3.10.0", "sm_100")) is None
+    assert unproven(replace(of("3.10.0"), packages=())) is None
+
+
+def test_every_launch_says_whether_products_and_sums_are_fused() -> None:
+    """Triton 3.10 has another default."""
+    import microscale.backends.triton_rules as beside
+
+    launches = 0
+    for file in Path(str(beside.__file__)).with_name("triton").glob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text("utf-8"))):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript):
+                if not ast.unparse(node.func.value).endswith("_kernel"):
+                    continue
+                launches += 1
+                spread = [ast.unparse(k.value) for k in node.keywords if k.arg is None]
+                told = [
+                    s for s in spread if s.startswith(("tiles.launch(", "launch")) or s.endswith(".compiler")
+                ]
+                assert len(told) == 1, f"{file.name}:{node.lineno}: {ast.unparse(node.func)}"
+    assert launches > 10
 
 
 def test_doctor_says_what_a_hopper_loses_without_nvrtc(monkeypatch: pytest.MonkeyPatch) -> None:

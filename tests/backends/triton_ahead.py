@@ -91,6 +91,7 @@ def compiled(
     }
     gpu = TARGETS[target]
     source = (GluonASTSource if kernel.is_gluon() else ASTSource)(kernel, signature, constants, aligned)
+    options = {"enable_fp_fusion": True} | options  # as `tiles.launch` has it
     return triton.compile(source, target=GPUTarget(gpu.kind, gpu.arch, gpu.lanes), options=options)
 
 

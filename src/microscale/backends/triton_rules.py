@@ -8,7 +8,7 @@ from microscale.machine import Machine
 from microscale.oracle import Problem
 
 # Versions of Triton with which Hopper's own kernels have run on a GPU; Gluon changes from version to version.
-PROVEN = ("3.6.", "3.7.")
+PROVEN = ("3.6.", "3.7.", "3.8.", "3.9.")
 
 
 def refuse(problem: Problem) -> str | None:
@@ -39,7 +39,7 @@ def unproven(machine: Machine) -> str | None:
     version = dict(machine.packages).get("triton")
     if version is None or version.startswith(PROVEN) or all(gpu.arch != "sm_90" for gpu in machine.gpus):
         return None
-    known = " and ".join(v.rstrip(".") for v in PROVEN)
+    known = " to ".join(v.rstrip(".") for v in (PROVEN[0], PROVEN[-1]))
     return (
         f"Hopper's own kernels have run with Triton {known}; with {version} the slower ones of every GPU run"
     )

@@ -328,6 +328,6 @@ def _attend(
             STAGES=0 if tiles.INTERPRETED else stages, AHEAD=min(most, _AHEAD), LONG=keys > most * at_once,
             MASKED=mask is not None, RING=position is not None, TURN=turn is not None,
             NORM=turn is not None and turn.q_weight is not None, SINKS=sinks is not None, PDL=pdl,
-            num_warps=warps, enable_fp_fusion=False, **tiles.launch(pdl),
+            num_warps=warps, **tiles.launch(pdl, fused=False),
         )  # fmt: skip
     return y

@@ -108,7 +108,8 @@ def linear(x: Tensor, w: Fragments, bias: Tensor | None, cut: Cut | None = None)
     with tiles.on(x.device):
         _linear_kernel[(-(-w.tiles // cut.tiles) * -(-m // cut.block_m),)](
             y, tokens, rest, w.codes, w.scales, w.ratios, w.row_scale, bias, m, n, k, *cut.sizes(w),
-            HAS_BIAS=bias is not None, GROUP=8, PARTS=parts, EARLY=EARLY, launch_pdl=EARLY > 0, **cut.constants(w),
+            HAS_BIAS=bias is not None, GROUP=8, PARTS=parts, EARLY=EARLY, **cut.constants(w),
+            **tiles.launch(EARLY > 0),
         )  # fmt: skip
     return y
 

@@ -300,8 +300,8 @@ def first(
         TAIL=cut.tail and not direct,
         PDL=pdl,
         LOGITS=logits,
-        launch_pdl=pdl,
         **cut.constants(w),
+        **tiles.launch(pdl),
     )  # fmt: skip
     return h
 
@@ -340,7 +340,7 @@ def second(
         LOGITS=logits,
         TOP_K=weights.shape[1] if logits else 0,
         SLOTS=triton.next_power_of_2(weights.shape[1]) if logits else 0,
-        launch_pdl=pdl,
         **cut.constants(w),
+        **tiles.launch(pdl),
     )  # fmt: skip
     return shares

@@ -189,19 +189,20 @@ DEVICE void more_registers() {
 // What the kernel ahead wrote is there; and the one behind may be launched, which waits for this one.
 DEVICE void wait_ahead() { asm volatile("griddepcontrol.wait;\ngriddepcontrol.launch_dependents;" ::: "memory"); }
 
-// As Triton divides, for the same bits.
-DEVICE float quotient(float a, float b) {
-  float q;
-  asm("div.full.f32 %0, %1, %2;" : "=f"(q) : "f"(a), "f"(b));
-  return q;
-}
 // A NaN stays one.
 DEVICE float at_most(float v, float limit) {
   float r;
   asm("min.NaN.f32 %0, %1, %2;" : "=f"(r) : "f"(v), "f"(limit));
   return r;
 }
-DEVICE float exponential(float v) { return __expf(v); }
+// 1 / (1 + e^-v), the bits of Triton's where that is at least 2^-126, and with fewer instructions: what is flushed to 0
+// would vanish beside 1, and a quarter of the sum has a reciprocal that is never subnormal.
+DEVICE float sigmoid(float v) {
+  float e, r;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(e) : "f"(v * -1.4426950216293335f));
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(fmaf(e, 0.25f, 0.25f)));
+  return r * 0.25f;
+}
 DEVICE u32 packed(float low, float high) {
   u32 v;
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(v) : "f"(high), "f"(low));

@@ -119,10 +119,10 @@ DEVICE float activate(const Given &a, float gate, float up) {
 #endif
   float h;
   if (KIND == SILU || KIND == SWIGLU_STEP) {
-    h = quotient(gate, 1.0f + exponential(-gate));
+    h = gate * sigmoid(gate);
     if (HAS_LIMIT && KIND == SWIGLU_STEP) h = at_most(h, a.limit);
   } else {
-    h = gate * quotient(1.0f, 1.0f + exponential(-(a.alpha * gate)));
+    h = gate * sigmoid(a.alpha * gate);
     up = up + a.beta;
   }
   return kGated ? h * up : h;

@@ -48,5 +48,5 @@ class Likeliest:
         with tiles.on(logits.device):
             _likeliest_kernel[(parts, batch)](
                 self.ids, logits, self._keys, self._arrived, vocabulary, logits.stride(0), BLOCK=_BLOCK,
-                PARTS=triton.next_power_of_2(parts),
+                PARTS=triton.next_power_of_2(parts), **tiles.launch(early=False),
             )  # fmt: skip

@@ -8,6 +8,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from microscale.backends.triton import tiles
 from microscale.backends.triton.routing import Table
 
 # Of a program, so that a thread has eight loads under way.
@@ -39,6 +40,6 @@ def tokens_in_order(table: Table, x: Tensor, top_k: int, experts: int, pdl: bool
     ordered = torch.empty(routes, k, dtype=x.dtype, device=x.device)
     _in_order_kernel[(-(-routes // _PLACES) * -(-k // _COLUMNS),)](
         ordered, x.contiguous(), table.order, table.ends, top_k, experts, k,
-        PLACES=_PLACES, COLUMNS=_COLUMNS, PDL=pdl, num_warps=4, launch_pdl=pdl,
+        PLACES=_PLACES, COLUMNS=_COLUMNS, PDL=pdl, num_warps=4, **tiles.launch(pdl),
     )  # fmt: skip
     return ordered

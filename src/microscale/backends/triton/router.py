@@ -94,7 +94,7 @@ def norm_and_product(
     with tiles.on(x.device):
         _router_kernel[(-(-experts // _ROWS), m)](
             y, total, logits, x, more, norm, w, bias, eps, experts, K=k, ROWS=_ROWS, COLUMNS=_COLUMNS,
-            BIAS=bias is not None, TWICE=twice, PDL=pdl, num_warps=4, enable_fp_fusion=x.dtype != torch.float32,
-            **tiles.launch(pdl),
+            BIAS=bias is not None, TWICE=twice, PDL=pdl, num_warps=4,
+            **tiles.launch(pdl, fused=x.dtype != torch.float32),
         )  # fmt: skip
     return total, y, logits

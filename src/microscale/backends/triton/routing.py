@@ -223,7 +223,7 @@ def route(
     ids = (topk_ids.contiguous(), expert_map, routes, experts)
     known = experts if expert_map is None else expert_map.numel()
     constants = {"HAS_MAP": expert_map is not None, "BLOCK_E": block_e, "PDL": pdl}
-    launch = {"launch_pdl": True} if pdl else {}
+    launch = tiles.launch(pdl)
     with tiles.on(device):
         if blocks == 0:
             block = max(triton.next_power_of_2(routes), 128)
@@ -255,5 +255,5 @@ def zeros(count: int, device: torch.device) -> Tensor:
     Starts before the kernel ahead ends, and lets the next one start early, which must wait.
     """
     progress = torch.empty(count, dtype=torch.int32, device=device)
-    _zero_kernel[(1,)](progress, count, BLOCK=1024, launch_pdl=True)
+    _zero_kernel[(1,)](progress, count, BLOCK=1024, **tiles.launch(early=True))
     return progress

@@ -192,6 +192,6 @@ def linear(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]
             y, x, *weights, *none, *biases, *none, *sizes, *(0 for _ in none), K=k, M=m, COUNT=len(sizes),
             WARPS=_WARPS, GROUPS=taken.rows, COLUMNS=_COLUMNS, HELD=taken.held,
             **{f"BIAS{i}": b is not None for i, b in enumerate([*biases, *none])},
-            PDL=pdl, num_warps=_WARPS, enable_fp_fusion=x.dtype != torch.float32, **few, **tiles.launch(pdl),
+            PDL=pdl, num_warps=_WARPS, **few, **tiles.launch(pdl, fused=x.dtype != torch.float32),
         )  # fmt: skip
     return y

@@ -66,7 +66,7 @@ class Tiles:
         """Options of the compiler."""
         # AMD: the 16 x 16 instruction for every tile, since the 32 x 32 one walks K in another order.
         fixed = {"matrix_instr_nonkdim": 16} if self.amd else {}
-        return {"num_warps": self.warps, "num_stages": self.stages} | fixed
+        return {"num_warps": self.warps, "num_stages": self.stages} | fixed | launch(early=False)
 
     @property
     def constants(self) -> dict[str, int]:
@@ -136,6 +136,12 @@ def target(device: torch.device) -> Target:
     return Target(int(properties["max_shared_mem"]), amd, capability >= (8, 0), hopper, early, units, beside)
 
 
-def launch(early: bool) -> dict[str, bool]:
-    """Options of a launch that may start early, for a kernel that waits by itself."""
-    return {"launch_pdl": True} if early else {}
+def launch(early: bool, fused: bool = True) -> dict[str, bool]:
+    """Options of a launch.
+
+    Args:
+        early: it may start before the kernel ahead ends, for a kernel that waits by itself.
+        fused: products and sums are one instruction where they can be. Said at every launch, since the default is
+            another one from Triton 3.10 on, with which results would have other bits.
+    """
+    return {"enable_fp_fusion": fused} | ({"launch_pdl": True} if early else {})

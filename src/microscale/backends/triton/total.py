@@ -68,10 +68,9 @@ def total(
     (tokens, top_k), n = topk_ids.shape, shares.shape[1]
     y = torch.empty(tokens, n, dtype=dtype, device=shares.device)
     known = experts if expert_map is None else expert_map.numel()
-    launch = {"launch_pdl": True} if pdl else {}
     with tiles.on(shares.device):
         _total_kernel[(tokens * -(-n // 1024),)](
             y, shares, topk_ids.contiguous(), expert_map, experts, known, n,
-            HAS_MAP=expert_map is not None, TOP_K=top_k, BLOCK=1024, PDL=pdl, **launch,
+            HAS_MAP=expert_map is not None, TOP_K=top_k, BLOCK=1024, PDL=pdl, **tiles.launch(pdl),
         )  # fmt: skip
     return y
