@@ -48,15 +48,35 @@ def test_a16_mxfp4_experts_run_everywhere(machine: Machine) -> None:
 @pytest.mark.parametrize("machine", INVENTED.values(), ids=lambda m: m.name)
 def test_quantised_activations_run_everywhere(machine: Machine) -> None:
     choice = choose(LINEAR_A8.on(machine), BACKENDS)
-    assert choice.backend.name == (
-        "torch_scaled" if machine.name in ("h100", "h200", "arc-b580") else "emulation"
-    )
+    codes = machine.name in GPUS and machine.gpus[0].arch in ("sm_89", "sm_90", "sm_100", "sm_120", "gfx950")
+    usual = "triton" if codes else "emulation"
+    torchs = machine.name in ("h100", "h200", "arc-b580")
+    assert choice.backend.name == ("torch_scaled" if torchs else usual)
+    if torchs and codes:  # which yields, but runs what torch does not take, and where it is forced
+        assert "times as long" in dict(choice.refused)["triton"]
+        assert "triton" not in choice.skipped
+        assert choose(replace(LINEAR_A8, k=2880).on(machine), BACKENDS).backend.name == "triton"
+        assert choose(LINEAR_A8.on(machine), BACKENDS, "triton").backend.name == "triton"
+        failed = [("torch_scaled", "it failed")]
+        assert choose(LINEAR_A8.on(machine), BACKENDS, failed=failed).backend.name == "triton"
     if machine.device == "cpu":
         why = "activations quantised to fp8_group128 are not implemented in the C++ core yet"
         assert dict(choice.refused)["cpu"] == why
-    if machine.name in GPUS:
-        why = "activations quantised to fp8_group128 are not implemented in Triton yet"
-        assert dict(choice.refused)["triton"] == why
+    if machine.name in GPUS and not codes:
+        why = dict(choice.refused)["triton"]
+        assert why.startswith(("products of FP8 codes need ", "Triton widens FP8 codes on XPU"))
+
+
+@pytest.mark.parametrize("machine", INVENTED.values(), ids=lambda m: m.name)
+def test_activations_in_mx_formats_are_widened_where_no_unit_takes_their_codes(machine: Machine) -> None:
+    for problem in (LINEAR_A8, replace(MOE, weight="mxfp4")):
+        choice = choose(replace(problem, act="mxfp8_e4m3").on(machine), BACKENDS)
+        units = machine.name in GPUS and machine.gpus[0].arch in ("sm_100", "sm_120", "gfx950", "arc")
+        if machine.name in GPUS and not units and machine.device != "xpu":
+            assert choice.backend.name == "triton"
+            assert choice.arithmetic.startswith("decoded: ")
+        elif machine.name in GPUS:
+            assert "has units for their codes" in dict(choice.refused)["triton"]
 
 
 PLAIN_MOE = replace(MOE, bias=False, activation=Activation("silu"))
@@ -68,20 +88,21 @@ BLOCK = Problem("linear", "fp8_block128", 7168, 2048, act="fp8_group128")
 @pytest.mark.parametrize(
     "name, packages, problem, expected",
     [
-        ("a100", (), replace(MXFP4, act="mxfp8_e4m3"), "emulation"),
-        ("a100", ("humming",), replace(MXFP4, act="mxfp8_e4m3"), "humming"),
+        ("a100", (), replace(MXFP4, act="mxfp8_e4m3"), "triton"),
+        ("a100", ("humming",), replace(MXFP4, act="mxfp8_e4m3"), "triton"),
         ("h200", (), BLOCK, "torch_scaled"),
         ("h200", ("flashinfer",), NVFP4, "emulation"),
-        ("h200", ("humming",), replace(PLAIN_MOE, act="mxfp8_e4m3"), "humming"),
-        ("h200", ("humming",), replace(MOE, act="mxfp8_e4m3"), "emulation"),
+        ("h200", ("humming",), replace(PLAIN_MOE, act="mxfp8_e4m3"), "triton"),
+        ("h200", ("humming",), replace(MOE, act="mxfp8_e4m3"), "triton"),
+        ("b200", ("humming",), replace(PLAIN_MOE, act="mxfp8_e4m3"), "humming"),
         ("b200", (), NVFP4, "torch_scaled"),
-        ("b200", (), BLOCK, "emulation"),
+        ("b200", (), BLOCK, "triton"),
         ("b200", ("flashinfer", "humming"), replace(PLAIN_MOE, act="mxfp8_e4m3"), "flashinfer"),
         ("b200", ("flashinfer",), replace(MOE, act="mxfp8_e4m3"), "emulation"),
         ("mi300x", ("aiter",), BLOCK, "emulation"),
         ("mi355x", (), replace(MXFP4, act="mxfp4"), "emulation"),
         ("mi355x", ("aiter",), replace(MXFP4, act="mxfp4"), "aiter"),
-        ("mi355x", ("aiter",), BLOCK, "aiter"),
+        ("mi355x", ("aiter",), BLOCK, "triton"),
         ("arc-b580", (), replace(MXFP4, act="mxfp4"), "emulation"),
         ("arc-b580", ("xpu_kernels",), replace(MXFP4, act="mxfp4"), "xpu_kernels"),
         ("arc-b580", ("xpu_kernels",), replace(MOE, act="mxfp8_e4m3"), "xpu_kernels"),
@@ -131,11 +152,12 @@ MXFP8 = Problem("linear", "mxfp8_e4m3", 4096, 4096, act="mxfp8_e4m3")
         ("rtx5090", QWEN, "torch_scaled", "native: FP4 tensor cores"),
         ("mi355x", QWEN, "emulation", "emulated: "),
         ("arc-b580", QWEN, "torch_scaled", "native where the GPU has a unit for the format"),
-        ("h200", DEEPSEEK, "torch_scaled", "native: FP8 tensor cores"),
-        ("b200", DEEPSEEK, "emulation", "emulated: "),
+        ("h200", DEEPSEEK, "triton", "native: FP8 matrix units"),
+        ("b200", DEEPSEEK, "triton", "native: FP8 matrix units"),
         ("mi300x", DEEPSEEK, "emulation", "emulated: "),
         ("b200", MXFP8, "torch_scaled", "native: FP8 tensor cores"),
-        ("h200", MXFP8, "emulation", "emulated: "),
+        ("h200", MXFP8, "triton", "decoded: weights become bf16"),
+        ("a100", replace(MXFP8, dtype="fp32"), "triton", "decoded: weights become bf16"),
     ],
 )
 def test_what_is_multiplied_is_said(name: str, problem: Problem, expected: str, arithmetic: str) -> None:
@@ -145,10 +167,10 @@ def test_what_is_multiplied_is_said(name: str, problem: Problem, expected: str, 
 
 
 def test_hopper_with_another_triton_says_which_kernels_run() -> None:
-    machine = replace(INVENTED["h200"], packages=(("triton", "3.7.1"),))
+    machine = replace(INVENTED["h200"], packages=(("triton", "3.10.0"),))
     said = choose(MOE.on(machine), BACKENDS).arithmetic
     assert said.endswith(
-        "by the kernels for every GPU: those for Hopper need Triton 3.6.x, and 3.7.1 is installed"
+        "by the kernels for every GPU: those for Hopper need Triton 3.6.x to 3.9.x, and 3.10.0 is installed"
     )
 
 

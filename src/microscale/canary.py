@@ -11,7 +11,7 @@ from torch import Tensor
 
 from microscale import env
 from microscale.accumulation import FLOAT32, Accumulation
-from microscale.backends import load, table
+from microscale.backends import load, pack, table
 from microscale.backends.contract import Contract
 from microscale.backends.dense_rules import CORE, choose_dense
 from microscale.errors import BackendError, NoBackendError, SettingError, one_line
@@ -159,7 +159,7 @@ class Placer:
             name = choice.backend.name
             try:
                 backend = load(choice.backend)
-                packed = tuple(backend.pack(w) for w in weights)
+                packed = tuple(pack(backend, w, _act(problem)) for w in weights)
                 proof = self._proven.get((problem, name))
                 if self.canary == "off":
                     proof = "not proved: the canary is off"

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from microscale.accumulation import FLOAT32, Accumulation
 from microscale.activations import GPT_OSS, Activation
+from microscale.backends import pack
 from microscale.backends.contract import Contract
 from microscale.canary import DTYPE_WORDS
-from microscale.formats import FORMATS, activation_format, activation_word
+from microscale.formats import FORMATS, Format, activation_format, activation_word
 from microscale.machine import Machine
 from microscale.oracle import Problem
 from microscale.quant import QuantTensor, quantize
@@ -177,7 +178,7 @@ def run(
     if case.activation is None:
         w = _weight(case, (case.n, case.k), generator, device)
         bias = _random((case.n,), generator, device, case.dtype) if case.bias else None
-        packed = _packed(backend, w)
+        packed = _packed(backend, w, act)
         y = backend.linear(x, packed, bias, act=act)
         return _compare(y, linear_budget(x, w, bias, act, accumulation=accumulation), case)
     rows = case.activation.rows(case.n)
@@ -194,7 +195,7 @@ def run(
         expert_map[::2] = torch.arange(case.experts).flip(0)
         options["expert_map"] = expert_map.to(device)
     ids, weights = ids.to(device), weights.to(device)
-    packed13, packed2 = _packed(backend, w13), _packed(backend, w2)
+    packed13, packed2 = _packed(backend, w13, act), _packed(backend, w2, act)
     y = backend.moe(x, ids, weights, packed13, packed2, case.activation, **options)
     options["accumulation"] = accumulation
     return _compare(y, moe_budget(x, ids, weights, w13, w2, case.activation, **options), case)
@@ -222,8 +223,8 @@ def _random(shape: tuple[int, ...], generator: torch.Generator, device: str, dty
     return torch.randn(shape, generator=generator).to(device=device, dtype=dtype)
 
 
-def _packed(backend: Contract, w: QuantTensor) -> Any:
-    packed = backend.pack(w)
+def _packed(backend: Contract, w: QuantTensor, act: Format | None) -> Any:
+    packed = pack(backend, w, act)
     back = backend.unpack(packed)
     same = back.shape == w.shape and torch.equal(back.codes, w.codes) and torch.equal(back.scales, w.scales)
     if w.tensor_scale is not None and back.tensor_scale is not None:

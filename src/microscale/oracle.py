@@ -85,6 +85,10 @@ def _not_compared(problem: Problem) -> str | None:
     return None
 
 
+def _keeps_its_place(problem: Problem) -> str | None:
+    return None
+
+
 @dataclass(frozen=True)
 class Backend:
     """One way to run quantised layers.
@@ -101,6 +105,7 @@ class Backend:
             stored codes), "decoded" (weights become numbers of the activations' dtype first) or "emulated" (all become
             float32 numbers, and PyTorch multiplies them).
         compared: how it was faster or slower than those behind it in a problem, in a sentence; None: not measured.
+        yields: why the others are asked first in a problem, emulation apart, in a sentence; None: its place is its own.
         waits: its `moe` waits for the device, to know which experts have rows, and no CUDA graph can hold it.
     """
 
@@ -113,6 +118,7 @@ class Backend:
     accumulation: Callable[[Problem], Accumulation] = _float32
     arithmetic: Callable[[Problem], str] = _unsaid
     compared: Callable[[Problem], str | None] = _not_compared
+    yields: Callable[[Problem], str | None] = _keeps_its_place
     waits: bool = False
 
 
@@ -174,10 +180,10 @@ def choose(
     force: str | None = None,
     failed: Sequence[tuple[str, str]] = (),
 ) -> Choice:
-    """The first backend, in table order, that does not refuse.
+    """The first backend, in table order, that does not refuse; those that yield come right before the last.
 
     Args:
-        backends: the ordered table; the order is the only priority.
+        backends: the ordered table; the order, and who yields, are the only priority.
         force: allow this one only. It may still refuse.
         failed: (name, sentence) of backends that refused at run time (canary); they are not asked again.
     Raises:
@@ -186,12 +192,19 @@ def choose(
     already = dict(failed)
     refused: list[tuple[str, str]] = []
     check_forced(problem, backends, force)
+    told = {} if force is not None else {b.name: b.yields(problem) for b in backends[:-1]}
+    yielding = {name: said for name, said in told.items() if said is not None}
+    first = [b for b in backends[:-1] if b.name not in yielding]
+    backends = [*first, *(b for b in backends[:-1] if b.name in yielding), *backends[-1:]]
     for i, backend in enumerate(backends):
         if force is not None and backend.name != force:
             why: str | None = f"not the forced one ({force})"
         else:
             why = already.get(backend.name) or backend.refuse(problem)
         if why is None:
-            return Choice(problem, backend, tuple(refused), tuple(b.name for b in backends[i + 1 :]))
+            behind = backends[i + 1 :]
+            refused += [(b.name, b.refuse(problem) or yielding[b.name]) for b in behind if b.name in yielding]
+            skipped = tuple(b.name for b in behind if b.name not in yielding)
+            return Choice(problem, backend, tuple(refused), skipped)
         refused.append((backend.name, why))
     raise NoBackendError(problem, refused)

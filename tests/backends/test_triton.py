@@ -51,7 +51,7 @@ def test_refusals() -> None:
     for arch in ("sm_75", "sm_89", "sm_120", "sm_100a"):
         assert refuse(LINEAR.on(replace(h200, gpus=(Gpu("cuda", arch, "new", 1),)))) is None
     why = refuse(replace(MOE, act="nvfp4").on(h200))
-    assert why == "activations quantised to nvfp4 are not implemented in Triton yet"
+    assert why == "activations are multiplied as bf16 numbers or as FP8 codes, and those of nvfp4 are neither"
     assert refuse(LINEAR.on(INVENTED["mi300x"])) is None
 
 

@@ -35,6 +35,10 @@ def everything() -> list[Job]:
             jobs += [Job(target, kernel, name, in_tile=turn) for kernel in PRODUCTS]
             jobs.append(Job(target, "linear", name, tokens=300, in_tile=powers and not turn, bias=False))
             jobs.append(Job(target, "linear", name, *other, in_tile=turn))
+        if TARGETS[target].codes:
+            jobs += [
+                Job(target, k, "fp8_block128", tokens=m, codes=True) for k in PRODUCTS for m in (16, 300)
+            ]
     return jobs
 
 
@@ -64,7 +68,8 @@ def test_it_compiles_to_machine_code(made: Callable[[Job], Made], job: Job) -> N
     assert "trap;" not in found.text  # what Triton puts in place of a kernel that needs more than there is
     # Not only code, but that of the GPU's matrix unit, where it has one.
     if job.format and job.dtype == torch.bfloat16:
-        assert re.search(gpu.product, found.text), f"no {gpu.product} in its {gpu.text}"
+        product = gpu.codes if job.codes else gpu.product
+        assert re.search(product, found.text), f"no {product} in its {gpu.text}"
 
 
 def test_every_target_has_every_format_and_op() -> None:

@@ -23,6 +23,7 @@ class Ahead:
         shared: bytes of scratchpad that one program may use.
         product: the instructions, in PTX or AMD's assembly, that products in bfloat16 must become.
         columns: of tensor memory that one program may use.
+        codes: the instructions that products of FP8 codes must become; empty where the backend refuses those.
     """
 
     kind: str
@@ -31,6 +32,7 @@ class Ahead:
     shared: int
     product: str
     columns: int = 0
+    codes: str = ""
 
     @property
     def amd(self) -> bool:
@@ -51,12 +53,18 @@ TARGETS = {
     # No matrix unit: Triton's compiler has none for it, and multiplies number by number.
     "sm_75": Ahead("cuda", 75, 32, 64 << 10, r"\bfma\.rn\.f32"),
     "sm_80": Ahead("cuda", 80, 32, 163 << 10, r"\bmma\.sync\S*\.bf16"),
-    "sm_89": Ahead("cuda", 89, 32, 99 << 10, r"\bmma\.sync\S*\.bf16"),
-    "sm_90": Ahead("cuda", 90, 32, 227 << 10, r"\bwgmma\.mma_async\S*\.bf16"),
-    "sm_100": Ahead("cuda", 100, 32, 227 << 10, r"\btcgen05\.mma\S*kind::f16", 512),
-    "sm_120": Ahead("cuda", 120, 32, 99 << 10, r"\bmma\.sync\S*\.bf16"),
+    "sm_89": Ahead("cuda", 89, 32, 99 << 10, r"\bmma\.sync\S*\.bf16", codes=r"\bmma\.sync\S*\.e4m3\.e4m3"),
+    "sm_90": Ahead(
+        "cuda", 90, 32, 227 << 10, r"\bwgmma\.mma_async\S*\.bf16", codes=r"\bwgmma\S*\.f32\.e4m3\.e4m3"
+    ),
+    "sm_100": Ahead(
+        "cuda", 100, 32, 227 << 10, r"\btcgen05\.mma\S*kind::f16", 512, r"\btcgen05\.mma\S*kind::f8f6f4"
+    ),
+    "sm_120": Ahead("cuda", 120, 32, 99 << 10, r"\bmma\.sync\S*\.bf16", codes=r"\bmma\.sync\S*\.e4m3\.e4m3"),
     "gfx942": Ahead("hip", "gfx942", 64, 64 << 10, r"\bv_mfma_f32_\w*bf16"),
-    "gfx950": Ahead("hip", "gfx950", 64, 160 << 10, r"\bv_mfma_f32_\w*bf16"),
+    "gfx950": Ahead(
+        "hip", "gfx950", 64, 160 << 10, r"\bv_mfma_f32_\w*bf16", codes=r"\bv_mfma_f32_\w*(fp8_fp8|f8f6f4)"
+    ),
     "gfx1100": Ahead("hip", "gfx1100", 32, 64 << 10, r"\bv_wmma_f32_\w*bf16"),
 }
 POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
@@ -134,6 +142,8 @@ KERNELS = {
     "count": ("routing", "_count_kernel"),
     "place": ("routing", "_place_kernel"),
     "total": ("total", "_total_kernel"),
+    "numbers": ("rounded", "_numbers_kernel"),
+    "codes": ("rounded", "_codes_kernel"),
     "span": ("attend", "_span_kernel"),
     "masked_span": ("attend", "_span_kernel"),
     "ring_span": ("attend", "_span_kernel"),
@@ -185,6 +195,7 @@ class Job:
         format, tokens, bias: of a product: weights, how many tokens meet each matrix.
         dtype: activations, of a product or a kernel of `STEP`.
         in_tile: E8M0 scales go into the tile; else, as those of random bytes do, on the sums.
+        codes: activations are FP8 codes, too.
     """
 
     target: str
@@ -194,6 +205,7 @@ class Job:
     tokens: int = 16
     in_tile: bool = False
     bias: bool = True
+    codes: bool = False
 
     def __str__(self) -> str:
         words = [
@@ -203,7 +215,11 @@ class Job:
             str(self.dtype).removeprefix("torch."),
             f"M{self.tokens}",
         ]
-        words += [w for w, on in (("in_tile", self.in_tile), ("no_bias", not self.bias)) if on]
+        words += [
+            w
+            for w, on in (("in_tile", self.in_tile), ("no_bias", not self.bias), ("codes", self.codes))
+            if on
+        ]
         if self.kernel in STEP:
             return f"{self.target}-{self.kernel}-{words[3]}"
         return "-".join(words if self.format else words[:2])
@@ -218,7 +234,7 @@ def run(job: Job) -> Made:
     elif job.kernel in STEP:
         given, options = step(job)
     else:
-        given, options = routes(job.target), {}
+        given, options = routes(job.target) | rounding(job.kernel, job.target), {}
     return made(job.target, lambda: compiled(kernel, job.target, given, options))
 
 
@@ -233,13 +249,17 @@ def product(job: Job) -> tuple[dict[str, Any], dict[str, Any]]:
     assert w.scale_in_tile(dtype) == (job.in_tile or w.format.scale == "e4m3"), job
     unit = gpu.amd or (isinstance(gpu.arch, int) and gpu.arch >= 80)
     kind = tiles.Target(gpu.shared, gpu.amd, unit, tensor_memory=gpu.columns > 0)
-    tile = tiles.sizes(w.format.element.bits, w.constants(dtype)["CHUNK"], dtype.itemsize, job.tokens, kind)
+    chunk = w.constants(dtype)["CHUNK"]
+    tile = tiles.sizes(w.format.element.bits, chunk, dtype.itemsize, job.tokens, kind)
+    if job.codes:
+        tile = tiles.of_codes(job.tokens, kind)
     given = {
         "codes": "*u8",
         **dict.fromkeys(("M", "N", "K", "scale_rows", "top_k"), "i32"),
         **dict.fromkeys(("tile_experts", "tile_starts", "ends", "order"), "*i32"),
         **dict.fromkeys(("alpha", "beta", "limit"), "fp32"),
         **dict.fromkeys(("x", "y", "h"), POINTERS[dtype]),
+        **dict.fromkeys(("x_scales", "h_scales"), "*fp32" if job.codes else None),
         **dict.fromkeys(("shares", "topk_weights"), "*fp32"),
         "bias": POINTERS[dtype] if job.bias else None,
         "HAS_BIAS": job.bias,
@@ -253,7 +273,24 @@ def product(job: Job) -> tuple[dict[str, Any], dict[str, Any]]:
         "HAS_LIMIT": True,
         "WEIGHT_ON_INPUT": False,
     }
+    if job.codes:
+        given |= {"w13": {"x": "*u8"}, "w2": {"h": "*u8"}, "linear": {"x": "*u8"}}[job.kernel]
     return w.constants(dtype) | tile.constants | given, tile.compiler
+
+
+def rounding(kernel: str, target: str) -> dict[str, Any]:
+    """Arguments of the kernels that store activations in a format, in E4M3."""
+    given: dict[str, Any] = {"x": "*bf16", "codes": "*u8", "scales": "*fp32", "K": "i32", "GROUPS": "i32"}
+    given |= {
+        "MANTISSA": 3,
+        "EMIN": -6,
+        "EMAX": 8,
+        "MAX": 448.0,
+        "INTEGER": False,
+        "COLUMNS": 1024,
+        **dict.fromkeys(("scale_m", "scale_g"), "i32"),
+    }
+    return given | {"WIDTH": 128 if kernel == "codes" else 32, "CONVERTS": bool(TARGETS[target].codes)}
 
 
 def routes(target: str) -> dict[str, Any]:

@@ -200,7 +200,7 @@ def test_nothing_is_asked_for_past_a_cache(monkeypatch: pytest.MonkeyPatch, widt
     asked: list[int] = []
     early = replace(tiles.target(torch.device(DEVICE)), early=True)
     monkeypatch.setattr(tiles, "target", lambda device: early)
-    monkeypatch.setattr(tiles, "launch", lambda early: {})
+    monkeypatch.setattr(tiles, "launch", lambda early, fused=True: {})
     monkeypatch.setattr(module, "_SPANS", 16)
     monkeypatch.setattr(module, "ask", lambda at: asked.extend(at.handle.data.ravel().tolist()))
     for name in ("gdc_wait", "gdc_launch_dependents"):

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from functools import cache
 from importlib.metadata import entry_points
-from typing import cast
+from typing import Any, cast
 
 from microscale.backends import arithmetic
 from microscale.backends.adapters.aiter_rules import refuse as refuse_aiter
@@ -19,8 +19,12 @@ from microscale.backends.adapters.xpu_kernels_rules import refuse as refuse_xpu_
 from microscale.backends.contract import Contract
 from microscale.backends.cpu_rules import refuse as refuse_cpu
 from microscale.backends.measured import beside_humming
+from microscale.backends.triton_rules import accumulation as accumulation_triton
 from microscale.backends.triton_rules import refuse as refuse_triton
+from microscale.backends.triton_rules import yields as yields_triton
+from microscale.formats import Format
 from microscale.oracle import Backend, Problem
+from microscale.quant import QuantTensor
 
 ENTRY_POINTS = "microscale.backends"
 
@@ -48,8 +52,10 @@ BACKENDS: tuple[Backend, ...] = (
         refuse_triton,
         "weights decoded in registers, multiplied in the activations' dtype, summed in float32; routing on the device",
         proven="NVIDIA H200",
+        accumulation=accumulation_triton,
         arithmetic=arithmetic.triton,
         compared=beside_humming,
+        yields=yields_triton,
     ),
     Backend(
         "torch_scaled",
@@ -151,6 +157,12 @@ def load(backend: Backend) -> Contract:
         found = importlib.import_module(backend.module)
         _complete.add(backend.module)
     return cast(Contract, found)
+
+
+def pack(backend: Contract, w: QuantTensor, act: Format | None) -> Any:
+    """Weights in a backend's layout, for activations that stay as they are (None) or are stored in a format."""
+    given = getattr(backend, "pack_for", None)
+    return backend.pack(w) if given is None else given(w, act)
 
 
 _complete: set[str] = set()  # modules whose import has come to its end

@@ -6,10 +6,10 @@ One word comes first: native, decoded or emulated; see `oracle.Backend`.
 from __future__ import annotations
 
 from microscale.backends.adapters.common_rules import capability
+from microscale.backends.triton_rules import PROVEN
+from microscale.formats import FP8_GROUP128
 from microscale.machine import CORE
 from microscale.oracle import Problem
-
-HOPPER_TRITON = "3.6."  # what Hopper's own kernels are written for; see `backends.triton.tiles.target`
 
 
 def cpu(problem: Problem) -> str:
@@ -25,19 +25,22 @@ def cpu(problem: Problem) -> str:
 def triton(problem: Problem) -> str:
     """The Triton kernels', by GPU."""
     sm = capability(problem.arch)
+    if problem.act == FP8_GROUP128.name:
+        return "native: FP8 matrix units multiply the codes of weights and activations, 128 columns at a time"
     if problem.device == "cuda" and sm < 80:
         return (
             "decoded: weights become numbers in registers; no matrix unit, since Triton uses none below sm_80"
         )
-    if sm == 90 and not problem.version("triton").startswith(HOPPER_TRITON):
+    number = "bf16" if problem.act != "a16" else problem.dtype
+    if sm == 90 and not problem.version("triton").startswith(PROVEN):
         found = problem.version("triton") or "unknown"
         return (
-            f"decoded: weights become {problem.dtype} in registers, by the kernels for every GPU: those for Hopper "
-            f"need Triton {HOPPER_TRITON}x, and {found} is installed"
+            f"decoded: weights become {number} in registers, by the kernels for every GPU: those for Hopper "
+            f"need Triton {PROVEN[0]}x to {PROVEN[-1]}x, and {found} is installed"
         )
-    if sm != 90 and problem.dtype == "fp32":
+    if sm != 90 and number == "fp32":
         return "decoded: weights become float32 in registers"
-    number = "bf16" if sm == 90 else problem.dtype
+    number = "bf16" if sm == 90 else number
     return f"decoded: weights become {number} in registers, and the {number} matrix unit multiplies them"
 
 

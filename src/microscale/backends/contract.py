@@ -17,7 +17,9 @@ class Contract(Protocol):
     A module whose `pack` copies says `REPACKS = True`: layers then let go of the canonical tensor, so that weights are
     not in memory twice, and get it back from `unpack`.
 
-    A module may have `shares`, too: what its `moe` adds up, for a caller who does (see `backends.triton.shares`).
+    A module may have `pack_for(w, act)`, too, where the layout depends on the format of activations (None: 16-bit), and
+    is then asked instead of `pack`; and `shares`: what its `moe` adds up, for a caller who does (see
+    `backends.triton.shares`).
     """
 
     def pack(self, w: QuantTensor) -> Any:

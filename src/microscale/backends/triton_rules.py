@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
+from microscale.accumulation import FLOAT32, HOPPER_FP8, Accumulation
+from microscale.formats import FORMATS, FP8_GROUP128
 from microscale.machine import Machine
 from microscale.oracle import Problem
 
@@ -17,11 +19,55 @@ def refuse(problem: Problem) -> str | None:
         return f"Triton compiles for CUDA, ROCm and XPU, not for {problem.device}"
     if problem.device == "cuda" and _capability(problem.arch) < 75:
         return f"the kernels need sm_75 or newer, and this is {problem.arch or 'unknown'}"
-    if problem.act != "a16":
-        return f"activations quantised to {problem.act} are not implemented in Triton yet"
+    if problem.act != "a16" and (why := refuse_pair(problem.weight, problem.act) or _refuse_act(problem)):
+        return why
     if "triton" not in problem.packages:
         return "the package triton is not installed"
     return None
+
+
+def refuse_pair(weight: str, act: str) -> str | None:
+    """None, or why there are no kernels for weights in one format and activations in another."""
+    if act == FP8_GROUP128.name:
+        return (
+            None
+            if weight == "fp8_block128"
+            else f"activations in {act} are multiplied with block FP8 weights only"
+        )
+    if FORMATS[act].scale == "e8m0":
+        return None
+    return f"activations are multiplied as bf16 numbers or as FP8 codes, and those of {act} are neither"
+
+
+def _refuse_act(problem: Problem) -> str | None:
+    """None, or why this GPU does not multiply such activations here."""
+    arch, sm = problem.arch or "unknown", _capability(problem.arch)
+    if problem.act != FP8_GROUP128.name:
+        if sm >= 100 or arch == "gfx950" or problem.device == "xpu":
+            return (
+                f"activations in {problem.act} would be widened to bf16, and {arch} has units for their codes"
+            )
+        return None
+    if problem.device == "xpu":
+        return "Triton widens FP8 codes on XPU before it multiplies them"
+    if sm >= 89 or arch == "gfx950":
+        return None
+    least = "sm_89 or newer" if problem.device == "cuda" else "gfx950"
+    return f"products of FP8 codes need {least}, and this is {arch}"
+
+
+def yields(problem: Problem) -> str | None:
+    """None, or why other packages' kernels are asked first, by measurement."""
+    codes = problem.act == FP8_GROUP128.name and problem.device == "cuda" and _capability(problem.arch) == 90
+    if problem.op != "linear" or not codes:
+        return None
+    return "torch's product of FP8 codes is faster on sm_90: 0.4 to 0.8 times as long on an NVIDIA H200"
+
+
+def accumulation(problem: Problem) -> Accumulation:
+    """FP8 products of Hopper and Ada are added up more coarsely than in float32."""
+    coarse = problem.act == FP8_GROUP128.name and problem.device == "cuda"
+    return HOPPER_FP8 if coarse and _capability(problem.arch) in (89, 90) else FLOAT32
 
 
 def refuse_steps(device: str, arch: str, packages: Collection[str]) -> str | None:

@@ -7,6 +7,7 @@ Block FP8 on Hopper, MXFP8, NVFP4 and MXFP4 on Blackwell, block FP8 and NVFP4 on
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -130,26 +131,37 @@ def _product(x: Tensor, w: Packed, bias: Tensor | None, act: Format | None) -> T
 
     assert act is not None
     m = x.shape[0]
-    a = quantized_rows(padded(x, _ROWS), act)
+    codes, scale_a, outer = _rows(padded(x, _ROWS), act)
+    final = x.dtype == torch.bfloat16 and bias is None and outer is None  # nothing comes before the rounding
     recipe_a, recipe_b = (getattr(ScalingType, name) for name in _RECIPES[w.format.name])
     swizzled = w.format.scale != "f32" and not _plain(x.device)
     swizzle = SwizzleType.SWIZZLE_32_4_4 if swizzled else SwizzleType.NO_SWIZZLE
     y = scaled_mm(
-        as_dtype(a.codes.contiguous(), _CODES[act.element.name]),
+        as_dtype(codes, _CODES[act.element.name]),
         as_dtype(w.codes, _CODES[w.format.element.name]).t(),
-        _scale_a(a),
+        scale_a,
         recipe_a,
         _scale_b(w),
         recipe_b,
         swizzle_a=swizzle,
         swizzle_b=swizzle,
-        output_dtype=torch.bfloat16 if w.format.name == "mxfp4" else torch.float32,
+        output_dtype=torch.bfloat16 if w.format.name == "mxfp4" or final else torch.float32,
     )
-    if a.tensor_scale is not None and w.tensor_scale is not None:
+    if outer is not None and w.tensor_scale is not None:
         # Row by row and column by column; torch's own argument is one number for the whole product.
-        y = y * a.tensor_scale[:, None] * w.tensor_scale.expand(w.shape[0])
+        y = y * outer[:, None] * w.tensor_scale.expand(w.shape[0])
     y = y[:m]
     return y if bias is None else y + bias.float()
+
+
+def _rows(x: Tensor, act: Format) -> tuple[Tensor, Tensor, Tensor | None]:
+    """x [M, K] as codes, scales in the order of the device, and outer scales."""
+    if act.scale == "f32" and x.is_cuda and torch.version.hip is None and find_spec("triton") is not None:
+        from microscale.backends.triton.rounded import codes_of  # one kernel, and the same bits
+
+        return *codes_of(x, act, by_column=True), None
+    a = quantized_rows(x, act)
+    return a.codes.contiguous(), _scale_a(a), a.tensor_scale
 
 
 def _plain(device: torch.device) -> bool:

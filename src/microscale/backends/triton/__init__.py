@@ -1,11 +1,12 @@
 """One source of kernels for CUDA, ROCm and XPU: every format, exact in the weights, activations in 16 or 32 bits.
 
-`layout` packs and unpacks, `decode` turns codes and scales into numbers in registers, `gemm` has the loop over K and
-linear, `moe` the experts, `routing` sorts their routes, `total` adds up their shares, `tiles` has the sizes. Hopper has
-a layout and kernels of its own: `placement` and `fragments`, `hopper` and `hopper_moe` over `hopper_loop` or, for many
-tokens, `hopper_bulk`, for a single one's experts `hopper_few`, all over `hopper_decode`; `hopper_routes` says whose a
-tile is, `hopper_token` has a single one's chosen by its logits, `hopper_results` ends experts, `hopper_fetch` asks for
-weights ahead, `cuts` chooses their sizes, and `fallback` takes over if they do not compile.
+`layout` packs and unpacks, `decode` turns codes and scales into numbers in registers, `rounded` stores activations in a
+format, `gemm` has the loop over K and linear, `moe` the experts, `routing` sorts their routes, `total` adds up their
+shares, `tiles` has the sizes. Hopper has a layout and kernels of its own: `placement` and `fragments`, `hopper` and
+`hopper_moe` over `hopper_loop` or, for many tokens, `hopper_bulk`, for a single one's experts `hopper_few`, all over
+`hopper_decode`; `hopper_routes` says whose a tile is, `hopper_token` has a single one's chosen by its logits,
+`hopper_results` ends experts, `hopper_fetch` asks for weights ahead, `cuts` chooses their sizes, and `fallback` takes
+over if they do not compile.
 In CUDA C++, which `hopper_text` writes and `nvrtc` compiles, experts have `hopper_rings` for a few tokens and
 `hopper_wide` for many, and linears `hopper_linear`; `hopper_experts` takes the kernels that a call's cuts are of.
 For a decoded token there are `attend` over `spans`, `rows` for products with plain weights, `router`, `small`, and
@@ -26,13 +27,15 @@ from microscale.backends.triton import moe as experts
 from microscale.backends.triton.fallback import attempt
 from microscale.backends.triton.fragments import Fragments
 from microscale.backends.triton.layout import Packed
+from microscale.backends.triton.rounded import rows_of
 from microscale.backends.triton.small import Choice
+from microscale.backends.triton_rules import refuse_pair
 from microscale.errors import BackendError
 from microscale.formats import Format
 from microscale.operands import check_linear, check_moe
 from microscale.quant import QuantTensor
 
-__all__ = ["REPACKS", "Packed", "linear", "moe", "pack", "shares", "unpack"]
+__all__ = ["REPACKS", "Packed", "linear", "moe", "pack", "pack_for", "shares", "unpack"]
 
 REPACKS = True  # see `contract.Contract`
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -42,6 +45,14 @@ def pack(w: QuantTensor) -> Packed | Fragments:
     """See `contract.Contract.pack`. Waits for the device: it looks at the scales."""
     if tiles.target(w.device).hopper and fragments.suits(w):
         return fragments.pack(w)
+    return layout.pack(w)
+
+
+def pack_for(w: QuantTensor, act: Format | None) -> Packed | Fragments:
+    """See `contract.Contract`. Hopper's own kernels have 16-bit activations: those of MX formats are such numbers in a
+    linear, but between two products of experts nothing rounds to them."""
+    if act is None or (act.scale == "e8m0" and len(w.shape) == 2):
+        return pack(w)
     return layout.pack(w)
 
 
@@ -61,9 +72,10 @@ def linear(
     """See `contract.Contract.linear`.
 
     Numerics: float32 accumulation, scale blocks in ascending K; a row's result depends on no other row, to the bit.
+    FP8 matrix units add 128 products of block FP8's codes as `accumulation` says.
     """
     check_linear(x, w.shape, bias)
-    _check(x, act)
+    _check(x, act, w)
 
     def fast(x: Tensor, bias: Tensor | None) -> Tensor:
         n, k = w.shape
@@ -73,16 +85,21 @@ def linear(
         if isinstance(w, Fragments):
             from microscale.backends.triton import hopper
 
-            cut = cuts.linear_cut(w.format, rows.shape[0], w.tiles, hopper.PARTS[x.dtype])
-            return attempt(
-                lambda: hopper.linear(rows, w, bias, cut),
-                lambda: gemm.linear(rows, w.plain, bias),
-                *("linear", w.format.name, w.shape, x.dtype, cut),
-            ).view(*x.shape[:-1], n)
-        return gemm.linear(rows, w, bias).view(*x.shape[:-1], n)
+            a = rows
+            if act is not None and act.scale == "e8m0":  # where x is wider than bfloat16, so is the result
+                a = rows_of(rows, act).x.to(x.dtype if x.dtype == torch.bfloat16 else torch.float32)
+            if act is None or a is not rows:
+                cut = cuts.linear_cut(w.format, rows.shape[0], w.tiles, hopper.PARTS[a.dtype])
+                y = attempt(
+                    lambda: hopper.linear(a, w, bias, cut),
+                    lambda: gemm.linear(a, w.plain, bias),
+                    *("linear", w.format.name, w.shape, a.dtype, cut),
+                )
+                return y.to(x.dtype).view(*x.shape[:-1], n)
+        return gemm.linear(rows, _plain(w), bias, act).view(*x.shape[:-1], n)
 
     def slow(x: Tensor, bias: Tensor | None) -> Tensor:
-        return emulation.linear(x, emulation.Packed(unpack(w)), bias)
+        return emulation.linear(x, emulation.Packed(unpack(w)), bias, act=act)
 
     return autograd.run(fast, slow, x, bias)
 
@@ -104,16 +121,17 @@ def moe(
     """See `contract.Contract.moe`. Never waits for the device: a token with an id out of range becomes NaN.
 
     Numerics: as `linear`; the intermediate is rounded once to x's dtype, and the sum over experts is float32. Hopper's
-    own kernels round each token's share of an expert to x's dtype too, before that sum.
+    own kernels round each token's share of an expert to x's dtype too, before that sum. With `act` the intermediate is
+    rounded to it from float32.
     """
     check_moe(x, topk_ids, topk_weights, w13.shape, w2.shape, activation, b13, b2, weight_on_input)
-    _check(x, act)
+    _check(x, act, w13, w2)
 
     def fast(x: Tensor, topk_weights: Tensor, b13: Tensor | None, b2: Tensor | None) -> Tensor:
         if 0 in (topk_ids.numel(), *w13.shape, *w2.shape):
             return x.new_zeros(x.shape[0], w2.shape[1])
         rest = (activation, _contiguous(b13), _contiguous(b2), _contiguous(expert_map), weight_on_input)
-        return _experts(x, topk_ids, topk_weights, w13, w2, *rest, add_up=True)
+        return _experts(x, topk_ids, topk_weights, w13, w2, *rest, add_up=True, act=act)
 
     def slow(x: Tensor, topk_weights: Tensor, b13: Tensor | None, b2: Tensor | None) -> Tensor:
         return emulation.moe(
@@ -127,6 +145,7 @@ def moe(
             b2=b2,
             expert_map=expert_map,
             weight_on_input=weight_on_input,
+            act=act,
         )
 
     return autograd.run(fast, slow, x, topk_weights, b13, b2)
@@ -147,16 +166,16 @@ def shares(
 
     Numerics: float32 or x's dtype, and no gradients. x is [M, H], contiguous.
     """
-    _check(x, act)
+    _check(x, act, w13, w2)
     b13, b2, top_k = _contiguous(b13), _contiguous(b2), choice.top_k
 
     def usual() -> Tensor:
         weights, ids = choice.routes()
         check_moe(x, ids, weights, w13.shape, w2.shape, activation, b13, b2, False)
-        return _experts(x, ids, weights, w13, w2, activation, b13, b2, None, False, add_up=False)
+        return _experts(x, ids, weights, w13, w2, activation, b13, b2, None, False, False, act)
 
     found = None
-    own = _hopper(x, top_k, w13, w2, activation) if x.shape[0] == 1 else None
+    own = _hopper(x, top_k, w13, w2, activation) if x.shape[0] == 1 and act is None else None
     if own is not None:
         from microscale.backends.triton import hopper_token
 
@@ -183,14 +202,15 @@ def _experts(
     expert_map: Tensor | None,
     weight_on_input: bool,
     add_up: bool,
+    act: Format | None,
 ) -> Tensor:
     """Hopper's kernels where they take these weights, else those for every target: see `moe.moe`."""
     rest = (activation, b13, b2, expert_map, weight_on_input)
 
     def plain() -> Tensor:
-        return experts.moe(x, topk_ids, topk_weights, _plain(w13), _plain(w2), *rest, add_up)
+        return experts.moe(x, topk_ids, topk_weights, _plain(w13), _plain(w2), *rest, add_up, act)
 
-    own = _hopper(x, topk_ids.shape[1], w13, w2, activation)
+    own = _hopper(x, topk_ids.shape[1], w13, w2, activation) if act is None else None
     if own is None:
         return plain()
     from microscale.backends.triton import hopper_experts
@@ -221,8 +241,9 @@ def _contiguous(t: Tensor | None) -> Tensor | None:
     return None if t is None else t.contiguous()
 
 
-def _check(x: Tensor, act: Format | None) -> None:
-    if act is not None:
-        raise BackendError(f"triton does not quantise activations yet, and {act.name} is asked for")
+def _check(x: Tensor, act: Format | None, *weights: Packed | Fragments) -> None:
+    for w in weights:
+        if act is not None and (why := refuse_pair(w.format.name, act.name)) is not None:
+            raise BackendError(f"triton: {why}")
     if x.dtype not in _DTYPES:
         raise BackendError(f"triton takes bf16, fp16 and fp32 activations, not {x.dtype}")

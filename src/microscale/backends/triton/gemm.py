@@ -14,10 +14,12 @@ from torch import Tensor
 
 from microscale.backends.triton import decode, tiles
 from microscale.backends.triton.layout import Packed
+from microscale.backends.triton.rounded import rows_of
+from microscale.formats import Format
 
 
 @triton.jit
-def product(
+def product_of_numbers(
     x,
     tokens,
     codes,
@@ -42,16 +44,11 @@ def product(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """float32 [BLOCK_N, BLOCK_M]: W[rows] @ x[tokens]^T, without the tensor scale.
+    """`product` of weights times 16-bit numbers.
 
     Two ways, both exact in the weights. IN_TILE: code times scale is a number of x's dtype, and the matrix unit gets
     that. Else it gets the bare codes, which every 16-bit dtype holds, one scale block at a time, and the block's sum
     is multiplied by the scale in float32: that takes any scale byte, and any float32 scale.
-
-    Args:
-        x: [*, K]; tokens: int64 [BLOCK_M], rows of it.
-        codes, scales: see `layout`; expert: int64, rows: int32 [BLOCK_N] of its N.
-        GROUPS, scale_rows: of 128 columns in a row, and rows of scales in an expert.
     """
     PLANES: tl.constexpr = 128 // UNIT
     RAW: tl.constexpr = -MANTISSA if SPECIALS == "integer" else 127 - BIAS
@@ -98,6 +95,89 @@ def product(
 
 
 @triton.jit
+def product_of_codes(
+    x,
+    x_scales,
+    tokens,
+    codes,
+    scales,
+    expert,
+    rows,
+    N,
+    GROUPS: tl.constexpr,
+    scale_rows,
+    HEIGHT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """`product` of E4M3 codes on both sides: the matrix unit multiplies 128 columns, and their sum meets both scales in
+    float32."""
+    column = tl.arange(0, 128)
+    x_columns = x + tokens[None, :] * (GROUPS * 128) + column[:, None]
+    code_rows = codes + (expert * N + rows)[:, None] * (GROUPS * 128) + column[None, :]
+    scale_columns = scales + expert * GROUPS * scale_rows + rows // HEIGHT
+    x_scales += tokens * GROUPS
+    acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    scale, x_scale = tl.load(scale_columns), tl.load(x_scales)
+    for group in range(GROUPS):
+        # The next scales are on their way while codes are multiplied; behind the last the last ones once more.
+        then = tl.minimum(group + 1, GROUPS - 1)
+        next_scale, next_x_scale = tl.load(scale_columns + then * scale_rows), tl.load(x_scales + then)
+        w = tl.load(code_rows + group * 128).to(tl.float8e4nv, bitcast=True)
+        a = tl.load(x_columns + group * 128).to(tl.float8e4nv, bitcast=True)
+        acc = tl.fma(tl.dot(w, a), scale[:, None] * x_scale[None, :], acc)
+        scale, x_scale = next_scale, next_x_scale
+    return acc
+
+
+@triton.jit
+def product(
+    x,
+    x_scales,
+    tokens,
+    codes,
+    scales,
+    expert,
+    rows,
+    N,
+    K,
+    GROUPS: tl.constexpr,
+    scale_rows,
+    BITS: tl.constexpr,
+    MANTISSA: tl.constexpr,
+    BIAS: tl.constexpr,
+    SPECIALS: tl.constexpr,
+    SCALE: tl.constexpr,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    UNIT: tl.constexpr,
+    CHUNK: tl.constexpr,
+    IN_TILE: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """float32 [BLOCK_N, BLOCK_M]: W[rows] @ x[tokens]^T, without the tensor scale.
+
+    Args:
+        x: [*, K]; tokens: int64 [BLOCK_M], rows of it.
+        x_scales: None, or float32 [*, GROUPS]; x are E4M3 codes [*, GROUPS * 128] then, see `rounded`.
+        codes, scales: see `layout`; expert: int64, rows: int32 [BLOCK_N] of its N.
+        GROUPS, scale_rows: of 128 columns in a row, and rows of scales in an expert.
+    """
+    if x_scales is None:
+        acc = product_of_numbers(
+            x, tokens, codes, scales, expert, rows, N, K, GROUPS, scale_rows,
+            BITS, MANTISSA, BIAS, SPECIALS, SCALE, HEIGHT, WIDTH, UNIT, CHUNK, IN_TILE, EVEN_K, BLOCK_M, BLOCK_N,
+        )  # fmt: skip
+    else:
+        acc = product_of_codes(
+            x, x_scales, tokens, codes, scales, expert, rows, N, GROUPS, scale_rows, HEIGHT, BLOCK_M, BLOCK_N
+        )
+    return acc
+
+
+@triton.jit
 def scaled(acc, row_scale, bias, rows, ROW_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr):
     """acc [N, M] times each row's tensor scale, plus each row's bias; `rows` counts through all experts."""
     # Spelt as fma: whether a compiler joins a product and a sum must not depend on the tile's shape.
@@ -116,6 +196,7 @@ def scaled(acc, row_scale, bias, rows, ROW_SCALE: tl.constexpr, HAS_BIAS: tl.con
 def _linear_kernel(
     y,
     x,
+    x_scales,
     codes,
     scales,
     row_scale,
@@ -147,7 +228,7 @@ def _linear_kernel(
     # Past the end a tile repeats the last row and token, and stores neither.
     rows, tokens = tl.minimum(n, N - 1), tl.minimum(m, M - 1).to(tl.int64)
     acc = product(
-        x, tokens, codes, scales, tl.program_id(1).to(tl.int64), rows, N, K, GROUPS, scale_rows,
+        x, x_scales, tokens, codes, scales, tl.program_id(1).to(tl.int64), rows, N, K, GROUPS, scale_rows,
         BITS, MANTISSA, BIAS, SPECIALS, SCALE, HEIGHT, WIDTH, UNIT, CHUNK, IN_TILE, EVEN_K, BLOCK_M, BLOCK_N,
     )  # fmt: skip
     acc = scaled(acc, row_scale, bias, rows, ROW_SCALE, HAS_BIAS)
@@ -155,16 +236,17 @@ def _linear_kernel(
     tl.store(y + tokens[None, :] * N + n[:, None], acc.to(y.dtype.element_ty), mask=mask)
 
 
-def linear(x: Tensor, w: Packed, bias: Tensor | None) -> Tensor:
-    """[M, K] -> [M, N] in x's dtype; M and N at least 1."""
+def linear(x: Tensor, w: Packed, bias: Tensor | None, act: Format | None = None) -> Tensor:
+    """[M, K] -> [M, N] in x's dtype; M and N at least 1. `act`: x is rounded to it first, see `rounded.rows_of`."""
     m, (n, k) = x.shape[0], w.shape
-    a = tiles.as_stored(x)
-    y = torch.empty(m, n, dtype=a.dtype, device=x.device)
-    tile = tiles.choose(w, x.dtype, m, x.device)
+    a = rows_of(x, act)
+    y = torch.empty(m, n, dtype=tiles.stored_dtype(x.dtype), device=x.device)
+    tile = tiles.choose(w, a.dtype, m, x.device, a.scales is not None)
     with tiles.on(x.device):
         _linear_kernel[(-(-n // tile.block_n) * -(-m // tile.block_m), 1)](
             y,
-            a,
+            a.x,
+            a.scales,
             w.codes,
             w.scales,
             w.row_scale,
@@ -174,7 +256,7 @@ def linear(x: Tensor, w: Packed, bias: Tensor | None) -> Tensor:
             k,
             w.groups,
             w.scales.shape[-1],
-            **w.constants(x.dtype),
+            **w.constants(a.dtype),
             ROW_SCALE=w.row_scale is not None,
             HAS_BIAS=bias is not None,
             **tile.constants,

@@ -14,14 +14,17 @@ from microscale.backends.triton import tiles
 from microscale.backends.triton.activation import activate
 from microscale.backends.triton.gemm import product, scaled
 from microscale.backends.triton.layout import Packed
+from microscale.backends.triton.rounded import Rows, rows_of
 from microscale.backends.triton.routing import route
 from microscale.backends.triton.total import total
+from microscale.formats import Format
 
 
 @triton.jit
 def _first_kernel(
     h,
     x,
+    x_scales,
     codes,
     scales,
     row_scale,
@@ -82,7 +85,7 @@ def _first_kernel(
     else:
         rows = within + i // OUT * width
     acc = product(
-        x, route // top_k, codes, scales, expert, rows, N, K, GROUPS, scale_rows,
+        x, x_scales, route // top_k, codes, scales, expert, rows, N, K, GROUPS, scale_rows,
         BITS, MANTISSA, BIAS, SPECIALS, SCALE, HEIGHT, WIDTH, UNIT, CHUNK, IN_TILE, EVEN_K, BLOCK_M, BLOCK_N,
     )  # fmt: skip
     if WEIGHT_ON_INPUT:
@@ -103,6 +106,7 @@ def _first_kernel(
 def _second_kernel(
     shares,
     h,
+    h_scales,
     codes,
     scales,
     row_scale,
@@ -147,7 +151,7 @@ def _second_kernel(
     n = tl.program_id(0) % blocks * BLOCK_N + tl.arange(0, BLOCK_N)
     rows = tl.minimum(n, N - 1)
     acc = product(
-        h, position.to(tl.int64), codes, scales, expert, rows, N, K, GROUPS, scale_rows,
+        h, h_scales, position.to(tl.int64), codes, scales, expert, rows, N, K, GROUPS, scale_rows,
         BITS, MANTISSA, BIAS, SPECIALS, SCALE, HEIGHT, WIDTH, UNIT, CHUNK, IN_TILE, EVEN_K, BLOCK_M, BLOCK_N,
     )  # fmt: skip
     acc = scaled(acc, row_scale, bias, expert * N + rows, ROW_SCALE, HAS_BIAS)
@@ -168,21 +172,25 @@ def moe(
     expert_map: Tensor | None,
     weight_on_input: bool,
     add_up: bool = True,
+    act: Format | None = None,
 ) -> Tensor:
     """[M, H] -> [M, N] in x's dtype; every extent at least 1. Without `add_up` it is [M * T, N], what is added up.
 
-    Numerics: the intermediate is rounded once to x's dtype. What `operands.local_ids` raises for an id out of range
-    would wait for the device; here such a token becomes NaN.
+    Numerics: the intermediate is rounded once, to x's dtype or, as x is, from float32 to `act`. What
+    `operands.local_ids` raises for an id out of range would wait for the device; here such a token becomes NaN.
     """
-    (m, top_k), device = topk_ids.shape, x.device
+    (m, top_k), device, dtype = topk_ids.shape, x.device, x.dtype
     experts, rows, hidden = w13.shape
     n, routes = w2.shape[1], m * top_k
-    tile13, tile2 = (tiles.choose(w, x.dtype, -(-routes // min(experts, routes)), device) for w in (w13, w2))
+    if act is not None and weight_on_input:  # a token has one route, and is rounded with its weight
+        x = x.float() * topk_weights
+    a = rows_of(x, act)
+    eight, each = a.scales is not None, -(-routes // min(experts, routes))
+    tile13, tile2 = (tiles.choose(w, a.dtype, each, device, eight) for w in (w13, w2))
     block_m = min(tile13.block_m, tile2.block_m)
     tile13, tile2 = tile13.with_block_m(block_m), tile2.with_block_m(block_m)
-    a, stored = tiles.as_stored(x), tiles.stored_dtype(x.dtype)
-    weights = topk_weights.contiguous()
-    h = torch.empty(routes, w2.shape[2], dtype=stored, device=device)
+    weights, wide = topk_weights.contiguous(), dtype if act is None else torch.float32
+    h = torch.empty(routes, w2.shape[2], dtype=tiles.stored_dtype(wide), device=device)
     shares = torch.empty(routes, n, dtype=torch.float32, device=device)
     routed = route(topk_ids, expert_map, experts, block_m)
     table = (routed.tile_experts, routed.tile_starts, routed.ends, routed.order, weights)
@@ -190,27 +198,30 @@ def moe(
         out = rows // 2 if activation.gated else rows
         per_tile = tile13.block_n // 2 if activation.gated else tile13.block_n
         _first_kernel[(routed.count * -(-out // per_tile),)](
-            h, a, w13.codes, w13.scales, w13.row_scale, b13, *table, top_k, rows, hidden,
+            h, a.x, a.scales, w13.codes, w13.scales, w13.row_scale, b13, *table, top_k, rows, hidden,
             w13.groups, w13.scales.shape[-1], activation.alpha, activation.beta, activation.limit or 0.0,
-            **w13.constants(x.dtype),
+            **w13.constants(a.dtype),
             ROW_SCALE=w13.row_scale is not None,
             HAS_BIAS=b13 is not None,
             KIND=activation.kind,
             GATED=activation.gated,
             INTERLEAVED=activation.interleaved,
             HAS_LIMIT=activation.limit is not None,
-            WEIGHT_ON_INPUT=weight_on_input,
+            WEIGHT_ON_INPUT=weight_on_input and act is None,
             **tile13.constants,
             **tile13.compiler,
         )  # fmt: skip
+        a = Rows(h, None, dtype) if act is None else rows_of(h, act)
         _second_kernel[(routed.count * -(-n // tile2.block_n),)](
-            shares, h, w2.codes, w2.scales, w2.row_scale, b2, *table, n, w2.shape[2],
+            shares, a.x, a.scales, w2.codes, w2.scales, w2.row_scale, b2, *table, n, w2.shape[2],
             w2.groups, w2.scales.shape[-1],
-            **w2.constants(x.dtype),
+            **w2.constants(a.dtype),
             ROW_SCALE=w2.row_scale is not None,
             HAS_BIAS=b2 is not None,
             WEIGHT_ON_INPUT=weight_on_input,
             **tile2.constants,
             **tile2.compiler,
         )  # fmt: skip
-    return total(shares, topk_ids, expert_map, experts, stored).to(x.dtype) if add_up else shares
+    if not add_up:
+        return shares
+    return total(shares, topk_ids, expert_map, experts, tiles.stored_dtype(dtype)).to(dtype)

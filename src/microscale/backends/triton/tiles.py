@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cache
+from math import inf
 from typing import Any
 
 import torch
@@ -16,6 +17,9 @@ from microscale.backends.triton_rules import PROVEN
 
 # Triton's interpreter keeps bfloat16 as integers and multiplies those, so on CPUs it is given float32 instead.
 INTERPRETED: bool = bool(triton.knobs.runtime.interpret)
+
+
+_OF_CODES = ((16, (16, 64, 4)), (32, (32, 64, 5)), (64, (64, 128, 3)), (inf, (128, 64, 3)))
 
 
 @dataclass(frozen=True)
@@ -74,8 +78,10 @@ class Tiles:
         return {"BLOCK_M": self.block_m, "BLOCK_N": self.block_n}
 
 
-def choose(w: Packed, dtype: torch.dtype, tokens: int, device: torch.device) -> Tiles:
-    """Tiles for a product in which about `tokens` tokens meet each matrix."""
+def choose(w: Packed, dtype: torch.dtype, tokens: int, device: torch.device, codes: bool = False) -> Tiles:
+    """Tiles for a product in which about `tokens` tokens meet each matrix. `codes`: of FP8 with each other."""
+    if codes:
+        return of_codes(tokens, target(device))
     chunk = w.constants(dtype)["CHUNK"]
     return sizes(w.format.element.bits, chunk, dtype.itemsize, tokens, target(device))
 
@@ -98,6 +104,19 @@ def sizes(bits: int, chunk: int, itemsize: int, tokens: int, target: Target) -> 
     while stages > 1 and stages * (codes + x) > target.shared:
         stages -= 1
     return Tiles(block_m, block_n, block_n // 16, stages, target.amd)
+
+
+@cache
+def of_codes(tokens: int, target: Target) -> Tiles:
+    """Of FP8 codes that are multiplied as they are, 128 columns at a time: the fastest of 13 on an H200.
+
+    Few numbers a thread, since it has the matrix unit's sum besides the one in float32.
+    """
+    block_m, block_n, stages = next(t for m, t in _OF_CODES if tokens <= m)
+    stages = 2 if target.amd else stages
+    while stages > 1 and stages * 128 * (block_m + block_n) > target.shared:
+        stages -= 1
+    return Tiles(block_m, block_n, 4, stages, target.amd)
 
 
 def on(device: torch.device) -> AbstractContextManager[Any]:

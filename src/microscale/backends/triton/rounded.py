@@ -1,0 +1,169 @@
+"""Activations in a format, as `quant.quantize` rounds them, in one kernel: no number waits for the device.
+
+Of MX formats come the numbers that they stand for, in bfloat16, which holds them: significands have 8 bits or fewer
+and scales are powers of two. So every kernel of 16-bit activations multiplies quantised ones exactly. Of FP8 with a
+float32 scale for each token and 128 columns come codes and scales, for FP8 matrix units.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from microscale.backends.triton import tiles
+from microscale.backends.triton.layout import GROUP
+from microscale.formats import Format
+
+_COLUMNS = 1024  # of a program
+
+
+@triton.jit
+def _power(e):
+    """float32 2^e, -126 <= e <= 127."""
+    return ((e + 127) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _on_grid(v, MANTISSA: tl.constexpr, EMIN: tl.constexpr, MAX: tl.constexpr, INTEGER: tl.constexpr):
+    """(q, e): |v| is about q * 2^(e - MANTISSA), q a whole number, to nearest and ties to even, at most MAX in all."""
+    a = tl.abs(v)
+    a = tl.where(a > MAX, MAX, a)
+    e = (a.to(tl.int32, bitcast=True) >> 23) - 127
+    e = tl.where((e < EMIN) | INTEGER, EMIN, e)
+    q = a * _power(MANTISSA - e)
+    # Numbers below 2^22 lose their fraction to a sum above 2^23, rounded as all sums are.
+    return (q + 8388608.0) - 8388608.0, e
+
+
+@triton.jit
+def _bits_of_amax(x):
+    """Of each block [B, W] the greatest magnitude's bits: infinities and NaN above every number."""
+    return tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=1)
+
+
+@triton.jit
+def _numbers_kernel(
+    y,
+    x,
+    K,
+    WIDTH: tl.constexpr,
+    MANTISSA: tl.constexpr,
+    EMIN: tl.constexpr,
+    EMAX: tl.constexpr,
+    MAX: tl.constexpr,
+    INTEGER: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """y [M, K] = x [M, K] as it reads back from an MX format; a block that is not finite becomes NaN."""
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS).reshape(COLUMNS // WIDTH, WIDTH)
+    at = tl.program_id(0).to(tl.int64) * K + column
+    v = tl.load(x + at, mask=column < K, other=0.0).to(tl.float32)
+    bits = _bits_of_amax(v)
+    finite = bits < 0x7F800000
+    if EMAX == 0:  # a subnormal amax may reach byte 1, see `scales.e8m0_from_amax`
+        bits = tl.where(bits < 0x800000, (bits << 1) - 0x800000, bits)
+    # The rule "even": the scale of amax rounded to the element's significand.
+    byte = ((bits + (1 << (22 - MANTISSA))) >> 23) - EMAX
+    scale = tl.minimum(tl.maximum(byte, 0), 254) - 127
+    # Two normal factors each way, so that none is flushed or rounded.
+    half = scale >> 1
+    q, e = _on_grid(v * _power(-half)[:, None] * _power(half - scale)[:, None], MANTISSA, EMIN, MAX, INTEGER)
+    number = q * _power(e - MANTISSA) * _power(half)[:, None] * _power(scale - half)[:, None]
+    number = tl.where(v < 0, -number, number)
+    number = tl.where(finite[:, None], number, float("nan"))
+    tl.store(y + at, number.to(y.dtype.element_ty), mask=column < K)
+
+
+@triton.jit
+def _codes_kernel(
+    codes,
+    scales,
+    x,
+    K,
+    GROUPS,
+    scale_m,
+    scale_g,
+    WIDTH: tl.constexpr,
+    MANTISSA: tl.constexpr,
+    EMIN: tl.constexpr,
+    MAX: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    CONVERTS: tl.constexpr,
+):
+    """E4M3 codes [M, GROUPS * 128], zeros behind K, and float32 scales [M, GROUPS], with these strides, of x [M, K]."""
+    BLOCKS: tl.constexpr = COLUMNS // WIDTH
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS).reshape(BLOCKS, WIDTH)
+    v = tl.load(x + row * K + column, mask=column < K, other=0.0).to(tl.float32)
+    bits = _bits_of_amax(v)
+    finite = bits < 0x7F800000
+    scale = tl.div_rn(bits.to(tl.float32, bitcast=True), tl.full((BLOCKS,), MAX, tl.float32))
+    scale = tl.where(scale == 0.0, 1.0, scale)
+    scaled = tl.div_rn(v, tl.broadcast_to(scale[:, None], v.shape))
+    if CONVERTS:  # in hardware, to nearest and ties to even
+        scaled = tl.minimum(tl.maximum(scaled, -MAX), MAX)
+        code = scaled.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
+    else:
+        q, e = _on_grid(scaled, MANTISSA, EMIN, MAX, False)
+        code = (((e - EMIN) << MANTISSA) + q.to(tl.int32) + tl.where(v < 0, 128, 0)).to(tl.uint8)
+    code = tl.where(finite[:, None], code, 0)
+    tl.store(codes + row * (GROUPS * WIDTH) + column, code, mask=column < GROUPS * WIDTH)
+    block = tl.program_id(1) * BLOCKS + tl.arange(0, BLOCKS)
+    at = scales + row * scale_m + block * scale_g
+    tl.store(at, tl.where(finite, scale, float("nan")), mask=block < GROUPS)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Activations as a product reads them.
+
+    Attributes:
+        x: [M, K] numbers, contiguous; with `scales` codes, uint8 [M, groups * 128].
+        scales: float32 [M, groups], each of 128 columns; None: x are numbers.
+        dtype: of the numbers that are multiplied.
+    """
+
+    x: Tensor
+    scales: Tensor | None
+    dtype: torch.dtype
+
+
+def rows_of(x: Tensor, act: Format | None) -> Rows:
+    """x [M, K] as it is, or in `act`: an MX format or FP8 with a scale for each 128 columns. M and K at least 1."""
+    if act is None:
+        return Rows(tiles.as_stored(x), None, x.dtype)
+    if act.scale == "f32":
+        return Rows(*codes_of(x, act), x.dtype)
+    y = torch.empty_like(x, dtype=tiles.stored_dtype(torch.bfloat16), memory_format=torch.contiguous_format)
+    (m, k), element = x.shape, act.element
+    with tiles.on(x.device):
+        _numbers_kernel[(m, -(-k // _COLUMNS))](
+            y, tiles.as_stored(x), k, WIDTH=act.block[1], MANTISSA=element.mantissa_bits,
+            EMIN=element.emin if element.exponent_bits else 0, EMAX=element.max_parts[1], MAX=element.max,
+            INTEGER=element.exponent_bits == 0, COLUMNS=_COLUMNS, **tiles.launch(early=False),
+        )  # fmt: skip
+    return Rows(y, None, torch.bfloat16)
+
+
+def codes_of(x: Tensor, act: Format, by_column: bool = False) -> tuple[Tensor, Tensor]:
+    """E4M3 codes uint8 [M, groups * 128], zeros behind K, and float32 scales [M, groups] of x [M, K].
+
+    Args:
+        by_column: the tokens of a group have their scales side by side.
+    """
+    (m, k), element, x = x.shape, act.element, tiles.as_stored(x)
+    groups = -(-k // GROUP)
+    codes = torch.empty(m, groups * GROUP, dtype=torch.uint8, device=x.device)
+    scales = torch.empty((groups, m) if by_column else (m, groups), dtype=torch.float32, device=x.device)
+    scales = scales.t() if by_column else scales
+    with tiles.on(x.device):
+        _codes_kernel[(m, -(-k // _COLUMNS))](
+            codes, scales, x, k, groups, *scales.stride(), WIDTH=GROUP, MANTISSA=element.mantissa_bits,
+            EMIN=element.emin, MAX=element.max, COLUMNS=_COLUMNS, CONVERTS=not tiles.INTERPRETED,
+            **tiles.launch(early=False),
+        )  # fmt: skip
+    return codes, scales
