@@ -61,7 +61,9 @@ def yields(problem: Problem) -> str | None:
     codes = problem.act == FP8_GROUP128.name and problem.device == "cuda" and _capability(problem.arch) == 90
     if problem.op != "linear" or not codes:
         return None
-    return "torch's product of FP8 codes is faster on sm_90: 0.4 to 0.8 times as long on an NVIDIA H200"
+    return (
+        "torch's product of FP8 codes took 0.35 to 1.07 times as long on an NVIDIA H200, of 1 to 8192 tokens"
+    )
 
 
 def accumulation(problem: Problem) -> Accumulation:

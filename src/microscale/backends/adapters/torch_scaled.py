@@ -131,7 +131,7 @@ def _product(x: Tensor, w: Packed, bias: Tensor | None, act: Format | None) -> T
 
     assert act is not None
     m = x.shape[0]
-    codes, scale_a, outer = _rows(padded(x, _ROWS), act)
+    codes, scale_a, outer = _rows(x, act)
     final = x.dtype == torch.bfloat16 and bias is None and outer is None  # nothing comes before the rounding
     recipe_a, recipe_b = (getattr(ScalingType, name) for name in _RECIPES[w.format.name])
     swizzled = w.format.scale != "f32" and not _plain(x.device)
@@ -155,12 +155,12 @@ def _product(x: Tensor, w: Packed, bias: Tensor | None, act: Format | None) -> T
 
 
 def _rows(x: Tensor, act: Format) -> tuple[Tensor, Tensor, Tensor | None]:
-    """x [M, K] as codes, scales in the order of the device, and outer scales."""
+    """x [M, K] as codes, scales in the order of the device, and outer scales, of tokens up to a multiple of `_ROWS`."""
     if act.scale == "f32" and x.is_cuda and torch.version.hip is None and find_spec("triton") is not None:
         from microscale.backends.triton.rounded import codes_of  # one kernel, and the same bits
 
-        return *codes_of(x, act, by_column=True), None
-    a = quantized_rows(x, act)
+        return *codes_of(x, act, by_column=True, rows=_ROWS), None
+    a = quantized_rows(padded(x, _ROWS), act)
     return a.codes.contiguous(), _scale_a(a), a.tensor_scale
 
 

@@ -93,8 +93,9 @@ class Spec:
 
     @property
     def turn(self) -> int:
-        """Steps that three groups or more count and wait for at a time. Four of many tokens are slower."""
-        return 4 if self.stages % 4 == 0 and self.most <= 48 else 2
+        """Steps that three groups or more count and wait for at a time. Four of many tokens are slower where gates and
+        ups lie apart."""
+        return 4 if self.stages % 4 == 0 and (self.most <= 48 or not self.apart) else 2
 
     @property
     def fewer(self) -> int:

@@ -1,0 +1,108 @@
+"""What the Triton kernels make of activations that are stored in a format; run as `triton_on_device.py` is."""
+
+from __future__ import annotations
+
+import math
+import os
+
+import pytest
+import torch
+
+from microscale.backends import triton as backend
+from microscale.backends.adapters.operands import quantized_rows
+from microscale.backends.triton import rounded
+from microscale.backends.triton_rules import accumulation, refuse_pair
+from microscale.conformance import Case, cases, run
+from microscale.errors import BackendError
+from microscale.formats import FORMATS, activation_format, get_format
+from microscale.machine import detect
+from microscale.operands import stored
+from microscale.quant import quantize
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if INTERPRETED else "cuda"
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def takes(case: Case) -> bool:
+    """Whether the kernels take a case's activations, which are stored in a format."""
+    act = activation_format(case.weight, case.act)
+    return act is not None and refuse_pair(case.weight, act.name) is None
+
+
+@pytest.mark.parametrize("case", [c for c in cases() if takes(c)], ids=lambda c: c.name)
+def test_conformance_of_quantised_activations(case: Case, seed: int) -> None:
+    how = accumulation(case.problem(detect(), DEVICE))
+    worst = run(case, backend, DEVICE, torch.Generator().manual_seed(seed), how)
+    assert worst <= 1.0, f"error is {worst:.3g} times the permitted one"
+
+
+@pytest.mark.parametrize("name, act", [("mxfp4", "mxfp8_e4m3"), ("fp8_block128", "fp8_group128")])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_row_does_not_depend_on_the_others(name: str, act: str, dtype: torch.dtype, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    w = quantize(torch.randn(192, 640, generator=generator), name).to(DEVICE)
+    x = torch.randn(130, 640, generator=generator).to(DEVICE, dtype)
+    packed = backend.pack_for(w, get_format(act))
+    y = backend.linear(x, packed, act=get_format(act))
+    for rows in (slice(0, 1), slice(3, 20), slice(60, 130)):
+        assert torch.equal(backend.linear(x[rows], packed, act=get_format(act)), y[rows])
+    # In the layout of 16-bit activations, too: where the two differ, it is converted.
+    assert torch.equal(backend.linear(x, backend.pack(w), act=get_format(act)), y)
+
+
+def test_pairs_without_a_kernel_are_refused() -> None:
+    w = backend.pack(quantize(torch.randn(64, 128), "mxfp4").to(DEVICE))
+    x = torch.randn(2, 128, device=DEVICE).bfloat16()
+    for act in ("nvfp4", "fp8_group128"):
+        with pytest.raises(BackendError, match=f"triton: activations .*{act}"):
+            backend.linear(x, w, act=get_format(act))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", [*(n for n, f in FORMATS.items() if f.scale == "e8m0"), "fp8_group128"])
+def test_activations_are_rounded_as_quantize_does(name: str, dtype: torch.dtype, seed: int) -> None:
+    """Numbers of every size, also infinite, NaN, subnormal and halfway ones, and a last block that is not whole."""
+    act, generator = get_format(name), torch.Generator().manual_seed(seed)
+    for k in (1, 31, 32, 128, 129, 1100):
+        size = torch.exp2(torch.randint(-20, 15, (7, k), generator=generator).float())
+        x = (torch.randn(7, k, generator=generator) * size).to(dtype)
+        x[1] = (
+            x[1].sign()
+            * torch.exp2(torch.randint(-14, 3, (k,), generator=generator).float()).to(dtype)
+            * 1.0625
+        )
+        x[2] = 0.0
+        x[3, 0], x[4, -1] = math.inf, math.nan
+        x[5] = (
+            torch.finfo(dtype).smallest_normal * torch.randint(0, 3, (k,), generator=generator).to(dtype) / 2
+        )
+        x[6, 0] = torch.finfo(dtype).max
+        x = x.to(DEVICE)
+        found = rounded.rows_of(x, act)
+        if found.scales is None:
+            expected = stored(x, act, torch.bfloat16)
+            torch.testing.assert_close(found.x.to(torch.bfloat16), expected, rtol=0, atol=0, equal_nan=True)
+            continue
+        rows = quantized_rows(x, act)
+        torch.testing.assert_close(found.scales, rows.scales, rtol=0, atol=0, equal_nan=True)
+        same = (found.x[:, :k] & 0x7F) == (rows.codes & 0x7F)
+        assert (same & ((found.x[:, :k] == rows.codes) | (rows.codes & 0x7F == 0))).all()  # -0 is 0 here
+        assert not found.x[:, k:].any()
+        codes, scales = rounded.codes_of(x, act, by_column=True, rows=16)
+        assert codes.shape[0] == 16
+        assert scales.stride() == (1, 16)
+        assert torch.equal(codes[:7], found.x)
+        torch.testing.assert_close(scales[:7], found.scales, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter divides otherwise, and this is many numbers")
+def test_codes_of_many_numbers_are_those_of_quantize(seed: int) -> None:
+    generator = torch.Generator(DEVICE).manual_seed(seed)
+    for exponents in ((-3, 3), (-60, -20), (-140, -90), (60, 120)):
+        size = torch.exp2(torch.randint(*exponents, (512, 1), generator=generator, device=DEVICE).float())
+        x = torch.randn(512, 8192, generator=generator, device=DEVICE) * size
+        codes, scales = rounded.codes_of(x, get_format("fp8_group128"))
+        rows = quantized_rows(x, get_format("fp8_group128"))
+        assert torch.equal(scales, rows.scales)
+        assert torch.equal(codes & 0x7F, rows.codes & 0x7F)
