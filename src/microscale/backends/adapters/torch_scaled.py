@@ -7,6 +7,7 @@ Block FP8 on Hopper, MXFP8, NVFP4 and MXFP4 on Blackwell, block FP8 and NVFP4 on
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cache
 from importlib.util import find_spec
 
 import torch
@@ -156,12 +157,17 @@ def _product(x: Tensor, w: Packed, bias: Tensor | None, act: Format | None) -> T
 
 def _rows(x: Tensor, act: Format) -> tuple[Tensor, Tensor, Tensor | None]:
     """x [M, K] as codes, scales in the order of the device, and outer scales, of tokens up to a multiple of `_ROWS`."""
-    if act.scale == "f32" and x.is_cuda and torch.version.hip is None and find_spec("triton") is not None:
+    if act.scale == "f32" and x.is_cuda and _triton_rounds():
         from microscale.backends.triton.rounded import codes_of  # one kernel, and the same bits
 
         return *codes_of(x, act, by_column=True, rows=_ROWS), None
     a = quantized_rows(padded(x, _ROWS), act)
     return a.codes.contiguous(), _scale_a(a), a.tensor_scale
+
+
+@cache
+def _triton_rounds() -> bool:
+    return torch.version.hip is None and find_spec("triton") is not None
 
 
 def _plain(device: torch.device) -> bool:

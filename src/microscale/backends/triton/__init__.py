@@ -82,20 +82,19 @@ def linear(
         rows, bias = x.reshape(-1, k), _contiguous(bias)
         if rows.shape[0] == 0 or n == 0:
             return x.new_zeros(*x.shape[:-1], n)
-        if isinstance(w, Fragments):
+        if isinstance(w, Fragments) and (act is None or act.scale == "e8m0"):
             from microscale.backends.triton import hopper
 
             a = rows
-            if act is not None and act.scale == "e8m0":  # where x is wider than bfloat16, so is the result
+            if act is not None:  # where x is wider than bfloat16, so is the result
                 a = rows_of(rows, act).x.to(x.dtype if x.dtype == torch.bfloat16 else torch.float32)
-            if act is None or a is not rows:
-                cut = cuts.linear_cut(w.format, rows.shape[0], w.tiles, hopper.PARTS[a.dtype])
-                y = attempt(
-                    lambda: hopper.linear(a, w, bias, cut),
-                    lambda: gemm.linear(a, w.plain, bias),
-                    *("linear", w.format.name, w.shape, a.dtype, cut),
-                )
-                return y.to(x.dtype).view(*x.shape[:-1], n)
+            cut = cuts.linear_cut(w.format, rows.shape[0], w.tiles, hopper.PARTS[a.dtype])
+            y = attempt(
+                lambda: hopper.linear(a, w, bias, cut),
+                lambda: gemm.linear(a, w.plain, bias),
+                *("linear", w.format.name, w.shape, a.dtype, cut),
+            )
+            return y.to(x.dtype).view(*x.shape[:-1], n)
         return gemm.linear(rows, _plain(w), bias, act).view(*x.shape[:-1], n)
 
     def slow(x: Tensor, bias: Tensor | None) -> Tensor:

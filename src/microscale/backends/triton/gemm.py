@@ -19,82 +19,6 @@ from microscale.formats import Format
 
 
 @triton.jit
-def product_of_numbers(
-    x,
-    tokens,
-    codes,
-    scales,
-    expert,
-    rows,
-    N,
-    K,
-    GROUPS: tl.constexpr,
-    scale_rows,
-    BITS: tl.constexpr,
-    MANTISSA: tl.constexpr,
-    BIAS: tl.constexpr,
-    SPECIALS: tl.constexpr,
-    SCALE: tl.constexpr,
-    HEIGHT: tl.constexpr,
-    WIDTH: tl.constexpr,
-    UNIT: tl.constexpr,
-    CHUNK: tl.constexpr,
-    IN_TILE: tl.constexpr,
-    EVEN_K: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """`product` of weights times 16-bit numbers.
-
-    Two ways, both exact in the weights. IN_TILE: code times scale is a number of x's dtype, and the matrix unit gets
-    that. Else it gets the bare codes, which every 16-bit dtype holds, one scale block at a time, and the block's sum
-    is multiplied by the scale in float32: that takes any scale byte, and any float32 scale.
-    """
-    PLANES: tl.constexpr = 128 // UNIT
-    RAW: tl.constexpr = -MANTISSA if SPECIALS == "integer" else 127 - BIAS
-    WORDS: tl.constexpr = 2 if WIDTH == 16 else 1
-    column = tl.arange(0, CHUNK)
-    x_columns = x + tokens[None, :] * K + column[:, None]  # [CHUNK, BLOCK_M]
-    code_rows = (
-        codes + (expert * N + rows)[:, None] * (GROUPS * 16 * BITS) + column[None, :]
-    )  # [BLOCK_N, CHUNK]
-    scale_columns = scales + expert * (GROUPS * WORDS) * scale_rows + rows // HEIGHT  # [BLOCK_N]
-    acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    for group in range(GROUPS):
-        low = tl.load(scale_columns + group * WORDS * scale_rows)
-        high = low
-        if WORDS == 2:
-            high = tl.load(scale_columns + (group * WORDS + 1) * scale_rows)
-        for sub in tl.static_range(UNIT // CHUNK):
-            first = tl.load(code_rows + (group * 16 * BITS + sub * CHUNK))
-            second, third = first, first
-            if BITS == 6:
-                second = tl.load(code_rows + (group * 16 * BITS + UNIT + sub * CHUNK))
-                third = tl.load(code_rows + (group * 16 * BITS + 2 * UNIT + sub * CHUNK))
-            for p in tl.static_range(PLANES):
-                k = group * 128 + (p * UNIT + sub * CHUNK)
-                if EVEN_K:
-                    a = tl.load(x_columns + k)
-                else:
-                    a = tl.load(x_columns + k, mask=(k + column)[:, None] < K, other=0.0)
-                number = decode.plane_raw(first, second, third, p, BITS, MANTISSA, SPECIALS)
-                if IN_TILE:
-                    w = decode.weights(
-                        number, low, high, (p * UNIT + sub * CHUNK) // WIDTH, SCALE, WIDTH, RAW
-                    )
-                    acc = tl.dot(w.to(a.dtype), a, acc, input_precision="ieee")
-                else:
-                    w = number * decode.two_to(RAW)
-                    part = tl.dot(w.to(a.dtype), a, input_precision="ieee")
-                    if SCALE == "f32":
-                        scale = low
-                    else:
-                        scale = decode.e8m0_value(decode.block_byte(low, (p * UNIT + sub * CHUNK) // WIDTH))
-                    acc = tl.fma(part, tl.broadcast_to(scale[:, None], part.shape), acc)
-    return acc
-
-
-@triton.jit
 def product_of_codes(
     x,
     x_scales,
@@ -159,21 +83,65 @@ def product(
 ):
     """float32 [BLOCK_N, BLOCK_M]: W[rows] @ x[tokens]^T, without the tensor scale.
 
+    Two ways, both exact in the weights. IN_TILE: code times scale is a number of x's dtype, and the matrix unit gets
+    that. Else it gets the bare codes, which every 16-bit dtype holds, one scale block at a time, and the block's sum
+    is multiplied by the scale in float32: that takes any scale byte, and any float32 scale. Where x are FP8 codes, too,
+    it is `product_of_codes`.
+
     Args:
         x: [*, K]; tokens: int64 [BLOCK_M], rows of it.
         x_scales: None, or float32 [*, GROUPS]; x are E4M3 codes [*, GROUPS * 128] then, see `rounded`.
         codes, scales: see `layout`; expert: int64, rows: int32 [BLOCK_N] of its N.
         GROUPS, scale_rows: of 128 columns in a row, and rows of scales in an expert.
     """
-    if x_scales is None:
-        acc = product_of_numbers(
-            x, tokens, codes, scales, expert, rows, N, K, GROUPS, scale_rows,
-            BITS, MANTISSA, BIAS, SPECIALS, SCALE, HEIGHT, WIDTH, UNIT, CHUNK, IN_TILE, EVEN_K, BLOCK_M, BLOCK_N,
-        )  # fmt: skip
-    else:
+    if x_scales is not None:
         acc = product_of_codes(
             x, x_scales, tokens, codes, scales, expert, rows, N, GROUPS, scale_rows, HEIGHT, BLOCK_M, BLOCK_N
         )
+    else:
+        PLANES: tl.constexpr = 128 // UNIT
+        RAW: tl.constexpr = -MANTISSA if SPECIALS == "integer" else 127 - BIAS
+        WORDS: tl.constexpr = 2 if WIDTH == 16 else 1
+        column = tl.arange(0, CHUNK)
+        x_columns = x + tokens[None, :] * K + column[:, None]  # [CHUNK, BLOCK_M]
+        code_rows = (
+            codes + (expert * N + rows)[:, None] * (GROUPS * 16 * BITS) + column[None, :]
+        )  # [BLOCK_N, CHUNK]
+        scale_columns = scales + expert * (GROUPS * WORDS) * scale_rows + rows // HEIGHT  # [BLOCK_N]
+        acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+        for group in range(GROUPS):
+            low = tl.load(scale_columns + group * WORDS * scale_rows)
+            high = low
+            if WORDS == 2:
+                high = tl.load(scale_columns + (group * WORDS + 1) * scale_rows)
+            for sub in tl.static_range(UNIT // CHUNK):
+                first = tl.load(code_rows + (group * 16 * BITS + sub * CHUNK))
+                second, third = first, first
+                if BITS == 6:
+                    second = tl.load(code_rows + (group * 16 * BITS + UNIT + sub * CHUNK))
+                    third = tl.load(code_rows + (group * 16 * BITS + 2 * UNIT + sub * CHUNK))
+                for p in tl.static_range(PLANES):
+                    k = group * 128 + (p * UNIT + sub * CHUNK)
+                    if EVEN_K:
+                        a = tl.load(x_columns + k)
+                    else:
+                        a = tl.load(x_columns + k, mask=(k + column)[:, None] < K, other=0.0)
+                    number = decode.plane_raw(first, second, third, p, BITS, MANTISSA, SPECIALS)
+                    if IN_TILE:
+                        w = decode.weights(
+                            number, low, high, (p * UNIT + sub * CHUNK) // WIDTH, SCALE, WIDTH, RAW
+                        )
+                        acc = tl.dot(w.to(a.dtype), a, acc, input_precision="ieee")
+                    else:
+                        w = number * decode.two_to(RAW)
+                        part = tl.dot(w.to(a.dtype), a, input_precision="ieee")
+                        if SCALE == "f32":
+                            scale = low
+                        else:
+                            scale = decode.e8m0_value(
+                                decode.block_byte(low, (p * UNIT + sub * CHUNK) // WIDTH)
+                            )
+                        acc = tl.fma(part, tl.broadcast_to(scale[:, None], part.shape), acc)
     return acc
 
 
