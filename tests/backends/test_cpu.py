@@ -48,7 +48,7 @@ def test_refusals() -> None:
     why = refuse(LINEAR.on(replace(zen, core="")))
     assert why == "the C++ core is not in this installation (`microscale doctor` says why)"
     why = refuse(replace(MOE, act="nvfp4").on(zen))
-    assert why == "activations quantised to nvfp4 are not implemented in the C++ core yet"
+    assert why == "the C++ core has no experts with activations quantised to nvfp4"
     assert "fp8_group128" in str(refuse(replace(LINEAR, weight="fp8_group128").on(zen)))
     assert CORE in LINEAR.on(zen).packages
 
@@ -115,8 +115,13 @@ def test_operands_that_contradict_each_other(cpu: Any) -> None:
             cpu.linear(bad, w)
     with pytest.raises(BackendError, match="bias"):
         cpu.linear(x, w, torch.randn(7))
-    with pytest.raises(BackendError, match="mxfp4 is asked for"):
-        cpu.linear(x, w, act=FORMATS["mxfp4"])
+    with pytest.raises(BackendError, match="shares a scale between 128 rows"):
+        cpu.linear(x, w, act=FORMATS["fp8_block128"])
+    experts = cpu.pack(quantize(torch.randn(2, 64, 64), "mxfp4"))
+    ids, weights = torch.zeros(2, 1, dtype=torch.int64), torch.ones(2, 1)
+    kind = Activation("relu2", gated=False)
+    with pytest.raises(BackendError, match="no experts with activations in a format, and mxfp4 is asked for"):
+        cpu.moe(x, ids, weights, experts, experts, kind, act=FORMATS["mxfp4"])
     with pytest.raises(
         BackendError, match=r"packs \[N, K\] or \[E, N, K\] weights on the CPU, not mxfp4 \[64\]"
     ):
@@ -201,12 +206,15 @@ def test_biases_and_routing_weights_of_any_dtype(cpu: Any) -> None:
     assert torch.equal(cpu.moe(spread, ids, weights, w13, w2, GPT_OSS, b13=b13, b2=b2), wanted)
 
 
-def test_gradients_are_those_of_emulation(cpu: Any) -> None:
+@pytest.mark.parametrize("act", [None, "mxfp8_e4m3", "nvfp4"])
+def test_gradients_are_those_of_emulation(cpu: Any, act: str | None) -> None:
     q = quantize(torch.randn(24, 64), "nvfp4")
     x = torch.randn(5, 64, requires_grad=True)
     bias = torch.randn(24, requires_grad=True)
+    stored = None if act is None else FORMATS[act]
     grads = [
-        torch.autograd.grad(m.linear(x, m.pack(q), bias).square().sum(), (x, bias)) for m in (cpu, emulation)
+        torch.autograd.grad(m.linear(x, m.pack(q), bias, act=stored).square().sum(), (x, bias))
+        for m in (cpu, emulation)
     ]
     for found, wanted in zip(*grads, strict=True):
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)

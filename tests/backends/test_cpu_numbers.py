@@ -16,7 +16,7 @@ from microscale.formats import FORMATS, Format
 from microscale.machine import detect
 from microscale.quant import QuantTensor, dequantize, quantize
 
-CASES = [c for c in cases(large=True) if c.act == "a16"]
+CASES = [c for c in cases(large=True) if c.act == "a16" or c.op == "linear"]
 LARGE = [
     c for c in CASES if c.op == "moe" and c.k == 2880
 ]  # four seconds each, nearly all of them for float64

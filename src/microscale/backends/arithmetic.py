@@ -7,17 +7,18 @@ from __future__ import annotations
 
 from microscale.backends.adapters.common_rules import capability
 from microscale.backends.triton_rules import PROVEN
-from microscale.formats import FP8_GROUP128
+from microscale.formats import FP8_GROUP128, get_format
 from microscale.machine import CORE
 from microscale.oracle import Problem
 
 
 def cpu(problem: Problem) -> str:
     """The C++ core's, by level."""
-    level = problem.version(CORE)
-    if problem.dtype == "bf16" and level == "amx":
+    level, act = problem.version(CORE), problem.act
+    short = problem.dtype == "bf16" and (act == "a16" or get_format(act).scale == "e8m0")
+    if short and level == "amx":
         return "decoded: weights become bf16 in registers, and AMX tiles multiply them"
-    if problem.dtype == "bf16" and level == "avx512_bf16":
+    if short and level == "avx512_bf16":
         return "decoded: weights become bf16 in registers, and AVX-512-BF16 multiplies them"
     return "decoded: weights become float32 in registers, and so do activations"
 

@@ -14,7 +14,7 @@ from microscale.backends import autograd, cpu_core, emulation
 from microscale.backends.cpu_core import DTYPE_IDS, FORMAT_IDS
 from microscale.errors import BackendError
 from microscale.formats import Format
-from microscale.operands import check_linear, check_moe
+from microscale.operands import check_linear, check_moe, stored
 from microscale.quant import QuantTensor
 
 REPACKS = True  # see `contract.Contract`
@@ -71,19 +71,26 @@ def unpack(packed: Packed) -> QuantTensor:
 def linear(x: Tensor, w: Packed, bias: Tensor | None = None, *, act: Format | None = None) -> Tensor:
     """See `contract.Contract.linear`.
 
-    Numerics: float32 accumulation; a row's result depends neither on other rows nor on the number of threads.
+    Numerics: float32 accumulation; a row's result depends neither on other rows nor on the number of threads. Stored
+    activations are multiplied as the numbers that they stand for, in bfloat16 where that holds them and x, else in
+    float32.
     """
     check_linear(x, w.shape, bias)
-    _check(x, act)
+    _check(x)
     product: Callable[..., Tensor] = ops.linear if autograd.recorded() else cpu_core.linear
-    if torch.compiler.is_compiling() or autograd.plain(x, bias):
-        return product(x, w.buffer, w.outer, w.shape[0], bias)
 
     def fast(x: Tensor, bias: Tensor | None) -> Tensor:
-        return product(x, w.buffer, w.outer, w.shape[0], bias)
+        if act is None:
+            return product(x, w.buffer, w.outer, w.shape[0], bias)
+        short = x.dtype == torch.bfloat16 and act.scale == "e8m0"
+        numbers = stored(x, act, torch.bfloat16 if short else torch.float32)
+        return product(numbers, w.buffer, w.outer, w.shape[0], bias).to(x.dtype)
+
+    if torch.compiler.is_compiling() or autograd.plain(x, bias):
+        return fast(x, bias)
 
     def slow(x: Tensor, bias: Tensor | None) -> Tensor:
-        return emulation.linear(x, emulation.Packed(unpack(w)), bias)
+        return emulation.linear(x, emulation.Packed(unpack(w)), bias, act=act)
 
     return autograd.run(fast, slow, x, bias)
 
@@ -108,7 +115,11 @@ def moe(
     instructions multiply that.
     """
     check_moe(x, topk_ids, topk_weights, w13.shape, w2.shape, activation, b13, b2, weight_on_input)
-    _check(x, act)
+    if act is not None:
+        raise BackendError(
+            f"the C++ core has no experts with activations in a format, and {act.name} is asked for"
+        )
+    _check(x)
     experts, n, _ = w2.shape
     weights = (w13.buffer, w13.outer, w2.buffer, w2.outer, experts, n)
 
@@ -142,9 +153,7 @@ def moe(
     return autograd.run(fast, slow, x, topk_weights, b13, b2)
 
 
-def _check(x: Tensor, act: Format | None) -> None:
-    if act is not None:
-        raise BackendError(f"the C++ core does not quantise activations yet, and {act.name} is asked for")
+def _check(x: Tensor) -> None:
     if x.dtype not in DTYPE_IDS:
         raise BackendError(f"the C++ core takes bf16, fp16 and fp32 activations, not {x.dtype}")
     if x.device.type != "cpu":

@@ -20,8 +20,8 @@ def refuse(problem: Problem) -> str | None:
     """None, or why not."""
     if (why := refuse_device(problem.device, CORE in problem.packages)) is not None:
         return why
-    if problem.act != "a16":
-        return f"activations quantised to {problem.act} are not implemented in the C++ core yet"
+    if problem.act != "a16" and problem.op == "moe":
+        return f"the C++ core has no experts with activations quantised to {problem.act}"
     if problem.weight not in FORMATS:
         return f"the C++ core has no layout for weights in {problem.weight}"
     return None
