@@ -86,8 +86,8 @@ void dense(int level, int weight_dtype, Address w, int64_t w_stride, int64_t n, 
 
 void moe(int level, Address w13, Address outer13, Address w2, Address outer2, int dtype, Address x, int64_t m,
          Address ids, Address weights, int64_t t, int kind, bool gated, bool interleaved, float alpha, float beta,
-         float limit, Address b13, Address b2, bool weight_on_input, Address y, int threads) {
-  const ms_activation activation{kind, gated, interleaved, alpha, beta, limit};
+         float limit, int stored, Address b13, Address b2, bool weight_on_input, Address y, int threads) {
+  const ms_activation activation{kind, gated, interleaved, alpha, beta, limit, stored};
   int status;
   {
     nb::gil_scoped_release release;
@@ -195,7 +195,7 @@ class Chain {
     s.w13 = at<const void>(w13), s.outer13 = at<const float>(outer13);
     s.w2 = at<const void>(w2), s.outer2 = at<const float>(outer2);
     s.x = at<const void>(x), s.ids = at<const int64_t>(ids), s.weights = at<const float>(weights), s.chosen = chosen;
-    s.activation = {kind, gated, interleaved, alpha, beta, limit};
+    s.activation = {kind, gated, interleaved, alpha, beta, limit, 0};
     s.b13 = at<const float>(b13), s.b2 = at<const float>(b2), s.y = at<void>(y);
   }
 

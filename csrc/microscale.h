@@ -63,10 +63,12 @@ struct ms_header {
   uint8_t zero[16];
 };
 
-/* What happens between w13 and w2; see microscale.activations. `limit` is +infinity where there is none. */
+/* What happens between w13 and w2; see microscale.activations. `limit` is +infinity where there is none. `stored`: 0,
+ * or 1 + the MX format that the result is rounded to, 32 numbers at a time, before it is multiplied. */
 struct ms_activation {
   int32_t kind, gated, interleaved;
   float alpha, beta, limit;
+  int32_t stored;
 };
 
 /* Bytes of the packed buffer of [experts, n, k], or -1 for a format or size that cannot be. */

@@ -328,7 +328,7 @@ int some_tokens(Moe &c, const void *x, const int64_t *ids, const float *weights,
 bool agree(const ms_header *w13, const ms_header *w2, const ms_activation *a) {
   const int64_t rows = a->gated ? 2 * w2->k : w2->k;
   return w13->experts == w2->experts && w13->n == rows && w13->experts >= 1 && w13->k >= 1 && w2->k >= 1 &&
-         w2->n >= 1 && a->kind >= 0 && a->kind < MS_KINDS;
+         w2->n >= 1 && a->kind >= 0 && a->kind < MS_KINDS && a->stored >= 0 && a->stored <= MS_MXINT8 + 1;
 }
 
 }  // namespace

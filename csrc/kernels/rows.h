@@ -1,6 +1,7 @@
 // Rows of numbers around the products: operands in, activations between, results out.
 #pragma once
 #include "activation.h"
+#include "stored.h"
 #include "table.h"
 
 namespace microscale {
@@ -172,7 +173,37 @@ void activate_rows(const Activate *a) {
   for (; row < a->m; ++row) activate_some<kOperand, kKind, 1>(*a, row);
 }
 template <int kOperand>
+void activate_rows(const Activate *a);
+
+// At most 32 results a row, which share a scale: in float32 first, and as an MX format stores them then.
+template <int kOperand>
+void activate_stored(const Activate &a) {
+  const Grid &grid = kGrids[a.activation->stored - 1];
+  ms_activation plain = *a.activation;
+  plain.stored = 0;
+  for (int64_t row = 0; row < a.m; row += kSideBySide) {
+    float wide[kSideBySide][2 * kLanes] = {};
+    void *out[kSideBySide];
+    for (int r = 0; r < kSideBySide; ++r) out[r] = wide[r];
+    Activate some = a;
+    some.activation = &plain;
+    some.gate += row * a.stride;
+    if (a.up) some.up += row * a.stride;
+    some.m = a.m - row < kSideBySide ? a.m - row : kSideBySide;
+    some.out = out;
+    activate_rows<MS_FP32>(&some);
+    for (int64_t r = 0; r < some.m; ++r) {
+      f32x16 v[2] = {load_lanes<f32x16>(wide[r]), load_lanes<f32x16>(wide[r] + kLanes)};
+      as_stored(v, grid);
+      for (int64_t i = 0; i < a.n; i += kLanes)
+        store_operand<kOperand>(a.out[row + r], i, v[i / kLanes], lanes_left(a.n, i));
+    }
+  }
+}
+
+template <int kOperand>
 void activate_rows(const Activate *a) {
+  if (a->activation->stored) return activate_stored<kOperand>(*a);
   switch (a->activation->kind) {
     case MS_SILU: return activate_rows<kOperand, MS_SILU>(a);
     case MS_SWIGLU_OAI: return activate_rows<kOperand, MS_SWIGLU_OAI>(a);

@@ -24,7 +24,7 @@ struct Product {
   const uint8_t *next;  // weights that are read after these, to be fetched ahead; may be any address
 };
 
-// Float32 rows to operands of the second product: activation(raw * outer + bias).
+// Float32 rows to operands of the second product: activation(raw * outer + bias), of at most 32 columns if stored.
 struct Activate {
   const float *gate, *up;  // [m][stride] raw sums; interleaved: gate holds both; ungated: up is not read
   int64_t stride;

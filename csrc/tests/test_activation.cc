@@ -14,7 +14,7 @@ namespace {
 constexpr int64_t kRows = 11, kStride = 80;
 
 struct Case {
-  int level, dtype, kind, gated, interleaved, scaled;
+  int level, dtype, kind, gated, interleaved, scaled, stored;
   int64_t n;
 };
 
@@ -27,7 +27,7 @@ void test_rows(const Case &c) {
   raw[3] = std::nanf("");
   raw[kStride + 5] = std::numeric_limits<float>::infinity();
   raw[4 * kStride] = -std::numeric_limits<float>::infinity();
-  const ms_activation activation{c.kind, c.gated, c.interleaved, 1.702f, 1.25f, 2.5f};
+  const ms_activation activation{c.kind, c.gated, c.interleaved, 1.702f, 1.25f, 2.5f, c.stored};
   const auto run = [&](int64_t first, int64_t m, std::vector<uint8_t> &y) {
     std::vector<void *> out;
     for (int64_t i = 0; i < m; ++i) out.push_back(y.data() + i * 128);
@@ -48,8 +48,8 @@ void test_rows(const Case &c) {
     std::vector<uint8_t> alone(128, 0xab);
     run(row, 1, alone);
     CHECK_IN(std::memcmp(alone.data(), all.data() + row * 128, 128) == 0,
-             "level %d dtype %d kind %d gated %d interleaved %d scaled %d n %ld row %ld", c.level, c.dtype, c.kind,
-             c.gated, c.interleaved, c.scaled, long(c.n), long(row));
+             "level %d dtype %d kind %d gated %d interleaved %d scaled %d stored %d n %ld row %ld", c.level, c.dtype,
+             c.kind, c.gated, c.interleaved, c.scaled, c.stored, long(c.n), long(row));
   }
 }
 
@@ -62,6 +62,7 @@ int main() {
         for (int shape = 0; shape < 3; ++shape)
           for (int scaled = 0; scaled < 2; ++scaled)
             for (int64_t n : {1, 8, 13, 16, 24, 31, 32})
-              test_rows({level, dtype, kind, shape > 0, shape == 2, scaled, n});
+              for (int stored : {0, 1 + MS_MXFP4, 1 + MS_MXFP8_E4M3, 1 + MS_MXINT8})
+                test_rows({level, dtype, kind, shape > 0, shape == 2, scaled, stored, n});
   return check::finish("test_activation");
 }

@@ -70,6 +70,7 @@ def moe(
     alpha: float,
     beta: float,
     limit: float,
+    stored: int,
     b13: int,
     b2: int,
     weight_on_input: bool,

@@ -69,11 +69,13 @@ def moe(
     b2: Tensor | None,
     expert_map: Tensor | None,
     weight_on_input: bool,
+    stored: str = "",
 ) -> Tensor:
-    """[M, H] -> [M, N]; the activation's fields one by one."""
+    """[M, H] -> [M, N]; the activation's fields one by one. `stored`: as `cpu_core.moe` has it."""
     activation = Activation(kind, gated, interleaved, alpha, beta, limit)
     weights = (packed13, outer13, packed2, outer2, experts, n)
-    return cpu_core.moe(x, topk_ids, topk_weights, *weights, activation, b13, b2, expert_map, weight_on_input)
+    rest = (b13, b2, expert_map, weight_on_input, stored)
+    return cpu_core.moe(x, topk_ids, topk_weights, *weights, activation, *rest)
 
 
 @moe.register_fake
@@ -97,5 +99,6 @@ def _(
     b2: Tensor | None,
     expert_map: Tensor | None,
     weight_on_input: bool,
+    stored: str = "",
 ) -> Tensor:
     return x.new_empty((x.shape[0], n))

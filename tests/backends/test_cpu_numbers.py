@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import replace
 from typing import Any
@@ -9,14 +10,22 @@ from typing import Any
 import pytest
 import torch
 
-from microscale.activations import GPT_OSS
+from microscale.activations import GPT_OSS, Activation
 from microscale.conformance import Case, cases, run
 from microscale.elements import pack_codes
-from microscale.formats import FORMATS, Format
+from microscale.formats import FORMATS, Format, activation_format
 from microscale.machine import detect
+from microscale.operands import stored
 from microscale.quant import QuantTensor, dequantize, quantize
 
-CASES = [c for c in cases(large=True) if c.act == "a16" or c.op == "linear"]
+
+def takes(case: Case) -> bool:
+    """Whether the core takes a case's activations, which are stored in a format."""
+    act = activation_format(case.weight, case.act)
+    return act is None or case.op == "linear" or act.scale == "e8m0"
+
+
+CASES = [c for c in cases(large=True) if takes(c)]
 LARGE = [
     c for c in CASES if c.op == "moe" and c.k == 2880
 ]  # four seconds each, nearly all of them for float64
@@ -31,6 +40,26 @@ def test_every_level_is_within_the_kernel_error_budget(cpu: Any, level: str, cas
 @pytest.mark.parametrize("case", LARGE, ids=lambda c: c.name)
 def test_experts_of_a_real_size_at_the_widest_level(cpu: Any, case: Case, seed: int) -> None:
     assert run(case, cpu, "cpu", torch.Generator().manual_seed(seed)) <= 1.0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("name", [n for n, f in FORMATS.items() if f.scale == "e8m0"])
+def test_the_intermediate_is_stored_as_quantize_does(
+    cpu: Any, level: str, name: str, dtype: torch.dtype, seed: int
+) -> None:
+    """Squares of numbers through two unit matrices: exact before they are stored, and so exact behind."""
+    generator, act, width = torch.Generator().manual_seed(seed), FORMATS[name], 96
+    unit = cpu.pack(quantize(torch.eye(width)[None], "mxfp8_e4m3"))
+    size = torch.exp2(torch.randint(-20, 20, (37, width // 32), generator=generator).float())
+    x = torch.randn(37, width, generator=generator) * size.repeat_interleave(32, 1)
+    x[3] = 0.0
+    x[4, 32:64] = math.inf
+    x = stored(x, act, dtype)
+    ids, weights = torch.zeros(37, 1, dtype=torch.int64), torch.ones(37, 1)
+    y = cpu.moe(x, ids, weights, unit, unit, Activation("relu2", gated=False), act=act)
+    wanted = stored(x.float().clamp(min=0).square(), act, torch.float32).to(dtype)
+    wanted[4] = math.nan  # a product with what is not a number
+    torch.testing.assert_close(y, wanted, rtol=0, atol=0, equal_nan=True)
 
 
 def scale_values(fmt: Format) -> torch.Tensor:

@@ -112,13 +112,11 @@ def moe(
     """See `contract.Contract.moe`.
 
     Numerics: as `linear`; intermediates and the sum over experts are float32, or rounded once to x's dtype where the
-    instructions multiply that.
+    instructions multiply that. With `act` intermediates are rounded to it from float32.
     """
     check_moe(x, topk_ids, topk_weights, w13.shape, w2.shape, activation, b13, b2, weight_on_input)
-    if act is not None:
-        raise BackendError(
-            f"the C++ core has no experts with activations in a format, and {act.name} is asked for"
-        )
+    if act is not None and act.scale != "e8m0":
+        raise BackendError(f"the C++ core stores no intermediate of experts in {act.name}")
     _check(x)
     experts, n, _ = w2.shape
     weights = (w13.buffer, w13.outer, w2.buffer, w2.outer, experts, n)
@@ -135,16 +133,22 @@ def moe(
             b2=b2,
             expert_map=expert_map,
             weight_on_input=weight_on_input,
+            act=act,
         )
 
     def fast(x: Tensor, topk_weights: Tensor, b13: Tensor | None, b2: Tensor | None) -> Tensor:
-        rest = (b13, b2, expert_map, weight_on_input)
+        dtype = x.dtype
+        if act is not None:
+            if weight_on_input:  # a token has one route, and is rounded with its weight
+                x, topk_weights = x.float() * topk_weights, torch.ones_like(topk_weights)
+            x = stored(x, act, dtype if dtype == torch.bfloat16 else torch.float32)
+        rest = (b13, b2, expert_map, weight_on_input, "" if act is None else act.name)
         if not autograd.recorded():
-            return cpu_core.moe(x, topk_ids, topk_weights, *weights, activation, *rest)
+            return cpu_core.moe(x, topk_ids, topk_weights, *weights, activation, *rest).to(dtype)
         a = activation
         fields = (a.kind, a.gated, a.interleaved, a.alpha, a.beta, a.limit)
         y: Tensor = ops.moe(x, topk_ids, topk_weights, *weights, *fields, *rest)
-        return y
+        return y.to(dtype)
 
     if 0 in w13.shape or 0 in w2.shape:
         return slow(x, topk_weights, b13, b2)

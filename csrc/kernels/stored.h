@@ -1,0 +1,60 @@
+// Numbers as the MX formats store them, 32 of which share a power of two: `quant.quantize` with the rule "even", and
+// back, so that products of 16-bit numbers are those of stored ones.
+#pragma once
+#include "../microscale.h"
+#include "lanes.h"
+
+namespace microscale {
+namespace {
+
+struct Grid {
+  int32_t mantissa, emin, emax;  // bits of a fraction; exponents of the least normal number and the greatest
+  float max;
+  bool integer;  // one step for all numbers
+};
+// Of ms_format, up to MS_MXINT8.
+constexpr Grid kGrids[] = {{1, 0, 2, 6.0f, false},    {3, 0, 2, 7.5f, false},        {2, -2, 4, 28.0f, false},
+                           {3, -6, 8, 448.0f, false}, {2, -14, 15, 57344.0f, false}, {6, 0, 0, 127.0f / 64.0f, true}};
+
+// 2^e in two normal factors, so that none is rounded.
+struct Power {
+  float first, second;
+  explicit Power(int32_t e) : first(normal(e >> 1)), second(normal(e - (e >> 1))) {}
+  static float normal(int32_t e) { return __builtin_bit_cast(float, (e + 127) << 23); }
+};
+
+// v on the grid beside a scale of 2^e, to nearest and ties to even.
+inline f32x16 on_grid(f32x16 v, const Grid &g, const Power &down, const Power &up) {
+  const u32x16 sign = as_bits(v) & 0x80000000u;
+  f32x16 a = as_float(as_bits(v) & 0x7fffffffu) * down.first * down.second;
+  a = a > g.max ? splat(g.max) : a;
+  i32x16 e = __builtin_bit_cast(i32x16, as_bits(a) >> 23) - 127;
+  e = e < g.emin || g.integer ? g.emin - i32x16{} : e;
+  const f32x16 finer = __builtin_bit_cast(f32x16, (g.mantissa - e + 127) << 23);
+  const f32x16 step = __builtin_bit_cast(f32x16, (e - g.mantissa + 127) << 23);
+  const f32x16 whole = (a * finer + 8388608.0f) - 8388608.0f;  // below 2^23 a sum has no room for a fraction
+  return as_float(as_bits(whole * step * up.first * up.second) | sign);
+}
+
+// A block of 32; NaN where one of them is not finite.
+inline void as_stored(f32x16 (&v)[2], const Grid &g) {
+  uint32_t amax = 0;
+  for (const f32x16 &some : v)
+    for (int i = 0; i < kLanes; ++i) {
+      const uint32_t bits = as_bits(some)[i] & 0x7fffffffu;
+      amax = bits > amax ? bits : amax;
+    }
+  if (amax >= 0x7f800000u) {
+    v[0] = v[1] = splat(__builtin_nanf(""));
+    return;
+  }
+  int32_t bits = static_cast<int32_t>(amax);
+  if (g.emax == 0 && bits < 0x800000) bits = 2 * bits - 0x800000;  // exponents of normal numbers go on to -127
+  int32_t scale = ((bits + (1 << (22 - g.mantissa))) >> 23) - g.emax;
+  scale = (scale < 0 ? 0 : scale > 254 ? 254 : scale) - 127;
+  const Power down(-scale), up(scale);
+  for (f32x16 &some : v) some = on_grid(some, g, down, up);
+}
+
+}  // namespace
+}  // namespace microscale
