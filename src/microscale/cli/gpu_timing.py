@@ -36,6 +36,9 @@ PARTS = {
     "_likeliest_kernel": "linears",
     "_span_kernel": "attention",
     "_rms_norm_kernel": "norms",
+    # Of experts' activations, too: a kernel's name does not say whose it rounds.
+    "_numbers_kernel": "linears",
+    "_codes_kernel": "linears",
 }
 
 
