@@ -63,3 +63,8 @@ HOPPER_FP8 = Accumulation(
     promoted=128,
     source="DeepSeek-V3 report (2024), 3.3.2: about 14 bits of a sum remain; promoted every 128 products",
 )
+
+
+def of_fp8_codes(device: str, capability: int) -> Accumulation:
+    """How matrix units add up products of FP8 codes; `capability`: of a CUDA GPU, 90 for sm_90."""
+    return HOPPER_FP8 if device == "cuda" and capability in (89, 90) else FLOAT32

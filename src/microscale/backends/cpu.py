@@ -82,9 +82,7 @@ def linear(x: Tensor, w: Packed, bias: Tensor | None = None, *, act: Format | No
     def fast(x: Tensor, bias: Tensor | None) -> Tensor:
         if act is None:
             return product(x, w.buffer, w.outer, w.shape[0], bias)
-        short = x.dtype == torch.bfloat16 and act.scale == "e8m0"
-        numbers = stored(x, act, torch.bfloat16 if short else torch.float32)
-        return product(numbers, w.buffer, w.outer, w.shape[0], bias).to(x.dtype)
+        return product(_numbers(x, act), w.buffer, w.outer, w.shape[0], bias).to(x.dtype)
 
     if torch.compiler.is_compiling() or autograd.plain(x, bias):
         return fast(x, bias)
@@ -141,7 +139,7 @@ def moe(
         if act is not None:
             if weight_on_input:  # a token has one route, and is rounded with its weight
                 x, topk_weights = x.float() * topk_weights, torch.ones_like(topk_weights)
-            x = stored(x, act, dtype if dtype == torch.bfloat16 else torch.float32)
+            x = _numbers(x, act)
         rest = (b13, b2, expert_map, weight_on_input, "" if act is None else act.name)
         if not autograd.recorded():
             return cpu_core.moe(x, topk_ids, topk_weights, *weights, activation, *rest).to(dtype)
@@ -155,6 +153,12 @@ def moe(
     if torch.compiler.is_compiling():
         return fast(x, topk_weights, b13, b2)
     return autograd.run(fast, slow, x, topk_weights, b13, b2)
+
+
+def _numbers(x: Tensor, act: Format) -> Tensor:
+    """x as it reads back from `act`: in bfloat16 where that holds it and x, else in float32."""
+    short = x.dtype == torch.bfloat16 and act.scale == "e8m0"
+    return stored(x, act, torch.bfloat16 if short else torch.float32)
 
 
 def _check(x: Tensor) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from microscale.accumulation import FLOAT32, HOPPER_FP8, Accumulation
+from microscale.accumulation import FLOAT32, Accumulation, of_fp8_codes
+from microscale.backends.adapters.common_rules import capability
 from microscale.formats import FORMATS, FP8_GROUP128
 from microscale.machine import Machine
 from microscale.oracle import Problem
@@ -17,7 +18,7 @@ def refuse(problem: Problem) -> str | None:
     """None, or why not; that the package is missing last, so that installing it is never advised in vain."""
     if problem.device not in ("cuda", "rocm", "xpu"):
         return f"Triton compiles for CUDA, ROCm and XPU, not for {problem.device}"
-    if problem.device == "cuda" and _capability(problem.arch) < 75:
+    if problem.device == "cuda" and capability(problem.arch) < 75:
         return f"the kernels need sm_75 or newer, and this is {problem.arch or 'unknown'}"
     if problem.act != "a16" and (why := refuse_pair(problem.weight, problem.act) or _refuse_act(problem)):
         return why
@@ -41,7 +42,7 @@ def refuse_pair(weight: str, act: str) -> str | None:
 
 def _refuse_act(problem: Problem) -> str | None:
     """None, or why this GPU does not multiply such activations here."""
-    arch, sm = problem.arch or "unknown", _capability(problem.arch)
+    arch, sm = problem.arch or "unknown", capability(problem.arch)
     if problem.act != FP8_GROUP128.name:
         if sm >= 100 or arch == "gfx950" or problem.device == "xpu":
             return (
@@ -58,7 +59,7 @@ def _refuse_act(problem: Problem) -> str | None:
 
 def yields(problem: Problem) -> str | None:
     """None, or why other packages' kernels are asked first, by measurement."""
-    codes = problem.act == FP8_GROUP128.name and problem.device == "cuda" and _capability(problem.arch) == 90
+    codes = problem.act == FP8_GROUP128.name and problem.device == "cuda" and capability(problem.arch) == 90
     if problem.op != "linear" or not codes:
         return None
     return (
@@ -68,8 +69,8 @@ def yields(problem: Problem) -> str | None:
 
 def accumulation(problem: Problem) -> Accumulation:
     """FP8 products of Hopper and Ada are added up more coarsely than in float32."""
-    coarse = problem.act == FP8_GROUP128.name and problem.device == "cuda"
-    return HOPPER_FP8 if coarse and _capability(problem.arch) in (89, 90) else FLOAT32
+    codes = problem.act == FP8_GROUP128.name
+    return of_fp8_codes(problem.device, capability(problem.arch)) if codes else FLOAT32
 
 
 def refuse_steps(device: str, arch: str, packages: Collection[str]) -> str | None:
@@ -77,7 +78,7 @@ def refuse_steps(device: str, arch: str, packages: Collection[str]) -> str | Non
     why = f"the model is on {device}" if device != "cuda" else None
     if why is None and "triton" not in packages:
         why = "the package triton is not installed"
-    if why is None and _capability(arch) < 80:
+    if why is None and capability(arch) < 80:
         why = f"this GPU is {arch}"
     return why and f"a token's kernels are Triton's, for CUDA from sm_80 on, and {why}"
 
@@ -104,8 +105,3 @@ def uncompiled(machine: Machine) -> str | None:
     if (why := nvrtc.refuse()) is None:
         return None
     return f"{why}. For many tokens slower kernels run: pip install 'cuda-bindings>=13,<14' nvidia-cuda-nvrtc"
-
-
-def _capability(arch: str) -> int:
-    digits = arch.removeprefix("sm_").rstrip("af")
-    return int(digits) if digits.isdigit() else 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from microscale.accumulation import FLOAT32, HOPPER_FP8, Accumulation
+from microscale.accumulation import Accumulation, of_fp8_codes
 from microscale.backends.adapters.common_rules import capability, sizes
 from microscale.oracle import Problem
 
@@ -42,7 +42,7 @@ def operands(problem: Problem) -> str | None:
 
 def accumulation(problem: Problem) -> Accumulation:
     """FP8 products of Hopper and Ada are added up more coarsely than in float32."""
-    return HOPPER_FP8 if problem.device == "cuda" and capability(problem.arch) in (89, 90) else FLOAT32
+    return of_fp8_codes(problem.device, capability(problem.arch))
 
 
 def _arch(problem: Problem) -> str | None:

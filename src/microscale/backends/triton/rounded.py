@@ -79,19 +79,6 @@ def _numbers_kernel(
 
 
 @triton.jit
-def _quotient(v, scale, bits):
-    """v [B, W] / scale [B], correctly rounded, in a third of a division's instructions (Markstein, 1990: from the
-    reciprocal, correctly rounded, and the first quotient's remainder). `bits`: of amax."""
-    # Where a scale's reciprocal would be infinite, both are larger by the same power of two.
-    larger = tl.where(bits < (67 << 23), 18446744073709551616.0, 1.0)
-    v, by = v * larger[:, None], scale * larger
-    inverse = tl.div_rn(tl.full(by.shape, 1.0, tl.float32), by)
-    inverse, by = tl.broadcast_to(inverse[:, None], v.shape), tl.broadcast_to(by[:, None], v.shape)
-    first = v * inverse
-    return tl.fma(tl.fma(-first, by, v), inverse, first)
-
-
-@triton.jit
 def _codes_kernel(
     codes,
     scales,
@@ -116,12 +103,11 @@ def _codes_kernel(
     finite = bits < 0x7F800000
     scale = tl.div_rn(bits.to(tl.float32, bitcast=True), tl.full((BLOCKS,), MAX, tl.float32))
     scale = tl.where(scale == 0.0, 1.0, scale)
+    scaled = tl.div_rn(v, tl.broadcast_to(scale[:, None], v.shape))
     if CONVERTS:  # in hardware, to nearest and ties to even
-        scaled = _quotient(v, scale, bits)
         scaled = tl.minimum(tl.maximum(scaled, -MAX), MAX)
         code = scaled.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
     else:
-        scaled = tl.div_rn(v, tl.broadcast_to(scale[:, None], v.shape))
         q, e = _on_grid(scaled, MANTISSA, EMIN, MAX, False)
         code = (((e - EMIN) << MANTISSA) + q.to(tl.int32) + tl.where(v < 0, 128, 0)).to(tl.uint8)
     code = tl.where(finite[:, None], code, 0)
