@@ -104,6 +104,7 @@ static u32 __shfl_up_sync(u32, u32 v, u32 by) {
   const u32 lane = threadIdx.x % 32, *values = of_warp(v);
   return lane < by ? v : values[lane - by];
 }
+static u32 __shfl_xor_sync(u32, u32 v, u32 by) { return of_warp(v)[threadIdx.x % 32 ^ by]; }
 static u32 __match_any_sync(u32, u32 v) {
   const u32 *values = of_warp(v);
   u32 same = 0;
@@ -152,6 +153,10 @@ static void copy16(u32 to, u64 from, int bytes) {
   std::memset(at(to), 0, 16);
   std::memcpy(at(to), reinterpret_cast<const void *>(from), bytes);
 }
+static void copy4(u32 to, u64 from) {
+  reads();
+  std::memcpy(at(to), reinterpret_cast<const void *>(from), 4);
+}
 static void barrier_arrive_copied(u32 bar) { barrier_arrive(bar); }
 // Of a copying engine, which is at once or as late as can be, and then begins with the last.
 static bool engine_late_;
@@ -193,6 +198,21 @@ static void copy_box(u32 to, const void *map, int column, int row, u32 bar) {
         }
       }
     barrier_changes(bar, 0, -int64_t{128} * box.rows);
+  });
+}
+static void copy_rows(u32 to, const void *map, int column, int row32, u32 bar) {
+  Box box;
+  std::memcpy(&box, map, sizeof box);
+  copy_some([=] {
+    for (int i = 0; i < 64; i++)
+      for (int j = 0; j < 8; j++) {
+        const int row = 32 * (row32 + i / 32) + 8 * (i % 8 / 2) + 2 * (i % 32 / 8) + i % 2;
+        u8 *piece = at((to + i * 128 + j * 16) ^ (i % 8 << 4));
+        std::memset(piece, 0, 16);
+        if (row < box.all && column + 8 * j < box.columns)
+          std::memcpy(piece, reinterpret_cast<const u8 *>(box.x) + 2 * (u64(row) * box.columns + column + 8 * j), 16);
+      }
+    barrier_changes(bar, 0, -int64_t{128} * 64);
   });
 }
 static void fetch_bytes(u64, u32) {}
@@ -309,6 +329,37 @@ void multiply_add(float (&d)[SUMS], const u32 *w, u64 x, bool more) {
   group_[threadIdx.x].push_back([sums = &d[0], w, x, more] { multiply_now<N>(sums, w, x, more); });
 }
 
+static float e4m3(u8 code) {
+  const int field = code >> 3 & 15, fraction = code & 7;
+  if ((code & 0x7F) == 0x7F) return NAN;
+  const float v = field ? std::ldexp(8.0f + fraction, field - 10) : std::ldexp(1.0f * fraction, -9);
+  return code & 0x80 ? -v : v;
+}
+
+// 64 rows of codes times N, both in rows of 128 swizzled bytes.
+template <int N>
+void multiply_codes_now(float *d, u64 x, u64 w) {
+  const u32 me = threadIdx.x, row = me % 128 / 32 * 16 + me % 32 / 4;
+  const auto code = [](u64 of, u32 row, u32 k) {
+    const u32 base = static_cast<u32>(of & 0x3FFF) << 4;
+    return e4m3(*at((base + row * 128 + k) ^ (row % 8 << 4)));
+  };
+  meet_all(100 + me / 128, 128);
+  for (u32 j = 0; j < N / 8; j++)
+    for (u32 i = 0; i < 4; i++) {
+      double sum = 0;
+      for (u32 k = 0; k < 128; k++)
+        sum += static_cast<double>(code(x, row + i / 2 * 8, k)) * code(w, 8 * j + 2 * (me % 4) + i % 2, k);
+      d[4 * j + i] = static_cast<float>(sum);
+    }
+  meet_all(200 + me / 128, 128);
+}
+
+template <int N, int SUMS>
+void multiply_codes(float (&d)[SUMS], u64 x, u64 w) {
+  group_[threadIdx.x].push_back([sums = &d[0], x, w] { multiply_codes_now<N>(sums, x, w); });
+}
+
 // ---- of a warp's lanes ---------------------------------------------------------------------------------------------
 static u32 transposed(u32 v) {
   const u32 lane = threadIdx.x % 32, *values = of_warp(v);
@@ -353,6 +404,19 @@ static float __uint_as_float(u32 bits) {
   std::memcpy(&v, &bits, 4);
   return v;
 }
+static u32 __float_as_uint(float v) {
+  u32 bits;
+  std::memcpy(&bits, &v, 4);
+  return bits;
+}
+static u32 e4m3_code(float v) {
+  if (std::isnan(v)) return 0x7F;
+  const u32 sign = std::signbit(v) ? 0x80 : 0;
+  const float a = std::fmin(std::fabs(v), 448.0f);
+  const int e = std::max(a > 0 ? std::ilogb(a) : -6, -6);
+  return sign | (static_cast<u32>(e + 6) << 3) + static_cast<u32>(std::nearbyint(std::ldexp(a, 3 - e)));
+}
+static u32 e4m3_pair(float low, float high) { return e4m3_code(low) | e4m3_code(high) << 8; }
 static u32 rounded_half(float v) {
   u32 bits;
   std::memcpy(&bits, &v, 4);

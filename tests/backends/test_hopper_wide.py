@@ -365,7 +365,10 @@ def test_a_driver_that_describes_no_boxes_is_as_no_compiler(
     x = torch.zeros(200, 64, dtype=torch.bfloat16)
     for driver, words in (
         (SimpleNamespace(), "older than CUDA 12"),
-        (SimpleNamespace(cuTensorMapEncodeTiled=lambda *_: 1), r"boxes of 88 rows of \(200, 64\).*error 1"),
+        (
+            SimpleNamespace(cuTensorMapEncodeTiled=lambda *_: 1),
+            r"boxes of \(88,\) rows of \(200, 64\).*error 1",
+        ),
     ):
         monkeypatch.setattr(linears, "_driver", lambda driver=driver: driver)
         with pytest.raises(wide.nvrtc.CompileError, match=words):

@@ -7,8 +7,9 @@ shares, `tiles` has the sizes. Hopper has a layout and kernels of its own: `plac
 `hopper_decode`; `hopper_routes` says whose a tile is, `hopper_token` has a single one's chosen by its logits,
 `hopper_results` ends experts, `hopper_fetch` asks for weights ahead, `cuts` chooses their sizes, and `fallback` takes
 over if they do not compile.
-In CUDA C++, which `hopper_text` writes and `nvrtc` compiles, experts have `hopper_rings` for a few tokens and
-`hopper_wide` for many, and linears `hopper_linear`; `hopper_experts` takes the kernels that a call's cuts are of.
+In CUDA C++, which `hopper_text` writes and `nvrtc` compiles, experts have `hopper_rings` for a few tokens,
+`hopper_wide` for many and `hopper_fp8` for FP8 codes on both sides, and linears `hopper_linear`; `hopper_experts` takes
+the kernels that a call's cuts are of.
 For a decoded token there are `attend` over `spans`, `rows` for products with plain weights, `router`, `small`, and
 `likeliest`, the last two of which choose by `keys`.
 """
@@ -209,6 +210,15 @@ def _experts(
     def plain() -> Tensor:
         return experts.moe(x, topk_ids, topk_weights, _plain(w13), _plain(w2), *rest, add_up, act)
 
+    if act is not None and act.scale == "f32" and tiles.target(x.device).hopper:
+        from microscale.backends.triton import hopper_fp8
+
+        codes = _plain(w13), _plain(w2)
+        if not hopper_fp8.refuse(x, *codes, activation, (b13, b2), topk_weights, weight_on_input):
+            given = (x, topk_ids, topk_weights, *codes, activation, b13, b2, expert_map, act, add_up)
+            return attempt(
+                partial(hopper_fp8.moe, *given), plain, "moe", act.name, w13.shape, activation, x.shape[0]
+            )
     own = _hopper(x, topk_ids.shape[1], w13, w2, activation) if act is None else None
     if own is None:
         return plain()

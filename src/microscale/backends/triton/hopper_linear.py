@@ -21,14 +21,14 @@ _GROUP = 8  # tiles of tokens that take turns with the rows, so that both are fo
 _BOX_COLUMNS = 64  # 128 bytes, which are swizzled
 _BFLOAT16, _SWIZZLE_128_BYTES, _FETCH_256_BYTES = 9, 3, 3  # of CUtensorMap's types
 
-_Boxes = ctypes.c_ubyte * 128
+Boxes = ctypes.c_ubyte * 128
 
 
 class Given(ctypes.Structure):
     """The kernel's argument, as the text has it."""
 
     _fields_ = [
-        ("boxes", _Boxes),
+        ("boxes", Boxes),
         *[(n, ctypes.c_uint64) for n in ("y", "codes", "scales", "ratios", "row_scale", "bias")],
         *[
             (n, ctypes.c_int)
@@ -53,18 +53,37 @@ def box_map(x: Tensor, rows: int) -> bytes:
         CompileError: the driver is too old, or has another opinion of the sizes; other kernels take over.
     """
     m, k = x.shape
+    return _encoded(x, (k, m), (2 * k,), (_BOX_COLUMNS, rows))
+
+
+def box_map_of_rows(codes: Tensor) -> bytes:
+    """A CUtensorMap for boxes of 64 rows and 128 columns, in the order that `copy_rows` of `hopper_ptx.h` has them.
+
+    Args:
+        codes: [N, K] uint8, contiguous and at a multiple of 16 bytes; N a multiple of 32, K of 16.
+
+    Raises:
+        CompileError: as `box_map`.
+    """
+    n, k = codes.shape
+    return _encoded(codes, (k // 2, 2, 4, 4, n // 32), (k, 8 * k, 2 * k, 32 * k), (_BOX_COLUMNS, 2, 4, 4, 2))
+
+
+def _encoded(t: Tensor, sizes: tuple[int, ...], strides: tuple[int, ...], box: tuple[int, ...]) -> bytes:
+    """The description of t as numbers of 16 bits. `strides`: bytes, of all extents but the first."""
     room = ctypes.create_string_buffer(128 + 64)
     at = -(-ctypes.addressof(room) // 64) * 64  # as the driver wants it
     encode = getattr(_driver(), "cuTensorMapEncodeTiled", None)
     if encode is None:
         raise nvrtc.CompileError("the driver is older than CUDA 12 and describes no boxes")
+    rank = len(sizes)
     error = encode(
-        ctypes.c_void_p(at), _BFLOAT16, 2, ctypes.c_void_p(x.data_ptr()),
-        (ctypes.c_uint64 * 2)(k, m), (ctypes.c_uint64 * 1)(2 * k), (ctypes.c_uint32 * 2)(_BOX_COLUMNS, rows),
-        (ctypes.c_uint32 * 2)(1, 1), 0, _SWIZZLE_128_BYTES, _FETCH_256_BYTES, 0,
+        ctypes.c_void_p(at), _BFLOAT16, rank, ctypes.c_void_p(t.data_ptr()),
+        (ctypes.c_uint64 * rank)(*sizes), (ctypes.c_uint64 * (rank - 1))(*strides), (ctypes.c_uint32 * rank)(*box),
+        (ctypes.c_uint32 * rank)(*[1] * rank), 0, _SWIZZLE_128_BYTES, _FETCH_256_BYTES, 0,
     )  # fmt: skip
     if error:
-        raise nvrtc.CompileError(f"boxes of {rows} rows of {tuple(x.shape)}: the driver's error {error}")
+        raise nvrtc.CompileError(f"boxes of {box[1:]} rows of {tuple(t.shape)}: the driver's error {error}")
     return ctypes.string_at(at, 128)
 
 
@@ -75,7 +94,7 @@ def linear(x: Tensor, w: Fragments, bias: Tensor | None, cut: Cut) -> Tensor:
     blocks = -(-w.tiles // cut.tiles)
     units = blocks * -(-m // cut.block_m)
     given = Given(
-        _Boxes.from_buffer_copy(box_map(x, cut.block_m)),
+        Boxes.from_buffer_copy(box_map(x, cut.block_m)),
         y.data_ptr(), w.codes.data_ptr(), w.scales.data_ptr(), address(w.ratios), address(w.row_scale),
         address(bias), units, blocks, _GROUP, m, cut.block_m, n, w.tiles, w.chunks,
     )  # fmt: skip

@@ -48,6 +48,10 @@ DEVICE void meet_some(int barrier, int threads) {
 DEVICE void copy16(u32 to, u64 from, int bytes) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
 }
+// 4 bytes.
+DEVICE void copy4(u32 to, u64 from) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(to), "l"(from) : "memory");
+}
 // Arrives once this thread's copies have.
 DEVICE void barrier_arrive_copied(u32 bar) {
   asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(bar) : "memory");
@@ -68,6 +72,15 @@ DEVICE void copy_box(u32 to, const void *map, int column, int row, u32 bar) {
       "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::
           "r"(to),
       "l"(map), "r"(column), "r"(row), "r"(bar)
+      : "memory");
+}
+// Of a matrix of bytes 64 rows, from so many times 32 on, of 128 bytes each, swizzled. Of 32 rows, row 8 t + 2 j + i
+// comes as row 8 j + 2 t + i, so that a lane's columns of a product follow one another. `column`: in twos of bytes.
+DEVICE void copy_rows(u32 to, const void *map, int column, int row32, u32 bar) {
+  asm volatile(
+      "cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %3, %3, "
+      "%4}], [%5];" ::"r"(to),
+      "l"(map), "r"(column), "r"(0), "r"(row32), "r"(bar)
       : "memory");
 }
 // The map will be needed soon.
@@ -206,6 +219,12 @@ DEVICE float sigmoid(float v) {
 DEVICE u32 packed(float low, float high) {
   u32 v;
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(v) : "f"(high), "f"(low));
+  return v;
+}
+// Two E4M3 codes, to nearest, ties to even, 448 for what is more.
+DEVICE u32 e4m3_pair(float low, float high) {
+  unsigned short v;
+  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(v) : "f"(high), "f"(low));
   return v;
 }
 // Of 8 by 8 numbers of 16 bits, a row of which four lanes have.

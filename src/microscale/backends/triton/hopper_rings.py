@@ -51,7 +51,7 @@ class Rings(Spec):
     @property
     def parts(self) -> tuple[str, ...]:
         loop = "ring_eight" if self.most == 8 else "ring_pieces"
-        heads = ("rows", "unit", "steps", "lists", "ring_loop", loop)
+        heads = ("rows", "unit", "sizes", "stages", "steps", "lists", "ring_loop", loop)
         return (*(f"hopper_{head}.h" for head in heads), self.file)
 
     @property

@@ -1,51 +1,5 @@
-// Steps of 64 columns in shared memory, and decoding them: what `hopper_wide.cu` and `hopper_linear.cu` share. `Tile`,
-// a unit of work, and `Sums`, a thread's of a unit, come before it.
-
-constexpr int kTile = 512 * BITS;                     // bytes of 64 rows by 64 columns,
-constexpr int kTileScales = E4M3_SCALES ? 256 : 128;  // and of their scales
-constexpr int kCodes = (MOST + 15) / 16 * 2048;       // behind 64 columns of all tokens, which come 16 at a time,
-constexpr int kScales = kCodes + TILES * kTile;       // as many columns of the weights, and behind these their scales:
-constexpr int kStage = (kScales + TILES * kTileScales + 1023) / 1024 * 1024;  // bytes of a step in shared memory
-
-// Steps in shared memory: the barriers of all that are full, those of all that are empty, and where one is in the
-// round.
-struct Ring {
-  u32 first, full;
-  u32 stage, bar, parity;
-};
-constexpr int kEmpty = 8 * STAGES;  // behind the barrier of the same step
-
-DEVICE void advance(Ring &r) {
-  r.stage += kStage, r.bar += 8;
-  if (r.bar == r.full + kEmpty) r.stage = r.first, r.bar = r.full, r.parity ^= 1;
-}
-
-// A step that a group does not multiply, once it is there; `speaks`: of each warp one thread.
-DEVICE void pass_step(u32 bar, u32 parity, bool speaks) {
-  barrier_wait(bar, parity);
-  __syncwarp();  // all have seen it before it can be another step's
-  if (speaks) barrier_arrive(bar + kEmpty);
-}
-
-// The units of a program, which the group that copies finds out and the others read. All have read one when all steps
-// of it have been multiplied, so that there are never more than the stages can be of, and one at each end.
-constexpr int kUnits = STAGES + 2;
-struct Units {
-  Tile *tiles;
-  u32 bars, parity;
-  int slot;
-};
-
-DEVICE void advance(Units &n) {
-  if (++n.slot == kUnits) n.slot = 0, n.parity ^= 1;
-}
-
-DEVICE Tile next_unit(Units &n) {
-  barrier_wait(n.bars + n.slot * 8, n.parity);
-  const Tile t = n.tiles[n.slot];
-  advance(n);
-  return t;
-}
+// Decoding steps of 64 columns: what `hopper_wide.cu` and `hopper_linear.cu` share. `hopper_sizes.h`, `hopper_stages.h`
+// and `Sums`, a thread's of a unit, come before it.
 
 struct Codes {
   uint4 four;
@@ -144,11 +98,6 @@ DEVICE void decode_half(const Codes &c, int p, u32 (&o)[8]) {
   h.scale = c.scale;
 #endif
   decode_half(h, p, o);
-}
-
-// 128-byte rows, eight of them swizzled together.
-DEVICE u64 descriptor(u32 address) {
-  return (static_cast<u64>((address & 0x3FFFF) >> 4)) | (1ull << 16) | (64ull << 32) | (1ull << 62);
 }
 
 constexpr int kGroups = 2 * EACH;  // of products in a step, where each is of 32 columns of a tile

@@ -14,6 +14,7 @@ MOST_REGISTERS = 240  # that a thread can ask for
 COPY_REGISTERS = (56, 72)  # up to 144 tokens, and of more: addresses of a step
 MOST_OF_TWO = 144  # tokens that a group has registers for which has two tiles of weights
 KINDS = ("silu", "swiglu_oai", "swiglu_step")
+STEPS = ("hopper_sizes.h", "hopper_stages.h", "hopper_steps.h")  # what decodes
 
 
 @dataclass(frozen=True)
@@ -81,11 +82,16 @@ class Spec:
     def parts(self) -> tuple[str, ...]:
         """Files behind the instructions."""
         if not self.experts:
-            return ("hopper_rows.h", "hopper_linear.h", "hopper_steps.h", self.file)
+            return ("hopper_rows.h", "hopper_linear.h", *STEPS, self.file)
         loop = "hopper_wide_loop.h" if self.users == 2 else "hopper_turns.h"
         lists = ("hopper_lists.h",) if self.routes else ()
-        parts = ("hopper_rows.h", "hopper_unit.h", "hopper_steps.h", "hopper_codes.h", loop)
-        return (*parts, *lists, "hopper_tiles.h", self.file)
+        parts = ("hopper_rows.h", "hopper_unit.h", *STEPS, "hopper_codes.h", loop)
+        return (*parts, *lists, "hopper_tiles.h", self.file, "hopper_groups.h")
+
+    @property
+    def instructions(self) -> str:
+        """`decode_group` and `Product`, which depend on the format and on numbers of tokens."""
+        return _decode(self.element, self.scale) + _products(self)
 
     @property
     def threads(self) -> int:
@@ -138,6 +144,7 @@ class Spec:
         """What the text has in capitals."""
         return {
             "KERNEL": self.function,
+            "FP8": 0,
             "BITS": len(LANDS[self.element]),
             "E4M3_SCALES": int(self.scale == "e4m3"),
             "BLOCKS": int(self.scale == "f32"),
@@ -185,9 +192,7 @@ def part(name: str) -> str:
 
 def text(spec: Spec) -> str:
     """The whole source."""
-    decode, products = _decode(spec.element, spec.scale), _products(spec)
-    given = constants(spec) + part("hopper_ptx.h") + decode + products
-    return given + kernel(spec)
+    return constants(spec) + part("hopper_ptx.h") + spec.instructions + kernel(spec)
 
 
 def kernel(spec: Spec) -> str:

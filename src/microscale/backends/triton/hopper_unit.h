@@ -11,9 +11,18 @@ struct Operands {
   u64 y, x, codes, scales, ratios, row_scale, bias;
   int rows, width, columns, tiles, chunks;  // N, of y, K, and how many times 64 of N and of K
   int blocks;                               // units of one tile of tokens
+#if FP8
+  int scale_rows;  // of the weights' scales,
+  u64 x_scales, y_scales;
+#endif
 };
 
+#if FP8
+struct __align__(64) Given {
+  u8 boxes[2][128];  // of weights, as the driver describes them
+#else
 struct Given {
+#endif
   Operands of[2];
   u64 tile_experts, tile_starts, ends, order, progress, weights;
   float alpha, beta, limit;
@@ -44,8 +53,12 @@ DEVICE int rounded(int n) {
   return found;
 }
 
-// Tokens of a tile, where an expert has so many and so many tiles: equal parts, instead of full tiles and what is left.
-DEVICE int tokens_of_each(int all, int tiles) { return (all + tiles - 1) / tiles + 7 & ~7; }
+// Tokens of a tile, where an expert has so many and so many tiles: equal parts, instead of full tiles and what is left,
+// of as many tokens as products take.
+DEVICE int tokens_of_each(int all, int tiles) {
+  constexpr int kLeast = FP8 ? 64 : 8;
+  return (all + tiles - 1) / tiles + kLeast - 1 & -kLeast;
+}
 
 // The last round of units may be far from full. Then tiles of tokens, from the last one back, have smaller units of w2
 // instead, kFewer tiles a group, so many that they are a full round, and these come last. Three of them are two usual

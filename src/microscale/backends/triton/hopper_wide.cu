@@ -15,7 +15,7 @@ constexpr int kUnrolled =
 
 // N tokens, 16 at a time, and the weights of all groups, E tiles each, all columns.
 template <int N, int E>
-DEVICE void copy_unit(const Given &a, Ring &r, const Tile &t) {
+DEVICE void copy_tokens(const Given &a, Ring &r, const Tile &t) {
   const Operands &o = operands(a, t);
   const int piece = threadIdx.x % 8, token = threadIdx.x / 8;
   const u32 copy_at = token * 128 + ((piece ^ (token % 8)) << 4);
@@ -67,53 +67,16 @@ template <int E>
 DEVICE void copy_tiles(const Given &a, Ring &r, const Tile &t) {
   switch (rounded(t.count)) {
 #define COPY(n) \
-  case n: copy_unit<n, E>(a, r, t); break;
+  case n: copy_tokens<n, E>(a, r, t); break;
     EACH_SIZE(COPY)
   }
 }
 
-// The next unit, for all threads that copy, and for those that multiply. `claimed`: of experts what the first thread
-// has claimed, one ahead, so that it need not wait for the number.
-DEVICE Tile publish(const Given &a, Units &n, int &claimed) {
-  const int slot = n.slot;
-  if (threadIdx.x == 0) {
-    n.tiles[slot] = experts_unit(a, claimed);
-    barrier_arrive(n.bars + slot * 8);
-    claimed = claim(a.progress);
-  }
-  meet(USERS);
-  advance(n);
-  return n.tiles[slot];
-}
-
-// The first group of warps; `claimed`: as `publish` has it.
-DEVICE void copy(const Given &a, Ring r, Units n, int claimed) {
-  r.parity = 1;
-  for (;;) {
-    const Tile t = publish(a, n, claimed);
-    if (t.expert < 0) break;
-    if (t.product == 1) wait_until(tile_done(a.progress, t.tile), a.of[0].blocks * USERS);
-    if (kFewer && t.each == kFewer)
-      copy_tiles<kFewer ? kFewer : EACH>(a, r, t);
-    else
-      copy_tiles<EACH>(a, r, t);
-  }
-  copies_wait();
-}
-
-// The steps of a group that has no rows in a unit, in whole turns.
-DEVICE void leave_out(const Given &a, const Tile &t, Ring &r) {
-  const int chunks = (operands(a, t).chunks + kTurn - 1) / kTurn * kTurn;
-  for (int step = 0; step < chunks; step++) {
-    pass_step(r.bar, r.parity, threadIdx.x % 32 == 0);
-    advance(r);
-  }
-}
-
-// A group is done with a unit of w13.
-DEVICE void tell(const Given &a, const Tile &t, int side) {
-  meet(side);
-  if (threadIdx.x % 128 == 0) add_one(tile_done(a.progress, t.tile));
+DEVICE void copy_unit(const Given &a, Ring &r, const Tile &t) {
+  if (kFewer && t.each == kFewer)
+    copy_tiles<kFewer ? kFewer : EACH>(a, r, t);
+  else
+    copy_tiles<EACH>(a, r, t);
 }
 
 // A use that never comes, behind all loops: without it ptxas gives the loop of every size registers of its own for
@@ -135,7 +98,18 @@ DEVICE void multiply_tiles(Sums &d, Decoded &pairs, const Given &a, const Tile &
   }
 }
 
-DEVICE void use_unit(const Given &a, const Tile &t, int side, Ring &r, int *routes, float *shares) {
+// Whether a group has rows in a unit.
+DEVICE bool takes_part(const Given &a, const Tile &t, int side) {
+  return row_tile(a, t, side * t.each) * results_of(t) < operands(a, t).width;
+}
+
+// In two places which take turns, the routes of a unit's tokens, and their shares.
+__shared__ int routes_[2][USERS][MOST];
+__shared__ __align__(8) float shares_[2][USERS][MOST];
+
+DEVICE void use_unit(const Given &a, const Tile &t, int side, int turn, Ring &r) {
+  int *routes = routes_[turn][side];
+  float *shares = shares_[turn][side];
   constexpr int kRounds = (MOST + 127) / 128;
   const int thread = threadIdx.x % 128;
   Sums d;  // the first products are not added to it
@@ -161,57 +135,5 @@ DEVICE void use_unit(const Given &a, const Tile &t, int side, Ring &r, int *rout
       if (thread + 128 * i < MOST) routes[thread + 128 * i] = route[i].to, shares[thread + 128 * i] = route[i].share;
     meet(side);
     store<kSecond>(d, a, t, side, routes, shares);
-  }
-}
-
-// All groups but the first.
-DEVICE void use(const Given &a, Ring r, Units n, int (*routes)[USERS][MOST], float (*shares)[USERS][MOST]) {
-  const int side = __shfl_sync(~0u, threadIdx.x / 128, 0) - 1;
-  Tile t = next_unit(n);
-  // Groups begin one after the other, and so they end: the matrix unit is never without one.
-  constexpr int kApart = USERS == 2 ? STAGES / 2 : 1;
-  if (t.expert >= 0) barrier_wait(r.full + min(side * kApart, operands(a, t).chunks - 1) * 8, 0);
-  for (int turn = 0; t.expert >= 0; t = next_unit(n)) {
-    if (row_tile(a, t, side * t.each) * results_of(t) >= operands(a, t).width) {
-      leave_out(a, t, r);
-      if (t.product == 0) tell(a, t, side);
-      continue;
-    }
-    use_unit(a, t, side, r, routes[turn][side], shares[turn][side]);
-    turn ^= 1;
-  }
-}
-
-extern "C" __global__ void __launch_bounds__(128 + 128 * USERS, 1) KERNEL(const __grid_constant__ Given a) {
-  DYNAMIC_SHARED(raw);
-  __shared__ u64 bars[2 * STAGES + kUnits];
-  __shared__ Tile tiles[kUnits];
-  __shared__ int routes[2][USERS][MOST];
-  __shared__ __align__(8) float shares[2][USERS][MOST];
-  Ring r;
-  // By way of a shuffle: addresses that the compiler knows it works out again for every use, slowly.
-  r.stage = r.first = __shfl_sync(~0u, (shared_address(raw) + 1023) & ~1023u, 0);
-  r.bar = r.full = __shfl_sync(~0u, shared_address(bars), 0);
-  r.parity = 0;
-  const Units n = {tiles, r.full + 2 * kEmpty, 0, 0};
-  if (threadIdx.x == 0) {
-    for (int i = 0; i < STAGES; i++) {
-      barrier_init(r.full + 8 * i, 128 + kAskers);       // every copying thread
-      barrier_init(r.full + kEmpty + 8 * i, 4 * USERS);  // every other warp
-    }
-    for (int i = 0; i < kUnits; i++) barrier_init(n.bars + 8 * i, 1);
-    barriers_are_there();
-  }
-  __syncthreads();
-  wait_ahead();  // weights and biases may be new, too
-  // Takes as long as to find tiles.
-  const int claimed = threadIdx.x == 0 ? claim(a.progress) : 0;
-  find(a);
-  if (threadIdx.x < 128) {
-    fewer_registers<COPY_REGISTERS>();
-    copy(a, r, n, claimed);
-  } else {
-    more_registers<USE_REGISTERS>();
-    use(a, r, n, routes, shares);
   }
 }

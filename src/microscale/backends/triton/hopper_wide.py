@@ -18,6 +18,7 @@ from microscale.backends.triton import nvrtc, routing, tiles
 from microscale.backends.triton.cuts import HOPPER_SHARED, STATIC_SHARED, Cut
 from microscale.backends.triton.fragments import Fragments
 from microscale.backends.triton.hopper_text import KINDS, MOST_OF_TWO, Spec, text
+from microscale.backends.triton.layout import Packed
 from microscale.backends.triton.routing import zeros
 
 ROOMS = (512, 1024)  # of routes that programs sort themselves
@@ -137,7 +138,7 @@ def float_kind(t: Tensor | None) -> int:
 
 
 def lists_for(
-    rooms: tuple[int, ...], w13: Fragments, topk_ids: Tensor, expert_map: Tensor | None
+    rooms: tuple[int, ...], w13: Fragments | Packed, topk_ids: Tensor, expert_map: Tensor | None
 ) -> dict[str, int] | None:
     """What `Spec` says of programs that sort these routes themselves; None: they are too many, or numbers of a kind
     that the text does not know.

@@ -18,7 +18,7 @@ from microscale.backends.triton import tiles
 from microscale.backends.triton.layout import GROUP
 from microscale.formats import Format
 
-_COLUMNS = 1024  # of a program
+_COLUMNS = 512  # of a program, which is one warp: more wait for one another
 
 
 @triton.jit
@@ -144,29 +144,31 @@ def rows_of(x: Tensor, act: Format | None) -> Rows:
         _numbers_kernel[(m, -(-k // _COLUMNS))](
             y, tiles.as_stored(x), k, WIDTH=act.block[1], MANTISSA=element.mantissa_bits,
             EMIN=element.emin if element.exponent_bits else 0, EMAX=element.max_parts[1], MAX=element.max,
-            INTEGER=element.exponent_bits == 0, COLUMNS=_COLUMNS, **tiles.launch(early=False),
+            INTEGER=element.exponent_bits == 0, COLUMNS=_COLUMNS, num_warps=1, **tiles.launch(early=False),
         )  # fmt: skip
     return Rows(y, None, torch.bfloat16)
 
 
-def codes_of(x: Tensor, act: Format, by_column: bool = False, rows: int = 1) -> tuple[Tensor, Tensor]:
+def codes_of(
+    x: Tensor, act: Format, by_column: bool = False, rows: int = 1, columns: int = 1
+) -> tuple[Tensor, Tensor]:
     """E4M3 codes uint8 [M, groups * 128], zeros behind K, and float32 scales [M, groups] of x [M, K].
 
     Args:
         by_column: the tokens of a group have their scales side by side.
         rows: there is memory for a multiple of so many behind the last one, with anything in it.
+        columns: as `rows`, of each token's scales.
     """
     (m, k), element, x = x.shape, act.element, tiles.as_stored(x)
     groups, room = -(-k // GROUP), -(-m // rows) * rows
     codes = torch.empty(room, groups * GROUP, dtype=torch.uint8, device=x.device)
-    scales = torch.empty(
-        (groups, room) if by_column else (room, groups), dtype=torch.float32, device=x.device
-    )
-    scales = scales.t() if by_column else scales
+    wide = -(-groups // columns) * columns
+    scales = torch.empty((wide, room) if by_column else (room, wide), dtype=torch.float32, device=x.device)
+    scales = (scales.t() if by_column else scales)[:, :groups]
     with tiles.on(x.device):
         _codes_kernel[(m, -(-k // _COLUMNS))](
             codes, scales, x, k, groups, *scales.stride(), WIDTH=GROUP, MANTISSA=element.mantissa_bits,
-            EMIN=element.emin, MAX=element.max, COLUMNS=_COLUMNS, CONVERTS=not tiles.INTERPRETED,
+            EMIN=element.emin, MAX=element.max, COLUMNS=_COLUMNS, CONVERTS=not tiles.INTERPRETED, num_warps=1,
             **tiles.launch(early=False),
         )  # fmt: skip
     return codes, scales
