@@ -12,7 +12,7 @@ import torch
 from triton_ahead import KERNELS, POINTERS, PRODUCTS, STEP, TARGETS, Job, Made, run
 
 from ahead import begun
-from microscale.backends.triton_rules import refuse
+from microscale.backends.triton_rules import BLOCKS, refuse, refuse_blocks
 from microscale.formats import FORMATS
 from microscale.invented import INVENTED
 from microscale.oracle import Problem
@@ -39,9 +39,17 @@ def everything() -> list[Job]:
             jobs += [
                 Job(target, k, "fp8_block128", tokens=m, codes=True) for k in PRODUCTS for m in (16, 300)
             ]
+        jobs += [
+            Job(target, k, weight, tokens=m, act=act)
+            for weight, act in PAIRS
+            if refuse_blocks(target, weight, act) is None
+            for k in PRODUCTS
+            for m in (16, 300)
+        ]
     return jobs
 
 
+PAIRS = [(weight, act) for weight in BLOCKS for act in BLOCKS]
 JOBS = everything()
 
 
@@ -69,6 +77,8 @@ def test_it_compiles_to_machine_code(made: Callable[[Job], Made], job: Job) -> N
     # Not only code, but that of the GPU's matrix unit, where it has one.
     if job.format and job.dtype == torch.bfloat16:
         product = gpu.codes if job.codes else gpu.product
+        if job.act:
+            product = gpu.blocks[(job.format, job.act) != ("mxfp4", "mxfp4")]
         assert re.search(product, found.text), f"no {product} in its {gpu.text}"
 
 
@@ -80,6 +90,13 @@ def test_every_target_has_every_format_and_op() -> None:
         kinds = {(j.dtype, j.in_tile) for j in JOBS if j.format == name}
         assert {dtype for dtype, _ in kinds} == {torch.bfloat16, torch.float16, torch.float32}
         assert {in_tile for _, in_tile in kinds} == ({True, False} if fmt.scale == "e8m0" else {False})
+
+
+def test_block_scaled_products_are_taken_where_they_become_instructions() -> None:
+    for target, gpu in TARGETS.items():
+        taken = [pair for pair in PAIRS if refuse_blocks(target, *pair) is None]
+        alike = [pair for pair in PAIRS if (pair[0] == "mxfp4") == (pair[1] == "mxfp4")]
+        assert taken == (PAIRS if gpu.blocks[0] and target != "sm_120" else alike if gpu.blocks[0] else [])
 
 
 @pytest.mark.parametrize("name", [n for n, m in INVENTED.items() if m.device in ("cuda", "rocm")])

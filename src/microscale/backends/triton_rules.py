@@ -13,6 +13,10 @@ from microscale.oracle import Problem
 # Versions of Triton with which Hopper's own kernels have run on a GPU; Gluon changes from version to version.
 PROVEN = ("3.6.", "3.7.", "3.8.", "3.9.")
 
+# Formats whose codes and scales Triton 3.6 gives to block-scaled matrix units, each with each. It makes instructions
+# of theirs for sm_100 to sm_103, sm_120 and gfx950, for sm_120 of equal widths only; elsewhere it widens to bf16.
+BLOCKS = ("mxfp4", "mxfp8_e4m3", "mxfp8_e5m2")
+
 
 def refuse(problem: Problem) -> str | None:
     """None, or why not; that the package is missing last, so that installing it is never advised in vain."""
@@ -40,14 +44,27 @@ def refuse_pair(weight: str, act: str) -> str | None:
     return f"activations are multiplied as bf16 numbers or as FP8 codes, and those of {act} are neither"
 
 
+def refuse_blocks(arch: str, weight: str, act: str) -> str | None:
+    """None, or why no block-scaled matrix unit multiplies codes of two formats with their scales on a GPU."""
+    sm = capability(arch)
+    if not (100 <= sm <= 103 or sm == 120 or arch == "gfx950"):
+        return f"Triton {PROVEN[0].rstrip('.')} has no block-scaled product for {arch}"
+    for name in (weight, act):
+        if name not in BLOCKS:
+            return f"Triton's block-scaled product takes MXFP4 and MXFP8, not {name}"
+    widths = [FORMATS[name].element.bits for name in (weight, act)]
+    if sm == 120 and widths[0] != widths[1]:
+        return f"on {arch} Triton's block-scaled product takes codes of one width, not {widths[0]} and {widths[1]} bits"
+    return None
+
+
 def _refuse_act(problem: Problem) -> str | None:
     """None, or why this GPU does not multiply such activations here."""
     arch, sm = problem.arch or "unknown", capability(problem.arch)
     if problem.act != FP8_GROUP128.name:
         if sm >= 100 or arch == "gfx950" or problem.device == "xpu":
-            return (
-                f"activations in {problem.act} would be widened to bf16, and {arch} has units for their codes"
-            )
+            why = refuse_blocks(arch, problem.weight, problem.act)
+            return why and f"activations in {problem.act} would be widened to bf16: {why}"
         return None
     if problem.device == "xpu":
         return "Triton widens FP8 codes on XPU before it multiplies them"
@@ -58,7 +75,9 @@ def _refuse_act(problem: Problem) -> str | None:
 
 
 def yields(problem: Problem) -> str | None:
-    """None, or why other packages' kernels are asked first, by measurement."""
+    """None, or why other packages' kernels are asked first."""
+    if problem.act != "a16" and refuse_blocks(problem.arch, problem.weight, problem.act) is None:
+        return "its block-scaled products were compiled for such a GPU and have never run on one"
     codes = problem.act == FP8_GROUP128.name and problem.device == "cuda" and capability(problem.arch) == 90
     if problem.op != "linear" or not codes:
         return None

@@ -71,11 +71,12 @@ class Packed:
 
     def constants(self, dtype: torch.dtype) -> dict[str, Any]:
         """The kernels' compile-time description of the format, for activations of `dtype`. Do not write to it."""
-        return _constants(self.format, self.scale_in_tile(dtype), self.shape[-1] % GROUP == 0)
+        return constants(self.format, self.scale_in_tile(dtype), self.shape[-1] % GROUP == 0)
 
 
 @cache
-def _constants(fmt: Format, in_tile: bool, even_k: bool) -> dict[str, Any]:
+def constants(fmt: Format, in_tile: bool, even_k: bool) -> dict[str, Any]:
+    """The kernels' compile-time description of a format, and of how it is read. Do not write to it."""
     element = fmt.element
     unit = GROUP // _PLANES[element.bits]
     return {

@@ -1,8 +1,9 @@
 """Activations in a format, as `quant.quantize` rounds them, in one kernel: no number waits for the device.
 
 Of MX formats come the numbers that they stand for, in bfloat16, which holds them: significands have 8 bits or fewer
-and scales are powers of two. So every kernel of 16-bit activations multiplies quantised ones exactly. Of FP8 with a
-float32 scale for each token and 128 columns come codes and scales, for FP8 matrix units.
+and scales are powers of two. So every kernel of 16-bit activations multiplies quantised ones exactly. Codes and scales
+come of FP8 with a float32 scale for each token and 128 columns, for FP8 matrix units, and of MX formats where units
+are block-scaled.
 """
 
 from __future__ import annotations
@@ -46,6 +47,29 @@ def _bits_of_amax(x):
 
 
 @triton.jit
+def _on_scale(
+    v,
+    MANTISSA: tl.constexpr,
+    EMIN: tl.constexpr,
+    EMAX: tl.constexpr,
+    MAX: tl.constexpr,
+    INTEGER: tl.constexpr,
+):
+    """(q, e, scale, finite) of blocks v [B, W]: |v| is about q * 2^(e - MANTISSA + scale); scale and finite are [B]."""
+    bits = _bits_of_amax(v)
+    finite = bits < 0x7F800000
+    if EMAX == 0:  # a subnormal amax may reach byte 1, see `scales.e8m0_from_amax`
+        bits = tl.where(bits < 0x800000, (bits << 1) - 0x800000, bits)
+    # The rule "even": the scale of amax rounded to the element's significand.
+    byte = ((bits + (1 << (22 - MANTISSA))) >> 23) - EMAX
+    scale = tl.minimum(tl.maximum(byte, 0), 254) - 127
+    # Two normal factors, so that none is flushed or rounded.
+    half = scale >> 1
+    q, e = _on_grid(v * _power(-half)[:, None] * _power(half - scale)[:, None], MANTISSA, EMIN, MAX, INTEGER)
+    return q, e, scale, finite
+
+
+@triton.jit
 def _numbers_kernel(
     y,
     x,
@@ -62,20 +86,48 @@ def _numbers_kernel(
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS).reshape(COLUMNS // WIDTH, WIDTH)
     at = tl.program_id(0).to(tl.int64) * K + column
     v = tl.load(x + at, mask=column < K, other=0.0).to(tl.float32)
-    bits = _bits_of_amax(v)
-    finite = bits < 0x7F800000
-    if EMAX == 0:  # a subnormal amax may reach byte 1, see `scales.e8m0_from_amax`
-        bits = tl.where(bits < 0x800000, (bits << 1) - 0x800000, bits)
-    # The rule "even": the scale of amax rounded to the element's significand.
-    byte = ((bits + (1 << (22 - MANTISSA))) >> 23) - EMAX
-    scale = tl.minimum(tl.maximum(byte, 0), 254) - 127
-    # Two normal factors each way, so that none is flushed or rounded.
-    half = scale >> 1
-    q, e = _on_grid(v * _power(-half)[:, None] * _power(half - scale)[:, None], MANTISSA, EMIN, MAX, INTEGER)
+    q, e, scale, finite = _on_scale(v, MANTISSA, EMIN, EMAX, MAX, INTEGER)
+    half = scale >> 1  # two normal factors here, too
     number = q * _power(e - MANTISSA) * _power(half)[:, None] * _power(scale - half)[:, None]
     number = tl.where(v < 0, -number, number)
     number = tl.where(finite[:, None], number, float("nan"))
     tl.store(y + at, number.to(y.dtype.element_ty), mask=column < K)
+
+
+@triton.jit
+def _blocks_kernel(
+    codes,
+    scales,
+    x,
+    K,
+    GROUPS,
+    WIDTH: tl.constexpr,
+    BITS: tl.constexpr,
+    MANTISSA: tl.constexpr,
+    EMIN: tl.constexpr,
+    EMAX: tl.constexpr,
+    MAX: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Codes [M, GROUPS * 16 * BITS], packed as `quantize` does, and E8M0 bytes [M, GROUPS * 128 / WIDTH] of x [M, K];
+    zeros behind K, and a block that is not finite is zeros with the scale NaN."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS).reshape(COLUMNS // WIDTH, WIDTH)
+    v = tl.load(x + row * K + column, mask=column < K, other=0.0).to(tl.float32)
+    q, e, scale, finite = _on_scale(v, MANTISSA, EMIN, EMAX, MAX, False)
+    sign = (v.to(tl.int32, bitcast=True) >> 31) & (1 << (BITS - 1))
+    code = tl.where(finite[:, None], (((e - EMIN) << MANTISSA) + q.to(tl.int32)) | sign, 0)
+    BYTES: tl.constexpr = COLUMNS * BITS // 8
+    if BITS == 4:
+        low, high = code.reshape(BYTES, 2).split()
+        code = low | high << 4
+    place = tl.program_id(1) * BYTES + tl.arange(0, BYTES)
+    stride = GROUPS * (16 * BITS)
+    tl.store(codes + row * stride + place, code.reshape(BYTES).to(tl.uint8), mask=place < stride)
+    block = tl.program_id(1) * (COLUMNS // WIDTH) + tl.arange(0, COLUMNS // WIDTH)
+    blocks = GROUPS * (128 // WIDTH)
+    byte = tl.where(finite, scale + 127, 255).to(tl.uint8)
+    tl.store(scales + row * blocks + block, byte, mask=block < blocks)
 
 
 @triton.jit
@@ -122,22 +174,31 @@ class Rows:
     """Activations as a product reads them.
 
     Attributes:
-        x: [M, K] numbers, contiguous; with `scales` codes, uint8 [M, groups * 128].
-        scales: float32 [M, groups], each of 128 columns; None: x are numbers.
-        dtype: of the numbers that are multiplied.
+        x: [M, K] numbers, contiguous; with `scales` codes, uint8 [M, groups * 16 * bits].
+        scales: float32 [M, groups], each of 128 columns, or with `blocks` E8M0 bytes, uint8 [M, groups * 4]; None: x
+            are numbers.
+        dtype: of the numbers that are multiplied, or what else holds them.
+        blocks: for block-scaled units, the element of codes x: "e2m1", "e4m3" or "e5m2".
     """
 
     x: Tensor
     scales: Tensor | None
     dtype: torch.dtype
+    blocks: str | None = None
 
 
-def rows_of(x: Tensor, act: Format | None) -> Rows:
-    """x [M, K] as it is, or in `act`: an MX format or FP8 with a scale for each 128 columns. M and K at least 1."""
+def rows_of(x: Tensor, act: Format | None, blocks: bool = False) -> Rows:
+    """x [M, K] as it is, or in `act`: an MX format or FP8 with a scale for each 128 columns. M and K at least 1.
+
+    Args:
+        blocks: codes of an MX format of 4 or 8 bits and their scales, instead of the numbers.
+    """
     if act is None:
         return Rows(tiles.as_stored(x), None, x.dtype)
     if act.scale == "f32":
         return Rows(*codes_of(x, act), x.dtype)
+    if blocks:
+        return Rows(*blocks_of(x, act), torch.bfloat16, act.element.name)
     y = torch.empty_like(x, dtype=tiles.stored_dtype(torch.bfloat16), memory_format=torch.contiguous_format)
     (m, k), element = x.shape, act.element
     with tiles.on(x.device):
@@ -147,6 +208,20 @@ def rows_of(x: Tensor, act: Format | None) -> Rows:
             INTEGER=element.exponent_bits == 0, COLUMNS=_COLUMNS, **tiles.launch(early=False),
         )  # fmt: skip
     return Rows(y, None, torch.bfloat16)
+
+
+def blocks_of(x: Tensor, act: Format) -> tuple[Tensor, Tensor]:
+    """Codes uint8 [M, groups * 16 * bits] and E8M0 bytes uint8 [M, groups * 4] of x [M, K], zeros behind K."""
+    (m, k), element, x = x.shape, act.element, tiles.as_stored(x)
+    groups = -(-k // GROUP)
+    codes = torch.empty(m, groups * GROUP * element.bits // 8, dtype=torch.uint8, device=x.device)
+    scales = torch.empty(m, groups * (GROUP // act.block[1]), dtype=torch.uint8, device=x.device)
+    with tiles.on(x.device):
+        _blocks_kernel[(m, -(-k // _COLUMNS))](
+            codes, scales, x, k, groups, WIDTH=act.block[1], BITS=element.bits, MANTISSA=element.mantissa_bits,
+            EMIN=element.emin, EMAX=element.emax, MAX=element.max, COLUMNS=_COLUMNS, **tiles.launch(early=False),
+        )  # fmt: skip
+    return codes, scales
 
 
 def codes_of(x: Tensor, act: Format, by_column: bool = False, rows: int = 1) -> tuple[Tensor, Tensor]:
