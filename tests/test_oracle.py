@@ -92,8 +92,12 @@ def test_activations_in_mx_formats_are_codes_where_units_take_them(machine: Mach
 
 
 def test_block_scaled_products_that_never_ran_yield_to_installed_packages() -> None:
-    problem = Problem("linear", "mxfp4", 4096, 4096, act="mxfp4")
-    for name, package in (("b200", "torch_scaled"), ("mi355x", "aiter")):
+    for name, word, package in (
+        ("b200", "mxfp4", "torch_scaled"),
+        ("mi355x", "mxfp4", "aiter"),
+        ("rtx5090", "nvfp4", "torch_scaled"),
+    ):
+        problem = Problem("linear", word, 4096, 4096, act=word)
         machine = INVENTED[name].with_packages([SHORT["aiter"]])
         choice = choose(problem.on(machine), BACKENDS)
         assert choice.backend.name == package

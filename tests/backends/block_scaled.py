@@ -15,13 +15,17 @@ from triton.language import semantic
 from triton.runtime import interpreter
 
 from microscale.backends.triton import tiles
+from microscale.backends.triton_rules import BLOCKS
 from microscale.elements import decode
-from microscale.formats import E2M1, E4M3, E5M2, Element
-from microscale.scales import e8m0_value
+from microscale.formats import E2M1, E4M3, E5M2, FORMATS, Element
+from microscale.scales import scale_value
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
 ARCH = "sm_100"  # which takes every pair
+# Triton widens MX formats for other GPUs, and compiles NVFP4's products for those with units alone.
+NVFP4 = INTERPRETED or tiles.target(torch.device(DEVICE)).multiplies(FORMATS["nvfp4"], FORMATS["nvfp4"])
+PAIRS = [*((weight, act) for weight in BLOCKS for act in BLOCKS), *[("nvfp4", "nvfp4")] * NVFP4]
 _ELEMENTS = {
     ir.ScaleDotElemTypeTY.E2M1: E2M1,
     ir.ScaleDotElemTypeTY.E4M3: E4M3,
@@ -63,20 +67,22 @@ def _dot_scaled(
     rhs_k_pack: bool,
     acc: Any,
 ) -> Any:
-    """Codes [M, K] and [K, N], 4-bit ones two to a byte along K, with scale bytes [M, blocks] and [N, blocks].
+    """Codes [M, K] and [K, N], 4-bit ones two to a byte along K, with E8M0 bytes or E4M3 numbers [M, blocks] and
+    [N, blocks].
 
     In float64, where sums of a few blocks are exact in any order.
     """
     assert (lhs_k_pack, rhs_k_pack, fast_math) == (True, True, False)
-    left = _numbers(lhs.data, lhs_scale.data, _ELEMENTS[lhs_format])
-    right = _numbers(rhs.data.T, rhs_scale.data, _ELEMENTS[rhs_format])
+    left = _numbers(lhs.data, lhs_scale, _ELEMENTS[lhs_format])
+    right = _numbers(rhs.data.T, rhs_scale, _ELEMENTS[rhs_format])
     with np.errstate(invalid="ignore"):
         return interpreter.TensorHandle((left @ right.T).astype(np.float32) + acc.data, acc.dtype.scalar)
 
 
-def _numbers(codes: np.ndarray, scales: np.ndarray, element: Element) -> np.ndarray:
+def _numbers(codes: np.ndarray, scales: Any, element: Element) -> np.ndarray:
     """float64 [rows, K]."""
-    packed = torch.from_numpy(np.ascontiguousarray(codes))
+    packed, each = (torch.from_numpy(np.ascontiguousarray(t)) for t in (codes, scales.data))
     values = decode(packed, element, packed.shape[-1] * 8 // element.bits, torch.float64)
-    each = e8m0_value(torch.from_numpy(np.ascontiguousarray(scales)), torch.float64)
-    return (values * each.repeat_interleave(32, -1)).numpy()
+    kind = FORMATS["nvfp4" if scales.dtype.scalar == tl.float8e4nv else "mxfp4"]
+    multipliers = scale_value(each, kind, torch.float64)
+    return (values * multipliers.repeat_interleave(kind.block[1], -1)).numpy()

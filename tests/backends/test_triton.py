@@ -62,7 +62,9 @@ def test_pairs_of_codes_that_no_unit_takes_are_told() -> None:
         assert "has no block-scaled product for" in str(refuse_blocks(arch, "mxfp4", "mxfp4"))
     assert "not 4 and 8 bits" in str(refuse_blocks("sm_120", "mxfp4", "mxfp8_e4m3"))
     for weight, act in (("mxint8", "mxint8"), ("nvfp4", "mxfp4"), ("mxfp6_e2m3", "mxfp8_e4m3")):
-        assert f"not {weight}" in str(refuse_blocks("gfx950", weight, act))
+        assert f"not {weight} and {act}" in str(refuse_blocks("gfx950", weight, act))
+    assert refuse_blocks("sm_120", "nvfp4", "nvfp4") is None
+    assert "but not for scales of nvfp4" in str(refuse_blocks("gfx950", "nvfp4", "nvfp4"))
 
 
 def test_a_version_of_triton_without_hopper_kernels_is_told() -> None:
@@ -130,19 +132,21 @@ def test_unpack_is_the_exact_inverse_of_pack(layout: Any, name: str, shape: tupl
 @pytest.mark.parametrize(
     "shape", [(3, 31), (33, 97), (129, 256), (5, 259), (3, 7, 65), (2, 130, 384), (0, 64)]
 )
-@pytest.mark.parametrize("name", BLOCKS)
+@pytest.mark.parametrize("name", [*BLOCKS, "nvfp4"])
 def test_codes_for_block_scaled_units_are_the_canonical_ones(
     layout: Any, name: str, shape: tuple[int, ...]
 ) -> None:
     from microscale.backends.triton import blocks
 
     w = random_bytes(name, shape)
+    if name == "nvfp4":
+        w.scales.bitwise_and_(0x7F)  # those have no sign
     packed = blocks.pack(w)
     assert_same(blocks.unpack(packed), w)
     assert (packed.codes.data_ptr() == w.codes.data_ptr()) == (shape[-1] % 128 == 0 or 0 in shape)
     k = shape[-1]
     assert not packed.codes[..., w.format.packed_columns(k) :].any()
-    assert not packed.scales[..., -(-k // 32) :].any()
+    assert not packed.scales[..., -(-k // w.format.block[1]) :].any()
     assert packed.groups == -(-k // 128)
 
 

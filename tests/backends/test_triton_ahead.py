@@ -49,7 +49,7 @@ def everything() -> list[Job]:
     return jobs
 
 
-PAIRS = [(weight, act) for weight in BLOCKS for act in BLOCKS]
+PAIRS = [*((weight, act) for weight in BLOCKS for act in BLOCKS), ("nvfp4", "nvfp4")]
 JOBS = everything()
 
 
@@ -78,7 +78,8 @@ def test_it_compiles_to_machine_code(made: Callable[[Job], Made], job: Job) -> N
     if job.format and job.dtype == torch.bfloat16:
         product = gpu.codes if job.codes else gpu.product
         if job.act:
-            product = gpu.blocks[(job.format, job.act) != ("mxfp4", "mxfp4")]
+            same = job.format == job.act
+            product = gpu.blocks[{"mxfp4": 0, "nvfp4": 2}.get(job.act, 1) if same else 1]
         assert re.search(product, found.text), f"no {product} in its {gpu.text}"
 
 
@@ -94,9 +95,11 @@ def test_every_target_has_every_format_and_op() -> None:
 
 def test_block_scaled_products_are_taken_where_they_become_instructions() -> None:
     for target, gpu in TARGETS.items():
-        taken = [pair for pair in PAIRS if refuse_blocks(target, *pair) is None]
-        alike = [pair for pair in PAIRS if (pair[0] == "mxfp4") == (pair[1] == "mxfp4")]
-        assert taken == (PAIRS if gpu.blocks[0] and target != "sm_120" else alike if gpu.blocks[0] else [])
+        taken = {pair for pair in PAIRS if refuse_blocks(target, *pair) is None}
+        wanted = {pair for pair in PAIRS if gpu.blocks[2 if "nvfp4" in pair else 0]}
+        if target == "sm_120":
+            wanted -= {pair for pair in PAIRS if pair.count("mxfp4") == 1}
+        assert taken == wanted
 
 
 @pytest.mark.parametrize("name", [n for n, m in INVENTED.items() if m.device in ("cuda", "rocm")])

@@ -24,8 +24,8 @@ class Ahead:
         product: the instructions, in PTX or AMD's assembly, that products in bfloat16 must become.
         columns: of tensor memory that one program may use.
         codes: the instructions that products of FP8 codes must become; empty where the backend refuses those.
-        blocks: those that products of codes with their scales must become, MXFP4 with itself and with an FP8 format
-            on either side; empty where the backend refuses those.
+        blocks: those that products of codes with their scales must become: MXFP4 twice, with MXFP8 on a side or on
+            both, NVFP4 twice; empty where the backend refuses those.
     """
 
     kind: str
@@ -35,7 +35,7 @@ class Ahead:
     product: str
     columns: int = 0
     codes: str = ""
-    blocks: tuple[str, str] = ("", "")
+    blocks: tuple[str, str, str] = ("", "", "")
 
     @property
     def amd(self) -> bool:
@@ -68,7 +68,11 @@ TARGETS = {
         r"\btcgen05\.mma\S*kind::f16",
         512,
         r"\btcgen05\.mma\S*kind::f8f6f4",
-        (r"\btcgen05\.mma\S*kind::mxf4\.block_scale", r"\btcgen05\.mma\S*kind::mxf8f6f4\.block_scale"),
+        (
+            r"\btcgen05\.mma\S*kind::mxf4\.block_scale",
+            r"\btcgen05\.mma\S*kind::mxf8f6f4\.block_scale",
+            r"\btcgen05\.mma\S*kind::mxf4nvf4\.block_scale\.scale_vec::4X",
+        ),
     ),
     "sm_120": Ahead(
         "cuda",
@@ -80,6 +84,7 @@ TARGETS = {
         blocks=(
             r"\bmma\.sync\S*kind::mxf4nvf4\.block_scale\S*\.ue8m0",
             r"\bmma\.sync\S*kind::mxf8f6f4\.block_scale\S*\.ue8m0",
+            r"\bmma\.sync\S*kind::mxf4nvf4\.block_scale\.scale_vec::4X\S*\.ue4m3",
         ),
     ),
     "gfx942": Ahead("hip", "gfx942", 64, 64 << 10, r"\bv_mfma_f32_\w*bf16"),
@@ -90,7 +95,7 @@ TARGETS = {
         160 << 10,
         r"\bv_mfma_f32_\w*bf16",
         codes=r"\bv_mfma_f32_\w*(fp8_fp8|f8f6f4)",
-        blocks=(r"\bv_mfma_scale_f32_16x16x128_f8f6f4",) * 2,
+        blocks=(r"\bv_mfma_scale_f32_16x16x128_f8f6f4", r"\bv_mfma_scale_f32_16x16x128_f8f6f4", ""),
     ),
     "gfx1100": Ahead("hip", "gfx1100", 32, 64 << 10, r"\bv_wmma_f32_\w*bf16"),
 }
@@ -172,6 +177,7 @@ KERNELS = {
     "numbers": ("rounded", "_numbers_kernel"),
     "codes": ("rounded", "_codes_kernel"),
     "blocks": ("rounded", "_blocks_kernel"),
+    "nvfp4": ("rounded", "_nvfp4_kernel"),
     "span": ("attend", "_span_kernel"),
     "masked_span": ("attend", "_span_kernel"),
     "ring_span": ("attend", "_span_kernel"),
@@ -224,7 +230,7 @@ class Job:
         dtype: activations, of a product or a kernel of `STEP`.
         in_tile: E8M0 scales go into the tile; else, as those of random bytes do, on the sums.
         codes: activations are FP8 codes, too.
-        act: the MX format of activations whose codes meet those of weights in block-scaled units.
+        act: the format of activations whose codes meet those of weights in block-scaled units.
     """
 
     target: str
@@ -278,7 +284,9 @@ def product(job: Job) -> tuple[dict[str, Any], dict[str, Any]]:
     unit = gpu.amd or (isinstance(gpu.arch, int) and gpu.arch >= 80)
     kind = tiles.Target(gpu.shared, gpu.amd, unit, tensor_memory=gpu.columns > 0)
     if job.act:
-        w = blocks.pack(random_bytes(job.format, (2, 128, 288)))
+        w = random_bytes(job.format, (2, 128, 288))
+        w.scales.clamp_(max=126)  # NVFP4's have no sign
+        w = blocks.pack(w)
         return arguments(job, w, tiles.of_blocks(job.tokens, kind))
     w = layout.pack(random_bytes(job.format, (2, 128, 288)))
     if w.format.scale == "e8m0":
@@ -303,6 +311,7 @@ def arguments(job: Job, w: Any, tile: Any) -> tuple[dict[str, Any], dict[str, An
         **dict.fromkeys(("alpha", "beta", "limit"), "fp32"),
         **dict.fromkeys(("x", "y", "h"), POINTERS[dtype]),
         **dict.fromkeys(("x_scales", "h_scales"), stored),
+        **dict.fromkeys(("x_row_scale", "h_row_scale"), "*fp32" if job.act == "nvfp4" else None),
         **dict.fromkeys(("shares", "topk_weights"), "*fp32"),
         "bias": POINTERS[dtype] if job.bias else None,
         "HAS_BIAS": job.bias,
@@ -328,6 +337,8 @@ def rounding(kernel: str, target: str) -> dict[str, Any]:
     if kernel == "blocks":
         four = {"BITS": 4, "MANTISSA": 1, "EMIN": 0, "EMAX": 2, "MAX": 6.0}
         return given | four | {"scales": "*u8", "WIDTH": 32, "COLUMNS": 1024}
+    if kernel == "nvfp4":
+        return given | {"scales": "*u8", "row_scale": "*fp32", "STEPS": 3, "COLUMNS": 1024}
     given |= {
         "MANTISSA": 3,
         "EMIN": -6,

@@ -8,21 +8,21 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from block_scaled import ARCH, DEVICE, install
+from block_scaled import DEVICE, NVFP4, PAIRS, install
 from odd_numbers import odd_numbers
 
 from microscale.activations import GPT_OSS, Activation
 from microscale.backends import triton as backend
 from microscale.backends.adapters.operands import quantized_rows
-from microscale.backends.triton import rounded
+from microscale.backends.triton import layout, rounded
 from microscale.backends.triton.blocks import Blocks
-from microscale.backends.triton_rules import BLOCKS, refuse_blocks
+from microscale.backends.triton_rules import BLOCKS
 from microscale.conformance import Case, cases, run
+from microscale.errors import BackendError
 from microscale.formats import activation_format, get_format
 from microscale.quant import quantize
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-PAIRS = [(w, a) for w in BLOCKS for a in BLOCKS]
 
 
 @pytest.fixture(autouse=True)
@@ -33,7 +33,7 @@ def _units(monkeypatch: pytest.MonkeyPatch) -> None:
 def takes(case: Case) -> bool:
     """Whether both sides of a case are codes for the units."""
     act = activation_format(case.weight, case.act)
-    return act is not None and refuse_blocks(ARCH, case.weight, act.name) is None
+    return act is not None and (case.weight, act.name) in PAIRS
 
 
 def edges() -> Iterator[Case]:
@@ -58,6 +58,9 @@ def edges() -> Iterator[Case]:
     for dtype in DTYPES[1:]:
         yield Case("linear", "mxfp4", 3, 64, 96, "mxfp8_e4m3", dtype=dtype)
         yield Case("moe", "mxfp4", 3, 64, 96, "mxfp4", dtype=dtype, **moe)
+        if NVFP4:
+            yield Case("linear", "nvfp4", 3, 64, 96, "nvfp4", dtype=dtype)
+            yield Case("moe", "nvfp4", 9, 64, 96, "nvfp4", dtype=dtype, **weighted)
 
 
 @pytest.mark.parametrize("case", [*(c for c in cases() if takes(c)), *edges()], ids=lambda c: c.name)
@@ -100,7 +103,7 @@ def test_a_token_of_experts_does_not_depend_on_the_others(seed: int) -> None:
 def test_a_nan_scale_reaches_its_row_and_no_other(weight: str, act: str) -> None:
     """Of weights, and of activations that are not finite."""
     w, x = quantize(torch.randn(140, 200), weight), torch.randn(20, 200)
-    w.scales[7, -1] = 255
+    w.scales[7, -1] = 0x7F if weight == "nvfp4" else 255
     w.codes[7] = 0
     x[3, 5], x[11, 199] = math.inf, math.nan
     fmt = get_format(act)
@@ -111,37 +114,50 @@ def test_a_nan_scale_reaches_its_row_and_no_other(weight: str, act: str) -> None
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", BLOCKS)
+@pytest.mark.parametrize("name", [*BLOCKS, "nvfp4"])
 def test_activations_become_the_codes_of_quantize(name: str, dtype: torch.dtype, seed: int) -> None:
     """To the bit, -0 included; what lies behind K is 0."""
     act = get_format(name)
     for k in (1, 31, 32, 128, 129, 1100):
         x = odd_numbers(k, dtype, torch.Generator().manual_seed(seed)).to(DEVICE)
-        codes, scales = rounded.blocks_of(x, act)
+        codes, scales, outer = rounded.blocks_of(x, act)
         rows = quantized_rows(x, act)
         groups, columns, blocks = -(-k // 128), rows.codes.shape[1], rows.scales.shape[1]
         assert codes.shape == (7, groups * 16 * act.element.bits)
-        assert scales.shape == (7, groups * 4)
+        assert scales.shape == (7, groups * 128 // act.block[1])
         assert torch.equal(codes[:, :columns], rows.codes)
         assert torch.equal(scales[:, :blocks], rows.scales)
         assert not codes[:, columns:].any()
-        assert not scales[:, blocks:].any()
+        assert not (scales[:, blocks:] > 1).any()  # the least of E4M3's, and no NaN
+        assert (outer is None) == (rows.tensor_scale is None)
+        assert outer is None or torch.equal(outer, rows.tensor_scale)
 
 
-@pytest.mark.parametrize(
-    "arch, act", [("sm_90", "mxfp8_e4m3"), ("sm_120", "mxfp8_e4m3"), ("sm_100", "mxfp8_e4m3")]
-)
-def test_the_layout_is_that_of_the_units(monkeypatch: pytest.MonkeyPatch, arch: str, act: str) -> None:
-    """A layer that was packed for codes takes activations that are none, too, in 16 bits or in another format."""
-    w, x = quantize(torch.randn(70, 160), "mxfp4").to(DEVICE), torch.randn(5, 160).to(DEVICE).bfloat16()
-    usual = backend.pack(w)
+@pytest.mark.parametrize("arch, codes", [("sm_90", False), ("sm_120", False), ("sm_100", True)])
+def test_weights_are_packed_for_codes_where_units_take_the_pair(
+    monkeypatch: pytest.MonkeyPatch, arch: str, codes: bool
+) -> None:
     install(monkeypatch, arch)
-    packed = backend.pack_for(w, get_format(act))
-    assert isinstance(packed, Blocks) == (arch == "sm_100")
-    if not isinstance(packed, Blocks):
-        return
+    w = quantize(torch.randn(70, 160), "mxfp4").to(DEVICE)
+    assert isinstance(backend.pack_for(w, get_format("mxfp8_e4m3")), Blocks) == codes
+    assert not isinstance(backend.pack_for(w, None), Blocks)
+
+
+def test_weights_packed_for_codes_take_other_activations() -> None:
+    """In 16 bits, or in a format without such units."""
+    w, x = quantize(torch.randn(70, 160), "mxfp4").to(DEVICE), torch.randn(5, 160).to(DEVICE).bfloat16()
+    usual, packed = layout.pack(w), backend.pack_for(w, get_format("mxfp8_e4m3"))
     with pytest.warns(UserWarning, match="kept a second time"):
         y = backend.linear(x, packed)
     assert torch.equal(y, backend.linear(x, usual))
     six = get_format("mxfp6_e2m3")
     assert torch.equal(backend.linear(x, packed, act=six), backend.linear(x, usual, act=six))
+
+
+def test_a_negative_scale_of_nvfp4_is_refused() -> None:
+    w = quantize(torch.randn(4, 64), "nvfp4").to(DEVICE)
+    w.scales[1, 2] = 0xC0
+    with pytest.raises(BackendError, match="a scale is negative"):
+        backend.pack_for(w, w.format)
+    with pytest.raises(BackendError, match="those of nvfp4 are neither"):
+        backend.linear(torch.randn(2, 64, device=DEVICE), backend.pack(w), act=w.format)

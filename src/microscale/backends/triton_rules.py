@@ -13,8 +13,9 @@ from microscale.oracle import Problem
 # Versions of Triton with which Hopper's own kernels have run on a GPU; Gluon changes from version to version.
 PROVEN = ("3.6.", "3.7.", "3.8.", "3.9.")
 
-# Formats whose codes and scales Triton 3.6 gives to block-scaled matrix units, each with each. It makes instructions
-# of theirs for sm_100 to sm_103, sm_120 and gfx950, for sm_120 of equal widths only; elsewhere it widens to bf16.
+# Formats whose codes and scales Triton 3.6 gives to block-scaled matrix units, each with each; NVFP4 with itself, too.
+# It makes instructions of theirs for sm_100, sm_103, sm_120 and gfx950, for sm_120 of equal widths only, and of NVFP4's
+# not for gfx950; elsewhere it widens to bf16.
 BLOCKS = ("mxfp4", "mxfp8_e4m3", "mxfp8_e5m2")
 
 
@@ -24,7 +25,7 @@ def refuse(problem: Problem) -> str | None:
         return f"Triton compiles for CUDA, ROCm and XPU, not for {problem.device}"
     if problem.device == "cuda" and capability(problem.arch) < 75:
         return f"the kernels need sm_75 or newer, and this is {problem.arch or 'unknown'}"
-    if problem.act != "a16" and (why := refuse_pair(problem.weight, problem.act) or _refuse_act(problem)):
+    if problem.act != "a16" and (why := _refuse_act(problem)):
         return why
     if "triton" not in problem.packages:
         return "the package triton is not installed"
@@ -32,7 +33,7 @@ def refuse(problem: Problem) -> str | None:
 
 
 def refuse_pair(weight: str, act: str) -> str | None:
-    """None, or why there are no kernels for weights in one format and activations in another."""
+    """None, or why kernels without block-scaled units take no weights in one format and activations in another."""
     if act == FP8_GROUP128.name:
         return (
             None
@@ -47,11 +48,12 @@ def refuse_pair(weight: str, act: str) -> str | None:
 def refuse_blocks(arch: str, weight: str, act: str) -> str | None:
     """None, or why no block-scaled matrix unit multiplies codes of two formats with their scales on a GPU."""
     sm = capability(arch)
-    if not (100 <= sm <= 103 or sm == 120 or arch == "gfx950"):
+    if not (sm in (100, 103, 120) or arch == "gfx950"):
         return f"Triton {PROVEN[0].rstrip('.')} has no block-scaled product for {arch}"
-    for name in (weight, act):
-        if name not in BLOCKS:
-            return f"Triton's block-scaled product takes MXFP4 and MXFP8, not {name}"
+    if weight == act == "nvfp4":
+        return None if sm else f"{arch} has block-scaled units, but not for scales of {act}"
+    if weight not in BLOCKS or act not in BLOCKS:
+        return f"Triton's block-scaled product takes MXFP4 and MXFP8, or NVFP4 twice, not {weight} and {act}"
     widths = [FORMATS[name].element.bits for name in (weight, act)]
     if sm == 120 and widths[0] != widths[1]:
         return f"on {arch} Triton's block-scaled product takes codes of one width, not {widths[0]} and {widths[1]} bits"
@@ -61,10 +63,14 @@ def refuse_blocks(arch: str, weight: str, act: str) -> str | None:
 def _refuse_act(problem: Problem) -> str | None:
     """None, or why this GPU does not multiply such activations here."""
     arch, sm = problem.arch or "unknown", capability(problem.arch)
+    why = refuse_blocks(arch, problem.weight, problem.act)
+    if why is None:
+        return None
+    if (pair := refuse_pair(problem.weight, problem.act)) is not None:
+        return pair
     if problem.act != FP8_GROUP128.name:
         if sm >= 100 or arch == "gfx950" or problem.device == "xpu":
-            why = refuse_blocks(arch, problem.weight, problem.act)
-            return why and f"activations in {problem.act} would be widened to bf16: {why}"
+            return f"activations in {problem.act} would be widened to bf16: {why}"
         return None
     if problem.device == "xpu":
         return "Triton widens FP8 codes on XPU before it multiplies them"

@@ -70,11 +70,12 @@ def unpack(packed: Weights) -> QuantTensor:
 
 def _read(w: Weights, act: Format | None) -> Packed | Blocks:
     """What the kernels for every target read beside such activations."""
-    if isinstance(w, Fragments) or (
-        isinstance(w, Blocks) and not tiles.target(w.codes.device).multiplies(w.format, act)
-    ):
-        return w.plain
-    return w
+    return w if isinstance(w, Packed) or (isinstance(w, Blocks) and _are_codes(w, act)) else w.plain
+
+
+def _are_codes(w: Weights, act: Format | None) -> bool:
+    """Whether activations meet these weights as codes in block-scaled units."""
+    return isinstance(w, Blocks) and tiles.target(w.codes.device).multiplies(w.format, act)
 
 
 def linear(x: Tensor, w: Weights, bias: Tensor | None = None, *, act: Format | None = None) -> Tensor:
@@ -251,7 +252,9 @@ def _contiguous(t: Tensor | None) -> Tensor | None:
 
 def _check(x: Tensor, act: Format | None, *weights: Weights) -> None:
     for w in weights:
-        if act is not None and (why := refuse_pair(w.format.name, act.name)) is not None:
+        if act is None or _are_codes(w, act):
+            continue
+        if (why := refuse_pair(w.format.name, act.name)) is not None:
             raise BackendError(f"triton: {why}")
     if x.dtype not in _DTYPES:
         raise BackendError(f"triton takes bf16, fp16 and fp32 activations, not {x.dtype}")

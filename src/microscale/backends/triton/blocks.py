@@ -16,8 +16,10 @@ import torch
 from torch import Tensor
 
 from microscale.backends.triton import layout
+from microscale.errors import BackendError
 from microscale.formats import Format
 from microscale.quant import QuantTensor
+from microscale.scales import E4M3_NAN
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,7 +29,8 @@ class Blocks:
     Attributes:
         format, shape, rule: as in the `QuantTensor`, [N, K] or [E, N, K].
         codes: uint8 [E, N, groups * 16 * bits], E = 1 for a matrix.
-        scales: uint8 [E, N, groups * 4].
+        scales: uint8 [E, N, groups * 4], NVFP4 groups * 8.
+        row_scale, tensor_scale: as in `layout.Packed`.
     """
 
     format: Format
@@ -35,16 +38,13 @@ class Blocks:
     rule: str | None
     codes: Tensor
     scales: Tensor
+    row_scale: Tensor | None
+    tensor_scale: Tensor | None
 
     @property
     def groups(self) -> int:
         """Groups of 128 codes in a row."""
         return -(-self.shape[-1] // layout.GROUP)
-
-    @property
-    def row_scale(self) -> Tensor | None:
-        """MX formats have no tensor scale: see `layout.Packed`."""
-        return None
 
     def constants(self, dtype: torch.dtype) -> dict[str, Any]:
         """The kernels' compile-time description of the format, whatever `dtype` is. Do not write to it."""
@@ -62,7 +62,13 @@ class Blocks:
 
 
 def pack(w: QuantTensor) -> Blocks:
-    """[N, K] or [E, N, K], in an MX format whose elements have 4 or 8 bits."""
+    """[N, K] or [E, N, K], in MXFP4, MXFP8 or NVFP4. Of NVFP4 waits for the device: it looks at the scales.
+
+    Raises:
+        BackendError: a scale of NVFP4 is negative.
+    """
+    if w.format.scale == "e4m3" and bool((w.scales > E4M3_NAN).any()):
+        raise BackendError("a scale is negative, and block-scaled units read scales without a sign")
     experts, (n, k) = (w.shape[0] if len(w.shape) == 3 else 1), w.shape[-2:]
     groups = -(-k // layout.GROUP)
     codes = _filled(w.codes, groups * layout.GROUP * w.format.element.bits // 8)
@@ -73,6 +79,8 @@ def pack(w: QuantTensor) -> Blocks:
         w.rule,
         codes.view(experts, n, codes.shape[-1]),
         scales.view(experts, n, scales.shape[-1]),
+        layout.row_scale(w),
+        w.tensor_scale,
     )
 
 
@@ -82,9 +90,8 @@ def unpack(packed: Blocks) -> QuantTensor:
     columns = fmt.packed_columns(shape[-1])
     blocks = fmt.scale_shape(*shape[-2:])[1]
     codes = packed.codes[..., :columns].reshape(*shape[:-1], columns)
-    return QuantTensor(
-        fmt, shape, codes, packed.scales[..., :blocks].reshape(*shape[:-1], blocks), None, packed.rule
-    )
+    scales = packed.scales[..., :blocks].reshape(*shape[:-1], blocks)
+    return QuantTensor(fmt, shape, codes, scales, packed.tensor_scale, packed.rule)
 
 
 def _filled(t: Tensor, columns: int) -> Tensor:

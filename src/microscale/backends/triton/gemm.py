@@ -59,6 +59,7 @@ def product_of_codes(
 def product_of_blocks(
     x,
     x_scales,
+    x_row_scale,
     tokens,
     codes,
     scales,
@@ -68,25 +69,32 @@ def product_of_blocks(
     GROUPS: tl.constexpr,
     BITS: tl.constexpr,
     MANTISSA: tl.constexpr,
+    WIDTH: tl.constexpr,
     ACT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """`product` of MX codes on both sides: block-scaled units multiply 128 columns with their scales, see `blocks`."""
+    """`product` of MX or NVFP4 codes on both sides: block-scaled units multiply 128 columns with their scales, see
+    `blocks`."""
     WEIGHT: tl.constexpr = "e2m1" if BITS == 4 else ("e4m3" if MANTISSA == 3 else "e5m2")
     WIDE: tl.constexpr = 16 * BITS
     X_WIDE: tl.constexpr = 64 if ACT == "e2m1" else 128
-    block = tl.arange(0, 4)[None, :]
+    SCALES: tl.constexpr = 128 // WIDTH
+    block = tl.arange(0, SCALES)[None, :]
     rows = expert * N + rows
     code_rows = codes + rows[:, None] * (GROUPS * WIDE) + tl.arange(0, WIDE)[None, :]  # [BLOCK_N, WIDE]
     x_columns = x + tokens[None, :] * (GROUPS * X_WIDE) + tl.arange(0, X_WIDE)[:, None]  # [X_WIDE, BLOCK_M]
-    scale_rows = scales + rows[:, None] * (GROUPS * 4) + block  # [BLOCK_N, 4]
-    x_scale_rows = x_scales + tokens[:, None] * (GROUPS * 4) + block  # [BLOCK_M, 4]
+    scale_rows = scales + rows[:, None] * (GROUPS * SCALES) + block  # [BLOCK_N, SCALES]
+    x_scale_rows = x_scales + tokens[:, None] * (GROUPS * SCALES) + block  # [BLOCK_M, SCALES]
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     for group in range(GROUPS):
         w, a = tl.load(code_rows + group * WIDE), tl.load(x_columns + group * X_WIDE)
-        scale, x_scale = tl.load(scale_rows + group * 4), tl.load(x_scale_rows + group * 4)
+        scale, x_scale = tl.load(scale_rows + group * SCALES), tl.load(x_scale_rows + group * SCALES)
+        if WIDTH == 16:  # NVFP4
+            scale, x_scale = scale.to(tl.float8e4nv, bitcast=True), x_scale.to(tl.float8e4nv, bitcast=True)
         acc = tl.dot_scaled(w, scale, WEIGHT, a, x_scale, ACT, acc)
+    if x_row_scale is not None:
+        acc = acc * tl.load(x_row_scale + tokens)[None, :]
     return acc
 
 
@@ -94,6 +102,7 @@ def product_of_blocks(
 def product(
     x,
     x_scales,
+    x_row_scale,
     tokens,
     codes,
     scales,
@@ -128,14 +137,16 @@ def product(
     Args:
         x: [*, K]; tokens: int64 [BLOCK_M], rows of it.
         x_scales: None, or those of codes x, see `rounded.Rows`: float32 [*, GROUPS] of E4M3 codes [*, GROUPS * 128],
-            and E8M0 bytes of MX codes, with elements ACT.
+            and scale bytes of MX or NVFP4 codes, with elements ACT.
+        x_row_scale: None, or of NVFP4 codes float32 [*], what else multiplies a row.
         codes, scales: see `layout`; expert: int64, rows: int32 [BLOCK_N] of its N.
         GROUPS, scale_rows: of 128 columns in a row, and rows of scales in an expert.
     """
     if ACT is not None:
         acc = product_of_blocks(
-            x, x_scales, tokens, codes, scales, expert, rows, N, GROUPS, BITS, MANTISSA, ACT, BLOCK_M, BLOCK_N
-        )
+            x, x_scales, x_row_scale, tokens, codes, scales, expert, rows, N, GROUPS,
+            BITS, MANTISSA, WIDTH, ACT, BLOCK_M, BLOCK_N,
+        )  # fmt: skip
     elif x_scales is not None:
         acc = product_of_codes(
             x, x_scales, tokens, codes, scales, expert, rows, N, GROUPS, scale_rows, HEIGHT, BLOCK_M, BLOCK_N
@@ -207,6 +218,7 @@ def _linear_kernel(
     y,
     x,
     x_scales,
+    x_row_scale,
     codes,
     scales,
     row_scale,
@@ -239,7 +251,7 @@ def _linear_kernel(
     # Past the end a tile repeats the last row and token, and stores neither.
     rows, tokens = tl.minimum(n, N - 1), tl.minimum(m, M - 1).to(tl.int64)
     acc = product(
-        x, x_scales, tokens, codes, scales, tl.program_id(1).to(tl.int64), rows, N, K, GROUPS, scale_rows,
+        x, x_scales, x_row_scale, tokens, codes, scales, tl.program_id(1).to(tl.int64), rows, N, K, GROUPS, scale_rows,
         BITS, MANTISSA, BIAS, SPECIALS, SCALE, HEIGHT, WIDTH, UNIT, CHUNK, IN_TILE, EVEN_K, ACT, BLOCK_M, BLOCK_N,
     )  # fmt: skip
     acc = scaled(acc, row_scale, bias, rows, ROW_SCALE, HAS_BIAS)
@@ -258,6 +270,7 @@ def linear(x: Tensor, w: Packed | Blocks, bias: Tensor | None, act: Format | Non
             y,
             a.x,
             a.scales,
+            a.row_scale,
             w.codes,
             w.scales,
             w.row_scale,

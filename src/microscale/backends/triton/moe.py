@@ -26,6 +26,7 @@ def _first_kernel(
     h,
     x,
     x_scales,
+    x_row_scale,
     codes,
     scales,
     row_scale,
@@ -87,7 +88,7 @@ def _first_kernel(
     else:
         rows = within + i // OUT * width
     acc = product(
-        x, x_scales, route // top_k, codes, scales, expert, rows, N, K, GROUPS, scale_rows,
+        x, x_scales, x_row_scale, route // top_k, codes, scales, expert, rows, N, K, GROUPS, scale_rows,
         BITS, MANTISSA, BIAS, SPECIALS, SCALE, HEIGHT, WIDTH, UNIT, CHUNK, IN_TILE, EVEN_K, ACT, BLOCK_M, BLOCK_N,
     )  # fmt: skip
     if WEIGHT_ON_INPUT:
@@ -109,6 +110,7 @@ def _second_kernel(
     shares,
     h,
     h_scales,
+    h_row_scale,
     codes,
     scales,
     row_scale,
@@ -154,7 +156,7 @@ def _second_kernel(
     n = tl.program_id(0) % blocks * BLOCK_N + tl.arange(0, BLOCK_N)
     rows = tl.minimum(n, N - 1)
     acc = product(
-        h, h_scales, position.to(tl.int64), codes, scales, expert, rows, N, K, GROUPS, scale_rows,
+        h, h_scales, h_row_scale, position.to(tl.int64), codes, scales, expert, rows, N, K, GROUPS, scale_rows,
         BITS, MANTISSA, BIAS, SPECIALS, SCALE, HEIGHT, WIDTH, UNIT, CHUNK, IN_TILE, EVEN_K, ACT, BLOCK_M, BLOCK_N,
     )  # fmt: skip
     acc = scaled(acc, row_scale, bias, expert * N + rows, ROW_SCALE, HAS_BIAS)
@@ -201,7 +203,7 @@ def moe(
         out = rows // 2 if activation.gated else rows
         per_tile = tile13.block_n // 2 if activation.gated else tile13.block_n
         _first_kernel[(routed.count * -(-out // per_tile),)](
-            h, a.x, a.scales, w13.codes, w13.scales, w13.row_scale, b13, *table, top_k, rows, hidden,
+            h, a.x, a.scales, a.row_scale, w13.codes, w13.scales, w13.row_scale, b13, *table, top_k, rows, hidden,
             w13.groups, w13.scales.shape[-1], activation.alpha, activation.beta, activation.limit or 0.0,
             **w13.constants(a.dtype),
             ACT=a.blocks,
@@ -217,7 +219,7 @@ def moe(
         )  # fmt: skip
         a = Rows(h, None, dtype) if act is None else rows_of(h, act, isinstance(w2, Blocks))
         _second_kernel[(routed.count * -(-n // tile2.block_n),)](
-            shares, a.x, a.scales, w2.codes, w2.scales, w2.row_scale, b2, *table, n, w2.shape[2],
+            shares, a.x, a.scales, a.row_scale, w2.codes, w2.scales, w2.row_scale, b2, *table, n, w2.shape[2],
             w2.groups, w2.scales.shape[-1],
             **w2.constants(a.dtype),
             ACT=a.blocks,
