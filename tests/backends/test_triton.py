@@ -18,7 +18,7 @@ from triton_ahead import random_bytes
 
 from ahead import begun
 from microscale.activations import GPT_OSS
-from microscale.backends.triton_rules import BLOCKS, refuse, refuse_blocks, uncompiled, unproven
+from microscale.backends.triton_rules import BLOCKS, UNITS, refuse, refuse_blocks, uncompiled, unproven
 from microscale.formats import FORMATS
 from microscale.invented import INVENTED
 from microscale.machine import Gpu
@@ -58,8 +58,12 @@ def test_refusals() -> None:
 def test_pairs_of_codes_that_no_unit_takes_are_told() -> None:
     assert refuse_blocks("sm_100", "mxfp4", "mxfp8_e5m2") is None
     assert refuse_blocks("sm_103", "mxfp8_e4m3", "mxfp4") is None
-    for arch in ("sm_90", "sm_110", "sm_121", "gfx942", "xe2", ""):
+    for arch in ("sm_90", "sm_130", "gfx942", "xe2", ""):
         assert "has no block-scaled product for" in str(refuse_blocks(arch, "mxfp4", "mxfp4"))
+    for arch, least in UNITS.items():
+        assert refuse_blocks(arch, "mxfp4", "mxfp4", f"{least}.0") is None
+        assert f"need Triton {least} or newer" in str(refuse_blocks(arch, "mxfp4", "mxfp4", "3.5.1"))
+    assert refuse_blocks("sm_100a", "mxfp4", "mxfp4") is None
     assert "not 4 and 8 bits" in str(refuse_blocks("sm_120", "mxfp4", "mxfp8_e4m3"))
     for weight, act in (("mxint8", "mxint8"), ("nvfp4", "mxfp4"), ("mxfp6_e2m3", "mxfp8_e4m3")):
         assert f"not {weight} and {act}" in str(refuse_blocks("gfx950", weight, act))

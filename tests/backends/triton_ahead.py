@@ -71,7 +71,7 @@ TARGETS = {
         (
             r"\btcgen05\.mma\S*kind::mxf4\.block_scale",
             r"\btcgen05\.mma\S*kind::mxf8f6f4\.block_scale",
-            r"\btcgen05\.mma\S*kind::mxf4nvf4\.block_scale\.scale_vec::4X",
+            r"\btcgen05\.mma\S*kind::mxf4nvf4\.block_scale\.(scale_vec::4X|block16)",
         ),
     ),
     "sm_120": Ahead(

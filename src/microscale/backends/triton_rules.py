@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from microscale.accumulation import FLOAT32, Accumulation, of_fp8_codes
-from microscale.backends.adapters.common_rules import capability
+from microscale.backends.adapters.common_rules import capability, numbers
 from microscale.formats import FORMATS, FP8_GROUP128
 from microscale.machine import Machine
 from microscale.oracle import Problem
@@ -13,10 +13,11 @@ from microscale.oracle import Problem
 # Versions of Triton with which Hopper's own kernels have run on a GPU; Gluon changes from version to version.
 PROVEN = ("3.6.", "3.7.", "3.8.", "3.9.")
 
-# Formats whose codes and scales Triton 3.6 gives to block-scaled matrix units, each with each; NVFP4 with itself, too.
-# It makes instructions of theirs for sm_100, sm_103, sm_120 and gfx950, for sm_120 of equal widths only, and of NVFP4's
-# not for gfx950; elsewhere it widens to bf16.
+# Formats whose codes and scales Triton gives to block-scaled matrix units, each with each, but on sm_120 and sm_121
+# those of one width: the others it widens to bf16. NVFP4 goes with itself, too.
 BLOCKS = ("mxfp4", "mxfp8_e4m3", "mxfp8_e5m2")
+# From which version on it makes such instructions for a GPU, as compiled with 3.6 to 3.9.
+UNITS = {"sm_100": "3.6", "sm_103": "3.6", "sm_110": "3.7", "sm_120": "3.6", "sm_121": "3.8", "gfx950": "3.6"}
 
 
 def refuse(problem: Problem) -> str | None:
@@ -45,25 +46,38 @@ def refuse_pair(weight: str, act: str) -> str | None:
     return f"activations are multiplied as bf16 numbers or as FP8 codes, and those of {act} are neither"
 
 
-def refuse_blocks(arch: str, weight: str, act: str) -> str | None:
-    """None, or why no block-scaled matrix unit multiplies codes of two formats with their scales on a GPU."""
+def refuse_blocks(arch: str, weight: str, act: str, version: str = "") -> str | None:
+    """None, or why no block-scaled matrix unit multiplies codes of two formats with their scales on a GPU.
+
+    Args:
+        version: of Triton; empty: the newest.
+    """
     sm = capability(arch)
-    if not (sm in (100, 103, 120) or arch == "gfx950"):
-        return f"Triton {PROVEN[0].rstrip('.')} has no block-scaled product for {arch}"
+    least = UNITS.get(f"sm_{sm}" if sm else arch)
+    if least is None:
+        return f"Triton has no block-scaled product for {arch}"
+    if version and numbers(version) < numbers(least):
+        return f"block-scaled products for {arch} need Triton {least} or newer, and this is {version}"
     if weight == act == "nvfp4":
         return None if sm else f"{arch} has block-scaled units, but not for scales of {act}"
     if weight not in BLOCKS or act not in BLOCKS:
         return f"Triton's block-scaled product takes MXFP4 and MXFP8, or NVFP4 twice, not {weight} and {act}"
     widths = [FORMATS[name].element.bits for name in (weight, act)]
-    if sm == 120 and widths[0] != widths[1]:
+    if sm >= 120 and widths[0] != widths[1]:
         return f"on {arch} Triton's block-scaled product takes codes of one width, not {widths[0]} and {widths[1]} bits"
     return None
+
+
+def in_blocks(problem: Problem) -> bool:
+    """Whether activations meet weights as codes and scales, in block-scaled units."""
+    found = problem.version("triton")
+    return problem.act != "a16" and refuse_blocks(problem.arch, problem.weight, problem.act, found) is None
 
 
 def _refuse_act(problem: Problem) -> str | None:
     """None, or why this GPU does not multiply such activations here."""
     arch, sm = problem.arch or "unknown", capability(problem.arch)
-    why = refuse_blocks(arch, problem.weight, problem.act)
+    why = refuse_blocks(arch, problem.weight, problem.act, problem.version("triton"))
     if why is None:
         return None
     if (pair := refuse_pair(problem.weight, problem.act)) is not None:
@@ -82,7 +96,7 @@ def _refuse_act(problem: Problem) -> str | None:
 
 def yields(problem: Problem) -> str | None:
     """None, or why other packages' kernels are asked first."""
-    if problem.act != "a16" and refuse_blocks(problem.arch, problem.weight, problem.act) is None:
+    if in_blocks(problem):
         return "its block-scaled products were compiled for such a GPU and have never run on one"
     codes = problem.act == FP8_GROUP128.name and problem.device == "cuda" and capability(problem.arch) == 90
     if problem.op != "linear" or not codes:

@@ -50,7 +50,7 @@ class Target:
 
     def multiplies(self, weight: Format, act: Format | None) -> bool:
         """Whether its matrix units multiply codes of two formats with their scales."""
-        return act is not None and refuse_blocks(self.arch, weight.name, act.name) is None
+        return act is not None and refuse_blocks(self.arch, weight.name, act.name, triton.__version__) is None
 
 
 @dataclass(frozen=True)
