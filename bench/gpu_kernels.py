@@ -9,6 +9,9 @@ weights each time, so that no cache holds them. Microseconds are the median of r
 With `--cuts` Hopper's kernels are timed with these cuts, too, beside what the tables take, and not at all if they give
 other bits; `cuts.Cut` says what a word of them means. Experts have a cut for w13 and w2, or two with a + between.
 
+With `--act a8` and the like layers whose activations are stored so are timed, too, by this backend's kernels, which are
+not what linears of block FP8 take on Hopper (`microscale explain` says what that is).
+
 With `--peers humming` the package humming-kernels multiplies the same weights in the same run: its graph and ours are
 replayed in turn, and its results are compared with ours. `peers/humming_kernels.py` says how it is called.
 """
@@ -26,7 +29,9 @@ import triton
 
 from microscale.backends import triton as backend
 from microscale.backends.triton.cuts import Cut
+from microscale.backends.triton_rules import refuse_pair
 from microscale.bench.gpu import (
+    LARGE,
     LINEARS,
     MODELS,
     MoeCell,
@@ -39,12 +44,16 @@ from microscale.bench.gpu import (
     random_routes,
     random_weights,
 )
-from microscale.formats import FORMATS
+from microscale.formats import FORMATS, Format, activation_format
 from microscale.quant import quantize
 from microscale.tolerance import linear_budget, moe_budget
 from peers import humming_kernels
 
 TOKENS = (1, 8, 32, 64, 128, 256, 512, 2048, 8192)
+EXPERTS = MODELS | LARGE
+Stored = dict[
+    str, tuple[Format, list[Any]]
+]  # by the word of activations, their format and layers packed for them
 
 
 def check(name: str) -> None:
@@ -85,6 +94,7 @@ def time_linear(
     peaks: tuple[float, float],
     peer: list[Any],
     cuts: list[tuple[Cut, Cut]],
+    stored: Stored,
 ) -> dict[str, Any]:
     """One cell, what torch takes for the same product of bfloat16, and what a peer does for the same weights."""
     n, k = LINEARS[name]
@@ -95,6 +105,8 @@ def time_linear(
         "us": [partial(backend.linear, x, w) for w in weights],
         "bf16": [partial(torch.nn.functional.linear, x, p) for p in plain],
     }
+    for word, (act, packed) in stored.items():
+        kinds[word] = [partial(backend.linear, x, w, act=act) for w in packed]
     for cut, _ in cuts:
         from microscale.backends.triton import hopper
 
@@ -110,11 +122,21 @@ def time_linear(
 
 
 def time_experts(
-    made: MoeCell, layers: list[Any], peaks: tuple[float, float], peer: list[Any], cuts: list[tuple[Cut, Cut]]
+    made: MoeCell,
+    layers: list[Any],
+    peaks: tuple[float, float],
+    peer: list[Any],
+    cuts: list[tuple[Cut, Cut]],
+    stored: Stored,
 ) -> dict[str, Any]:
     """One cell, and what a peer takes for the same weights and routes."""
     b13, b2 = made.biases
     kinds: dict[str, Any] = {"us": [partial(backend.moe, *g, b13=b13, b2=b2) for g in made.given]}
+    for word, (act, packed) in stored.items():
+        kinds[word] = [
+            partial(backend.moe, *g[:3], *packed[i % len(packed)], g[5], b13=b13, b2=b2, act=act)
+            for i, g in enumerate(made.given)
+        ]
     for pair in cuts:
         from microscale.backends.triton import hopper_experts
 
@@ -153,12 +175,32 @@ def cell(times: dict[str, Times], least: float) -> dict[str, Any]:
 
 def made_layers(what: str, name: str, peer: bool) -> tuple[list[Any], list[Any]]:
     """Layers of a model or a linear in a format, and of linears a peer's copies."""
-    if what in MODELS:
-        return moe_layers(MODELS[what], name, 1 if what == "gpt-oss-120b" else 2), []
+    if what in EXPERTS:
+        return moe_layers(EXPERTS[what], name, 2 if what in ("gpt-oss-20b", "qwen3-30b-a3b") else 1), []
     n, k = LINEARS[what]
     bytes_each = n * k * FORMATS[name].bits_per_weight / 8
     layers = [random_weights(name, n, k) for _ in range(max(4, int(3.5e8 / bytes_each)))]
     return layers, [humming_kernels.pack(backend.unpack(w)) for w in layers] if peer else []
+
+
+def stored_layers(layers: list[Any], name: str, words: list[str]) -> Stored:
+    """By the words of activations that there are kernels for beside this format: their format, and the layers."""
+    found: Stored = {}
+    for word in words:
+        act = activation_format(name, word)
+        if act is None or refuse_pair(name, act.name) is not None:
+            print(f"{word} is not timed beside {name}: {act and refuse_pair(name, act.name)}\n")
+            continue
+        found[word] = (
+            act,
+            [
+                tuple(backend.pack_for(backend.unpack(w), act) for w in layer)
+                if isinstance(layer, tuple)
+                else backend.pack_for(backend.unpack(layer), act)
+                for layer in layers
+            ],
+        )
+    return found
 
 
 def pack_experts(layer: tuple[Any, Any], biases: tuple[Any, Any]) -> tuple[Any, Any]:
@@ -182,8 +224,9 @@ def line(row: dict[str, Any]) -> str:
         peer, times = f"{row[row['peer']]:.1f} {way}".strip(), f"{row[row['peer']] / row['us']:.2f}"
     part = row["floor"] / row["us"]
     head = f"| {row['format']} | {row['what']} | {row['tokens']} | {row['us']:.1f} | {part:.2f} "
-    cuts = ", ".join(f"{name} {row[name]:.1f}" for name in row["quartiles"] if _is_cut(name))
-    return f"{head}| {bf16} | {peer} | {times} |" + (f" {cuts} |" if cuts else "")
+    others = [n for n in row["quartiles"] if n not in ("us", "bf16") and not n.startswith("humming")]
+    beside = ", ".join(f"{name} {row[name]:.1f}" for name in others)
+    return f"{head}| {bf16} | {peer} | {times} |" + (f" {beside} |" if beside else "")
 
 
 def _pair(words: str) -> tuple[Cut, Cut]:
@@ -192,19 +235,12 @@ def _pair(words: str) -> tuple[Cut, Cut]:
     return Cut.parse(first), Cut.parse(second or first)
 
 
-def _is_cut(name: str) -> bool:
-    try:
-        _pair(name)
-    except ValueError:
-        return False
-    return True
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", nargs="*", default=[*MODELS, *LINEARS], choices=[*MODELS, *LINEARS])
+    parser.add_argument("--only", nargs="*", default=[*MODELS, *LINEARS], choices=[*EXPERTS, *LINEARS])
     parser.add_argument("--formats", nargs="*", default=["mxfp4"], choices=[*FORMATS, "all"])
     parser.add_argument("--tokens", nargs="*", type=int, default=TOKENS)
+    parser.add_argument("--act", nargs="*", default=[], help="time activations stored so, too: a8, ...")
     parser.add_argument("--cuts", nargs="*", default=[], type=_pair, help="time these, too (Hopper)")
     parser.add_argument(
         "--peers", nargs="*", default=[], choices=["humming"], help="time these packages, too"
@@ -230,21 +266,22 @@ def main() -> None:
     for name in formats:
         for what in args.only:
             layers, peer = made_layers(what, name, asked[name] is None)
+            stored = stored_layers(layers, name, args.act)
             if peer:
                 humming_kernels.compile_for(peer[:1], [("dense", m) for m in args.tokens])
             for tokens in args.tokens:
-                if what in MODELS:
-                    made = moe_cell(MODELS[what], layers, tokens)
+                if what in EXPERTS:
+                    made = moe_cell(EXPERTS[what], layers, tokens)
                     if asked[name] is None:
                         peer = [pack_experts(layer, made.biases) for layer in layers]
                         if tokens == args.tokens[0]:
-                            compile_experts(peer[0], MODELS[what].top_k, args.tokens)
-                    row = time_experts(made, layers, peaks, peer, args.cuts)
+                            compile_experts(peer[0], EXPERTS[what].top_k, args.tokens)
+                    row = time_experts(made, layers, peaks, peer, args.cuts, stored)
                 else:
-                    row = time_linear(what, tokens, layers, peaks, peer, args.cuts)
+                    row = time_linear(what, tokens, layers, peaks, peer, args.cuts, stored)
                 rows.append({"format": name, "what": what, "tokens": tokens} | row)
                 print(line(rows[-1]), flush=True)
-            del layers, peer
+            del layers, peer, stored
             torch.cuda.empty_cache()
     if args.json:
         found = {

@@ -72,15 +72,37 @@ def test_quantised_activations_run_everywhere(machine: Machine) -> None:
 
 
 @pytest.mark.parametrize("machine", INVENTED.values(), ids=lambda m: m.name)
-def test_activations_in_mx_formats_are_widened_where_no_unit_takes_their_codes(machine: Machine) -> None:
-    for problem in (LINEAR_A8, replace(MOE, weight="mxfp4")):
-        choice = choose(replace(problem, act="mxfp8_e4m3").on(machine), BACKENDS)
-        units = machine.name in GPUS and machine.gpus[0].arch in ("sm_100", "sm_120", "gfx950")
-        if machine.name in GPUS and not units and machine.device != "xpu":
-            assert choice.backend.name == "triton"
-            assert choice.arithmetic.startswith("decoded: ")
-        elif machine.name in GPUS:
-            assert "has units for their codes" in dict(choice.refused)["triton"]
+def test_activations_in_mx_formats_are_codes_where_units_take_them(machine: Machine) -> None:
+    """Else they are widened, but not where units take codes and Triton does not give them any."""
+    if machine.name not in GPUS:
+        return
+    arch = machine.gpus[0].arch
+    units = arch in ("sm_100", "sm_120", "gfx950")
+    for problem in (LINEAR_A8, MOE):
+        for weight, act in (("mxfp8_e5m2", "mxfp8_e4m3"), ("mxfp4", "mxfp8_e4m3"), ("mxfp4", "mxfp6_e2m3")):
+            choice = choose(replace(problem, weight=weight, act=act).on(machine), BACKENDS)
+            if not units and machine.device != "xpu":
+                assert choice.backend.name == "triton"
+                assert choice.arithmetic.startswith("decoded: ")
+            elif units and act == "mxfp8_e4m3" and (arch, weight) != ("sm_120", "mxfp4"):
+                assert choice.backend.name == "triton"
+                assert choice.arithmetic.startswith("native: block-scaled matrix units")
+            else:
+                assert f"activations in {act} would be widened to bf16: " in dict(choice.refused)["triton"]
+
+
+def test_block_scaled_products_that_never_ran_yield_to_installed_packages() -> None:
+    for name, word, package in (
+        ("b200", "mxfp4", "torch_scaled"),
+        ("mi355x", "mxfp4", "aiter"),
+        ("rtx5090", "nvfp4", "torch_scaled"),
+    ):
+        problem = Problem("linear", word, 4096, 4096, act=word)
+        machine = INVENTED[name].with_packages([SHORT["aiter"]])
+        choice = choose(problem.on(machine), BACKENDS)
+        assert choice.backend.name == package
+        assert "have never run on one" in dict(choice.refused)["triton"]
+        assert choose(problem.on(machine), BACKENDS, "triton").backend.name == "triton"
 
 
 PLAIN_MOE = replace(MOE, bias=False, activation=Activation("silu"))
@@ -102,9 +124,11 @@ BLOCK = Problem("linear", "fp8_block128", 7168, 2048, act="fp8_group128")
         ("b200", (), NVFP4, "torch_scaled"),
         ("b200", (), BLOCK, "triton"),
         ("b200", ("flashinfer", "humming"), replace(PLAIN_MOE, act="mxfp8_e4m3"), "flashinfer"),
-        ("b200", ("flashinfer",), replace(MOE, act="mxfp8_e4m3"), "emulation"),
+        ("b200", ("flashinfer",), replace(MOE, act="mxfp8_e4m3"), "triton"),
         ("mi300x", ("aiter",), BLOCK, "emulation"),
-        ("mi355x", (), replace(MXFP4, act="mxfp4"), "emulation"),
+        ("mi355x", (), replace(MXFP4, act="mxfp4"), "triton"),
+        ("rtx5090", (), replace(MXFP4, act="mxfp4"), "triton"),
+        ("rtx5090", (), replace(MXFP4, act="mxfp8_e4m3"), "emulation"),
         ("mi355x", ("aiter",), replace(MXFP4, act="mxfp4"), "aiter"),
         ("mi355x", ("aiter",), BLOCK, "triton"),
         ("arc-b580", (), replace(MXFP4, act="mxfp4"), "emulation"),

@@ -18,7 +18,7 @@ from triton_ahead import random_bytes
 
 from ahead import begun
 from microscale.activations import GPT_OSS
-from microscale.backends.triton_rules import refuse, uncompiled, unproven
+from microscale.backends.triton_rules import BLOCKS, UNITS, refuse, refuse_blocks, uncompiled, unproven
 from microscale.formats import FORMATS
 from microscale.invented import INVENTED
 from microscale.machine import Gpu
@@ -53,6 +53,22 @@ def test_refusals() -> None:
     why = refuse(replace(MOE, act="nvfp4").on(h200))
     assert why == "activations are multiplied as bf16 numbers or as FP8 codes, and those of nvfp4 are neither"
     assert refuse(LINEAR.on(INVENTED["mi300x"])) is None
+
+
+def test_pairs_of_codes_that_no_unit_takes_are_told() -> None:
+    assert refuse_blocks("sm_100", "mxfp4", "mxfp8_e5m2") is None
+    assert refuse_blocks("sm_103", "mxfp8_e4m3", "mxfp4") is None
+    for arch in ("sm_90", "sm_130", "gfx942", "xe2", ""):
+        assert "has no block-scaled product for" in str(refuse_blocks(arch, "mxfp4", "mxfp4"))
+    for arch, least in UNITS.items():
+        assert refuse_blocks(arch, "mxfp4", "mxfp4", f"{least}.0") is None
+        assert f"need Triton {least} or newer" in str(refuse_blocks(arch, "mxfp4", "mxfp4", "3.5.1"))
+    assert refuse_blocks("sm_100a", "mxfp4", "mxfp4") is None
+    assert "not 4 and 8 bits" in str(refuse_blocks("sm_120", "mxfp4", "mxfp8_e4m3"))
+    for weight, act in (("mxint8", "mxint8"), ("nvfp4", "mxfp4"), ("mxfp6_e2m3", "mxfp8_e4m3")):
+        assert f"not {weight} and {act}" in str(refuse_blocks("gfx950", weight, act))
+    assert refuse_blocks("sm_120", "nvfp4", "nvfp4") is None
+    assert "but not for scales of nvfp4" in str(refuse_blocks("gfx950", "nvfp4", "nvfp4"))
 
 
 def test_a_version_of_triton_without_hopper_kernels_is_told() -> None:
@@ -115,6 +131,27 @@ def test_unpack_is_the_exact_inverse_of_pack(layout: Any, name: str, shape: tupl
     w = random_bytes(name, shape)
     back = layout.unpack(layout.pack(w))
     assert_same(back, w)
+
+
+@pytest.mark.parametrize(
+    "shape", [(3, 31), (33, 97), (129, 256), (5, 259), (3, 7, 65), (2, 130, 384), (0, 64)]
+)
+@pytest.mark.parametrize("name", [*BLOCKS, "nvfp4"])
+def test_codes_for_block_scaled_units_are_the_canonical_ones(
+    layout: Any, name: str, shape: tuple[int, ...]
+) -> None:
+    from microscale.backends.triton import blocks
+
+    w = random_bytes(name, shape)
+    if name == "nvfp4":
+        w.scales.bitwise_and_(0x7F)  # those have no sign
+    packed = blocks.pack(w)
+    assert_same(blocks.unpack(packed), w)
+    assert (packed.codes.data_ptr() == w.codes.data_ptr()) == (shape[-1] % 128 == 0 or 0 in shape)
+    k = shape[-1]
+    assert not packed.codes[..., w.format.packed_columns(k) :].any()
+    assert not packed.scales[..., -(-k // w.format.block[1]) :].any()
+    assert packed.groups == -(-k // 128)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

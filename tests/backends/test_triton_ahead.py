@@ -12,7 +12,7 @@ import torch
 from triton_ahead import KERNELS, POINTERS, PRODUCTS, STEP, TARGETS, Job, Made, run
 
 from ahead import begun
-from microscale.backends.triton_rules import refuse
+from microscale.backends.triton_rules import BLOCKS, refuse, refuse_blocks
 from microscale.formats import FORMATS
 from microscale.invented import INVENTED
 from microscale.oracle import Problem
@@ -39,9 +39,17 @@ def everything() -> list[Job]:
             jobs += [
                 Job(target, k, "fp8_block128", tokens=m, codes=True) for k in PRODUCTS for m in (16, 300)
             ]
+        jobs += [
+            Job(target, k, weight, tokens=m, act=act)
+            for weight, act in PAIRS
+            if refuse_blocks(target, weight, act) is None
+            for k in PRODUCTS
+            for m in (16, 300)
+        ]
     return jobs
 
 
+PAIRS = [*((weight, act) for weight in BLOCKS for act in BLOCKS), ("nvfp4", "nvfp4")]
 JOBS = everything()
 
 
@@ -69,6 +77,9 @@ def test_it_compiles_to_machine_code(made: Callable[[Job], Made], job: Job) -> N
     # Not only code, but that of the GPU's matrix unit, where it has one.
     if job.format and job.dtype == torch.bfloat16:
         product = gpu.codes if job.codes else gpu.product
+        if job.act:
+            same = job.format == job.act
+            product = gpu.blocks[{"mxfp4": 0, "nvfp4": 2}.get(job.act, 1) if same else 1]
         assert re.search(product, found.text), f"no {product} in its {gpu.text}"
 
 
@@ -80,6 +91,15 @@ def test_every_target_has_every_format_and_op() -> None:
         kinds = {(j.dtype, j.in_tile) for j in JOBS if j.format == name}
         assert {dtype for dtype, _ in kinds} == {torch.bfloat16, torch.float16, torch.float32}
         assert {in_tile for _, in_tile in kinds} == ({True, False} if fmt.scale == "e8m0" else {False})
+
+
+def test_block_scaled_products_are_taken_where_they_become_instructions() -> None:
+    for target, gpu in TARGETS.items():
+        taken = {pair for pair in PAIRS if refuse_blocks(target, *pair) is None}
+        wanted = {pair for pair in PAIRS if gpu.blocks[2 if "nvfp4" in pair else 0]}
+        if target == "sm_120":
+            wanted -= {pair for pair in PAIRS if pair.count("mxfp4") == 1}
+        assert taken == wanted
 
 
 @pytest.mark.parametrize("name", [n for n, m in INVENTED.items() if m.device in ("cuda", "rocm")])

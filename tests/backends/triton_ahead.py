@@ -24,6 +24,8 @@ class Ahead:
         product: the instructions, in PTX or AMD's assembly, that products in bfloat16 must become.
         columns: of tensor memory that one program may use.
         codes: the instructions that products of FP8 codes must become; empty where the backend refuses those.
+        blocks: those that products of codes with their scales must become: MXFP4 twice, with MXFP8 on a side or on
+            both, NVFP4 twice; empty where the backend refuses those.
     """
 
     kind: str
@@ -33,6 +35,7 @@ class Ahead:
     product: str
     columns: int = 0
     codes: str = ""
+    blocks: tuple[str, str, str] = ("", "", "")
 
     @property
     def amd(self) -> bool:
@@ -58,12 +61,41 @@ TARGETS = {
         "cuda", 90, 32, 227 << 10, r"\bwgmma\.mma_async\S*\.bf16", codes=r"\bwgmma\S*\.f32\.e4m3\.e4m3"
     ),
     "sm_100": Ahead(
-        "cuda", 100, 32, 227 << 10, r"\btcgen05\.mma\S*kind::f16", 512, r"\btcgen05\.mma\S*kind::f8f6f4"
+        "cuda",
+        100,
+        32,
+        227 << 10,
+        r"\btcgen05\.mma\S*kind::f16",
+        512,
+        r"\btcgen05\.mma\S*kind::f8f6f4",
+        (
+            r"\btcgen05\.mma\S*kind::mxf4\.block_scale",
+            r"\btcgen05\.mma\S*kind::mxf8f6f4\.block_scale",
+            r"\btcgen05\.mma\S*kind::mxf4nvf4\.block_scale\.(scale_vec::4X|block16)",
+        ),
     ),
-    "sm_120": Ahead("cuda", 120, 32, 99 << 10, r"\bmma\.sync\S*\.bf16", codes=r"\bmma\.sync\S*\.e4m3\.e4m3"),
+    "sm_120": Ahead(
+        "cuda",
+        120,
+        32,
+        99 << 10,
+        r"\bmma\.sync\S*\.bf16",
+        codes=r"\bmma\.sync\S*\.e4m3\.e4m3",
+        blocks=(
+            r"\bmma\.sync\S*kind::mxf4nvf4\.block_scale\S*\.ue8m0",
+            r"\bmma\.sync\S*kind::mxf8f6f4\.block_scale\S*\.ue8m0",
+            r"\bmma\.sync\S*kind::mxf4nvf4\.block_scale\.scale_vec::4X\S*\.ue4m3",
+        ),
+    ),
     "gfx942": Ahead("hip", "gfx942", 64, 64 << 10, r"\bv_mfma_f32_\w*bf16"),
     "gfx950": Ahead(
-        "hip", "gfx950", 64, 160 << 10, r"\bv_mfma_f32_\w*bf16", codes=r"\bv_mfma_f32_\w*(fp8_fp8|f8f6f4)"
+        "hip",
+        "gfx950",
+        64,
+        160 << 10,
+        r"\bv_mfma_f32_\w*bf16",
+        codes=r"\bv_mfma_f32_\w*(fp8_fp8|f8f6f4)",
+        blocks=(r"\bv_mfma_scale_f32_16x16x128_f8f6f4", r"\bv_mfma_scale_f32_16x16x128_f8f6f4", ""),
     ),
     "gfx1100": Ahead("hip", "gfx1100", 32, 64 << 10, r"\bv_wmma_f32_\w*bf16"),
 }
@@ -144,6 +176,8 @@ KERNELS = {
     "total": ("total", "_total_kernel"),
     "numbers": ("rounded", "_numbers_kernel"),
     "codes": ("rounded", "_codes_kernel"),
+    "blocks": ("rounded", "_blocks_kernel"),
+    "nvfp4": ("rounded", "_nvfp4_kernel"),
     "span": ("attend", "_span_kernel"),
     "masked_span": ("attend", "_span_kernel"),
     "ring_span": ("attend", "_span_kernel"),
@@ -196,6 +230,7 @@ class Job:
         dtype: activations, of a product or a kernel of `STEP`.
         in_tile: E8M0 scales go into the tile; else, as those of random bytes do, on the sums.
         codes: activations are FP8 codes, too.
+        act: the format of activations whose codes meet those of weights in block-scaled units.
     """
 
     target: str
@@ -206,6 +241,7 @@ class Job:
     in_tile: bool = False
     bias: bool = True
     codes: bool = False
+    act: str = ""
 
     def __str__(self) -> str:
         words = [
@@ -220,6 +256,7 @@ class Job:
             for w, on in (("in_tile", self.in_tile), ("no_bias", not self.bias), ("codes", self.codes))
             if on
         ]
+        words += [self.act] if self.act else []
         if self.kernel in STEP:
             return f"{self.target}-{self.kernel}-{words[3]}"
         return "-".join(words if self.format else words[:2])
@@ -240,30 +277,46 @@ def run(job: Job) -> Made:
 
 def product(job: Job) -> tuple[dict[str, Any], dict[str, Any]]:
     """(arguments, compiler's options) as the host code gives them."""
-    layout, tiles = (import_module(f"microscale.backends.triton.{n}") for n in ("layout", "tiles"))
+    blocks, layout, tiles = (
+        import_module(f"microscale.backends.triton.{n}") for n in ("blocks", "layout", "tiles")
+    )
     gpu, dtype = TARGETS[job.target], job.dtype
+    unit = gpu.amd or (isinstance(gpu.arch, int) and gpu.arch >= 80)
+    kind = tiles.Target(gpu.shared, gpu.amd, unit, tensor_memory=gpu.columns > 0)
+    if job.act:
+        w = random_bytes(job.format, (2, 128, 288))
+        w.scales.clamp_(max=126)  # NVFP4's have no sign
+        w = blocks.pack(w)
+        return arguments(job, w, tiles.of_blocks(job.tokens, kind))
     w = layout.pack(random_bytes(job.format, (2, 128, 288)))
     if w.format.scale == "e8m0":
         inside = layout.exponent_range(w.format.element, dtype)
         w = replace(w, exponents=inside if job.in_tile else (0, 254))
     assert w.scale_in_tile(dtype) == (job.in_tile or w.format.scale == "e4m3"), job
-    unit = gpu.amd or (isinstance(gpu.arch, int) and gpu.arch >= 80)
-    kind = tiles.Target(gpu.shared, gpu.amd, unit, tensor_memory=gpu.columns > 0)
     chunk = w.constants(dtype)["CHUNK"]
     tile = tiles.sizes(w.format.element.bits, chunk, dtype.itemsize, job.tokens, kind)
     if job.codes:
         tile = tiles.of_codes(job.tokens, kind)
+    return arguments(job, w, tile)
+
+
+def arguments(job: Job, w: Any, tile: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """`product`'s for weights and tiles of any kind."""
+    dtype = job.dtype
+    stored = "*fp32" if job.codes else "*u8" if job.act else None
     given = {
         "codes": "*u8",
         **dict.fromkeys(("M", "N", "K", "scale_rows", "top_k"), "i32"),
         **dict.fromkeys(("tile_experts", "tile_starts", "ends", "order"), "*i32"),
         **dict.fromkeys(("alpha", "beta", "limit"), "fp32"),
         **dict.fromkeys(("x", "y", "h"), POINTERS[dtype]),
-        **dict.fromkeys(("x_scales", "h_scales"), "*fp32" if job.codes else None),
+        **dict.fromkeys(("x_scales", "h_scales"), stored),
+        **dict.fromkeys(("x_row_scale", "h_row_scale"), "*fp32" if job.act == "nvfp4" else None),
         **dict.fromkeys(("shares", "topk_weights"), "*fp32"),
         "bias": POINTERS[dtype] if job.bias else None,
         "HAS_BIAS": job.bias,
-        "scales": "*fp32" if w.format.scale == "f32" else "*i32",
+        "scales": "*fp32" if w.format.scale == "f32" else "*u8" if job.act else "*i32",
+        "ACT": FORMATS[job.act].element.name if job.act else None,
         "row_scale": "*fp32" if w.row_scale is not None else None,
         "ROW_SCALE": w.row_scale is not None,
         "GROUPS": w.groups,
@@ -273,14 +326,19 @@ def product(job: Job) -> tuple[dict[str, Any], dict[str, Any]]:
         "HAS_LIMIT": True,
         "WEIGHT_ON_INPUT": False,
     }
-    if job.codes:
+    if stored:
         given |= {"w13": {"x": "*u8"}, "w2": {"h": "*u8"}, "linear": {"x": "*u8"}}[job.kernel]
     return w.constants(dtype) | tile.constants | given, tile.compiler
 
 
 def rounding(kernel: str, target: str) -> dict[str, Any]:
-    """Arguments of the kernels that store activations in a format, in E4M3."""
+    """Arguments of the kernels that store activations in a format, in E4M3, or E2M1 beside their scale bytes."""
     given: dict[str, Any] = {"x": "*bf16", "codes": "*u8", "scales": "*fp32", "K": "i32", "GROUPS": "i32"}
+    if kernel == "blocks":
+        four = {"BITS": 4, "MANTISSA": 1, "EMIN": 0, "EMAX": 2, "MAX": 6.0}
+        return given | four | {"scales": "*u8", "WIDTH": 32, "COLUMNS": 1024}
+    if kernel == "nvfp4":
+        return given | {"scales": "*u8", "row_scale": "*fp32", "STEPS": 3, "COLUMNS": 1024}
     given |= {
         "MANTISSA": 3,
         "EMIN": -6,

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import math
 import os
 
 import pytest
 import torch
+from odd_numbers import odd_numbers
 
+from microscale.accumulation import HOPPER_FP8
+from microscale.activations import Activation
 from microscale.backends import triton as backend
 from microscale.backends.adapters.operands import quantized_rows
-from microscale.backends.triton import rounded
+from microscale.backends.triton import rounded, tiles
 from microscale.backends.triton_rules import accumulation, refuse_pair
 from microscale.conformance import Case, cases, run
 from microscale.errors import BackendError
@@ -18,6 +20,7 @@ from microscale.formats import FORMATS, activation_format, get_format
 from microscale.machine import detect
 from microscale.operands import stored
 from microscale.quant import quantize
+from microscale.tolerance import moe_budget
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -62,23 +65,10 @@ def test_pairs_without_a_kernel_are_refused() -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", [*(n for n, f in FORMATS.items() if f.scale == "e8m0"), "fp8_group128"])
 def test_activations_are_rounded_as_quantize_does(name: str, dtype: torch.dtype, seed: int) -> None:
-    """Numbers of every size, also infinite, NaN, subnormal and halfway ones, and a last block that is not whole."""
+    """Also where the last block is not whole."""
     act, generator = get_format(name), torch.Generator().manual_seed(seed)
     for k in (1, 31, 32, 128, 129, 1100):
-        size = torch.exp2(torch.randint(-20, 15, (7, k), generator=generator).float())
-        x = (torch.randn(7, k, generator=generator) * size).to(dtype)
-        x[1] = (
-            x[1].sign()
-            * torch.exp2(torch.randint(-14, 3, (k,), generator=generator).float()).to(dtype)
-            * 1.0625
-        )
-        x[2] = 0.0
-        x[3, 0], x[4, -1] = math.inf, math.nan
-        x[5] = (
-            torch.finfo(dtype).smallest_normal * torch.randint(0, 3, (k,), generator=generator).to(dtype) / 2
-        )
-        x[6, 0] = torch.finfo(dtype).max
-        x = x.to(DEVICE)
+        x = odd_numbers(k, dtype, generator).to(DEVICE)
         found = rounded.rows_of(x, act)
         if found.scales is None:
             expected = stored(x, act, torch.bfloat16)
@@ -108,3 +98,46 @@ def test_codes_of_many_numbers_are_those_of_quantize(seed: int) -> None:
         rows = quantized_rows(x, get_format("fp8_group128"))
         assert torch.equal(scales, rows.scales)
         assert torch.equal(codes & 0x7F, rows.codes & 0x7F)
+
+
+HOPPER = not INTERPRETED and tiles.target(torch.device("cuda")).hopper
+
+
+@pytest.mark.skipif(not HOPPER, reason="Hopper's own kernels are for sm_90")
+@pytest.mark.parametrize("biased", [False, True], ids=["plain", "biased"])
+@pytest.mark.parametrize("tokens", [1, 5, 130, 700])
+def test_experts_of_codes_on_hopper(
+    monkeypatch: pytest.MonkeyPatch, tokens: int, biased: bool, seed: int
+) -> None:
+    """Few routes, which programs sort, and many; units that are full and not; the same bits alone, again, and from a
+    graph; and no other kernel."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator).to(DEVICE)
+
+    act, silu = get_format("fp8_group128"), Activation("silu")
+    w13, w2 = (quantize(random(7, *s) / 8, "fp8_block128") for s in ((768, 1184), (1184, 384)))
+    packed = [backend.pack_for(w, act) for w in (w13, w2)]
+    x, share = random(tokens, 1184).bfloat16(), random(tokens, 3).softmax(-1)
+    ids = torch.randint(-1, 9, (tokens, 3), generator=generator).to(DEVICE)
+    held = torch.tensor([3, 0, -1, 1, 2, 6, 5, -1, 4], device=DEVICE)
+    biases = {"b13": random(7, 768).bfloat16(), "b2": random(7, 1184)} if biased else {}
+    rest = biases | {"expert_map": held, "act": act}
+
+    def experts(rows: slice) -> torch.Tensor:
+        return backend.moe(x[rows], ids[rows], share[rows], *packed, silu, **rest)
+
+    monkeypatch.setattr(backend.experts, "moe", None)
+    y = experts(slice(None))
+    worst = moe_budget(x, ids, share, w13, w2, silu, accumulation=HOPPER_FP8, **rest).worst(y)
+    assert worst <= 1, f"error is {worst:.3g} times the permitted one"
+    assert torch.equal(experts(slice(None)), y)
+    for rows in (slice(0, 1), slice(3, 20), slice(tokens // 2, tokens)):
+        assert torch.equal(experts(rows), y[rows])
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        again = experts(slice(None))
+    again.fill_(float("nan"))
+    graph.replay()
+    assert torch.equal(again, y)

@@ -50,7 +50,7 @@ BACKENDS: tuple[Backend, ...] = (
         "triton",
         "microscale.backends.triton",
         refuse_triton,
-        "weights decoded in registers, multiplied in the activations' dtype, summed in float32; routing on the device",
+        "weights decoded in registers or, beside quantised activations, multiplied as codes; routing on the device",
         proven="NVIDIA H200",
         accumulation=accumulation_triton,
         arithmetic=arithmetic.triton,

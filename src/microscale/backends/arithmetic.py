@@ -6,7 +6,7 @@ One word comes first: native, decoded or emulated; see `oracle.Backend`.
 from __future__ import annotations
 
 from microscale.backends.adapters.common_rules import capability
-from microscale.backends.triton_rules import PROVEN
+from microscale.backends.triton_rules import PROVEN, in_blocks
 from microscale.formats import FP8_GROUP128, get_format
 from microscale.machine import CORE
 from microscale.oracle import Problem
@@ -28,6 +28,8 @@ def triton(problem: Problem) -> str:
     sm = capability(problem.arch)
     if problem.act == FP8_GROUP128.name:
         return "native: FP8 matrix units multiply the codes of weights and activations, 128 columns at a time"
+    if in_blocks(problem):
+        return "native: block-scaled matrix units multiply the codes of weights and activations with their scales"
     if problem.device == "cuda" and sm < 80:
         return (
             "decoded: weights become numbers in registers; no matrix unit, since Triton uses none below sm_80"

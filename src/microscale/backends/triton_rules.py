@@ -5,13 +5,19 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from microscale.accumulation import FLOAT32, Accumulation, of_fp8_codes
-from microscale.backends.adapters.common_rules import capability
+from microscale.backends.adapters.common_rules import capability, numbers
 from microscale.formats import FORMATS, FP8_GROUP128
 from microscale.machine import Machine
 from microscale.oracle import Problem
 
 # Versions of Triton with which Hopper's own kernels have run on a GPU; Gluon changes from version to version.
 PROVEN = ("3.6.", "3.7.", "3.8.", "3.9.")
+
+# Formats whose codes and scales Triton gives to block-scaled matrix units, each with each, but on sm_120 and sm_121
+# those of one width: the others it widens to bf16. NVFP4 goes with itself, too.
+BLOCKS = ("mxfp4", "mxfp8_e4m3", "mxfp8_e5m2")
+# From which version on it makes such instructions for a GPU, as compiled with 3.6 to 3.9.
+UNITS = {"sm_100": "3.6", "sm_103": "3.6", "sm_110": "3.7", "sm_120": "3.6", "sm_121": "3.8", "gfx950": "3.6"}
 
 
 def refuse(problem: Problem) -> str | None:
@@ -20,7 +26,7 @@ def refuse(problem: Problem) -> str | None:
         return f"Triton compiles for CUDA, ROCm and XPU, not for {problem.device}"
     if problem.device == "cuda" and capability(problem.arch) < 75:
         return f"the kernels need sm_75 or newer, and this is {problem.arch or 'unknown'}"
-    if problem.act != "a16" and (why := refuse_pair(problem.weight, problem.act) or _refuse_act(problem)):
+    if problem.act != "a16" and (why := _refuse_act(problem)):
         return why
     if "triton" not in problem.packages:
         return "the package triton is not installed"
@@ -28,7 +34,7 @@ def refuse(problem: Problem) -> str | None:
 
 
 def refuse_pair(weight: str, act: str) -> str | None:
-    """None, or why there are no kernels for weights in one format and activations in another."""
+    """None, or why kernels without block-scaled units take no weights in one format and activations in another."""
     if act == FP8_GROUP128.name:
         return (
             None
@@ -40,14 +46,45 @@ def refuse_pair(weight: str, act: str) -> str | None:
     return f"activations are multiplied as bf16 numbers or as FP8 codes, and those of {act} are neither"
 
 
+def refuse_blocks(arch: str, weight: str, act: str, version: str = "") -> str | None:
+    """None, or why no block-scaled matrix unit multiplies codes of two formats with their scales on a GPU.
+
+    Args:
+        version: of Triton; empty: the newest.
+    """
+    sm = capability(arch)
+    least = UNITS.get(f"sm_{sm}" if sm else arch)
+    if least is None:
+        return f"Triton has no block-scaled product for {arch}"
+    if version and numbers(version) < numbers(least):
+        return f"block-scaled products for {arch} need Triton {least} or newer, and this is {version}"
+    if weight == act == "nvfp4":
+        return None if sm else f"{arch} has block-scaled units, but not for scales of {act}"
+    if weight not in BLOCKS or act not in BLOCKS:
+        return f"Triton's block-scaled product takes MXFP4 and MXFP8, or NVFP4 twice, not {weight} and {act}"
+    widths = [FORMATS[name].element.bits for name in (weight, act)]
+    if sm >= 120 and widths[0] != widths[1]:
+        return f"on {arch} Triton's block-scaled product takes codes of one width, not {widths[0]} and {widths[1]} bits"
+    return None
+
+
+def in_blocks(problem: Problem) -> bool:
+    """Whether activations meet weights as codes and scales, in block-scaled units."""
+    found = problem.version("triton")
+    return problem.act != "a16" and refuse_blocks(problem.arch, problem.weight, problem.act, found) is None
+
+
 def _refuse_act(problem: Problem) -> str | None:
     """None, or why this GPU does not multiply such activations here."""
     arch, sm = problem.arch or "unknown", capability(problem.arch)
+    why = refuse_blocks(arch, problem.weight, problem.act, problem.version("triton"))
+    if why is None:
+        return None
+    if (pair := refuse_pair(problem.weight, problem.act)) is not None:
+        return pair
     if problem.act != FP8_GROUP128.name:
         if sm >= 100 or arch == "gfx950" or problem.device == "xpu":
-            return (
-                f"activations in {problem.act} would be widened to bf16, and {arch} has units for their codes"
-            )
+            return f"activations in {problem.act} would be widened to bf16: {why}"
         return None
     if problem.device == "xpu":
         return "Triton widens FP8 codes on XPU before it multiplies them"
@@ -58,7 +95,9 @@ def _refuse_act(problem: Problem) -> str | None:
 
 
 def yields(problem: Problem) -> str | None:
-    """None, or why other packages' kernels are asked first, by measurement."""
+    """None, or why other packages' kernels are asked first."""
+    if in_blocks(problem):
+        return "its block-scaled products were compiled for such a GPU and have never run on one"
     codes = problem.act == FP8_GROUP128.name and problem.device == "cuda" and capability(problem.arch) == 90
     if problem.op != "linear" or not codes:
         return None

@@ -38,6 +38,11 @@ MODELS = {
     "gpt-oss-120b": Experts(128, 4, 2880, 2880, GPT_OSS, True),
     "qwen3-30b-a3b": Experts(128, 8, 2048, 768, Activation("silu"), False),
 }
+# As much as a GPU of 80 GB has room for; timed where they are asked for by name.
+LARGE = {
+    "qwen3-235b-a22b": Experts(128, 8, 4096, 1536, Activation("silu"), False),
+    "deepseek-v3": Experts(256, 8, 7168, 2048, Activation("silu"), False),
+}
 LINEARS = {"8192x8192": (8192, 8192), "5120x2880": (5120, 2880)}
 
 

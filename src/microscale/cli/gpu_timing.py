@@ -39,6 +39,8 @@ PARTS = {
     # Of experts' activations, too: a kernel's name does not say whose it rounds.
     "_numbers_kernel": "linears",
     "_codes_kernel": "linears",
+    "_blocks_kernel": "linears",
+    "_nvfp4_kernel": "linears",
 }
 
 

@@ -15,8 +15,8 @@ def missing(problem: Problem, package: str) -> str | None:
     if package not in problem.packages:
         return f"the package {package} is not installed"
     found, least = problem.version(package), READ[package]
-    series = _numbers(least)[:2]
-    if found and not (_numbers(found) >= _numbers(least) and _numbers(found)[:2] == series):
+    series = numbers(least)[:2]
+    if found and not (numbers(found) >= numbers(least) and numbers(found)[:2] == series):
         wanted = f"at least {least} and below {series[0]}.{series[1] + 1}"
         return f"{package} {found} is installed, and the interface that was read is that of {wanted}"
     return None
@@ -48,7 +48,7 @@ def sizes(problem: Problem, rows: int, columns: int) -> str | None:
     return None
 
 
-def _numbers(version: str) -> tuple[int, ...]:
+def numbers(version: str) -> tuple[int, ...]:
     """The release's numbers: "0.1.7.post2.dev18" -> (0, 1, 7)."""
     match = re.match(r"\d+(?:\.\d+)*", version)
     numbers = tuple(int(n) for n in match[0].split(".")) if match else ()

@@ -1,12 +1,12 @@
 """One source of kernels for CUDA, ROCm and XPU: every format, exact in the weights, activations in 16 or 32 bits.
 
 `layout` packs and unpacks, `decode` turns codes and scales into numbers in registers, `rounded` stores activations in a
-format, `gemm` has the loop over K and linear, `moe` the experts, `routing` sorts their routes, `total` adds up their
-shares, `tiles` has the sizes. Hopper has a layout and kernels of its own: `placement` and `fragments`, `hopper` and
-`hopper_moe` over `hopper_loop` or, for many tokens, `hopper_bulk`, for a single one's experts `hopper_few`, all over
-`hopper_decode`; `hopper_routes` says whose a tile is, `hopper_token` has a single one's chosen by its logits,
-`hopper_results` ends experts, `hopper_fetch` asks for weights ahead, `cuts` chooses their sizes, and `fallback` takes
-over if they do not compile.
+format, `blocks` packs for units that multiply codes with their scales, `gemm` has the loop over K and linear, `moe` the
+experts, `routing` sorts their routes, `total` adds up their shares, `tiles` has the sizes. Hopper has a layout and
+kernels of its own: `placement` and `fragments`, `hopper` and `hopper_moe` over `hopper_loop` or, for many tokens,
+`hopper_bulk`, for a single one's experts `hopper_few`, all over `hopper_decode`; `hopper_routes` says whose a tile is,
+`hopper_token` has a single one's chosen by its logits, `hopper_results` ends experts, `hopper_fetch` asks for weights
+ahead, `cuts` chooses their sizes, and `fallback` takes over if they do not compile.
 In CUDA C++, which `hopper_text` writes and `nvrtc` compiles, experts have `hopper_rings` for a few tokens,
 `hopper_wide` for many and `hopper_fp8` for FP8 codes on both sides, and linears `hopper_linear`; `hopper_experts` takes
 the kernels that a call's cuts are of.
@@ -17,14 +17,16 @@ For a decoded token there are `attend` over `spans`, `rows` for products with pl
 from __future__ import annotations
 
 from functools import partial
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from microscale.activations import Activation
 from microscale.backends import autograd, emulation
-from microscale.backends.triton import cuts, fragments, gemm, layout, tiles
+from microscale.backends.triton import blocks, cuts, fragments, gemm, layout, tiles
 from microscale.backends.triton import moe as experts
+from microscale.backends.triton.blocks import Blocks
 from microscale.backends.triton.fallback import attempt
 from microscale.backends.triton.fragments import Fragments
 from microscale.backends.triton.layout import Packed
@@ -39,6 +41,7 @@ from microscale.quant import QuantTensor
 __all__ = ["REPACKS", "Packed", "linear", "moe", "pack", "pack_for", "shares", "unpack"]
 
 REPACKS = True  # see `contract.Contract`
+Weights: TypeAlias = Packed | Fragments | Blocks
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -49,27 +52,34 @@ def pack(w: QuantTensor) -> Packed | Fragments:
     return layout.pack(w)
 
 
-def pack_for(w: QuantTensor, act: Format | None) -> Packed | Fragments:
+def pack_for(w: QuantTensor, act: Format | None) -> Weights:
     """See `contract.Contract`. Hopper's own kernels have 16-bit activations: those of MX formats are such numbers in a
     linear, but between two products of experts nothing rounds to them."""
+    if tiles.target(w.device).multiplies(w.format, act):
+        return blocks.pack(w)
     if act is None or (act.scale == "e8m0" and len(w.shape) == 2):
         return pack(w)
     return layout.pack(w)
 
 
-def unpack(packed: Packed | Fragments) -> QuantTensor:
+def unpack(packed: Weights) -> QuantTensor:
     """The exact inverse of `pack`."""
+    if isinstance(packed, Blocks):
+        return blocks.unpack(packed)
     return fragments.unpack(packed) if isinstance(packed, Fragments) else layout.unpack(packed)
 
 
-def _plain(w: Packed | Fragments) -> Packed:
-    """What the kernels for every target read."""
-    return w.plain if isinstance(w, Fragments) else w
+def _read(w: Weights, act: Format | None) -> Packed | Blocks:
+    """What the kernels for every target read beside such activations."""
+    return w if isinstance(w, Packed) or (isinstance(w, Blocks) and _are_codes(w, act)) else w.plain
 
 
-def linear(
-    x: Tensor, w: Packed | Fragments, bias: Tensor | None = None, *, act: Format | None = None
-) -> Tensor:
+def _are_codes(w: Weights, act: Format | None) -> bool:
+    """Whether activations meet these weights as codes in block-scaled units."""
+    return isinstance(w, Blocks) and tiles.target(w.codes.device).multiplies(w.format, act)
+
+
+def linear(x: Tensor, w: Weights, bias: Tensor | None = None, *, act: Format | None = None) -> Tensor:
     """See `contract.Contract.linear`.
 
     Numerics: float32 accumulation, scale blocks in ascending K; a row's result depends on no other row, to the bit.
@@ -96,7 +106,7 @@ def linear(
                 *("linear", w.format.name, w.shape, a.dtype, cut),
             )
             return y.to(x.dtype).view(*x.shape[:-1], n)
-        return gemm.linear(rows, _plain(w), bias, act).view(*x.shape[:-1], n)
+        return gemm.linear(rows, _read(w, act), bias, act).view(*x.shape[:-1], n)
 
     def slow(x: Tensor, bias: Tensor | None) -> Tensor:
         return emulation.linear(x, emulation.Packed(unpack(w)), bias, act=act)
@@ -108,8 +118,8 @@ def moe(
     x: Tensor,
     topk_ids: Tensor,
     topk_weights: Tensor,
-    w13: Packed | Fragments,
-    w2: Packed | Fragments,
+    w13: Weights,
+    w2: Weights,
     activation: Activation,
     *,
     b13: Tensor | None = None,
@@ -154,8 +164,8 @@ def moe(
 def shares(
     x: Tensor,
     choice: Choice,
-    w13: Packed | Fragments,
-    w2: Packed | Fragments,
+    w13: Weights,
+    w2: Weights,
     activation: Activation,
     *,
     b13: Tensor | None = None,
@@ -194,8 +204,8 @@ def _experts(
     x: Tensor,
     topk_ids: Tensor,
     topk_weights: Tensor,
-    w13: Packed | Fragments,
-    w2: Packed | Fragments,
+    w13: Weights,
+    w2: Weights,
     activation: Activation,
     b13: Tensor | None,
     b2: Tensor | None,
@@ -208,17 +218,16 @@ def _experts(
     rest = (activation, b13, b2, expert_map, weight_on_input)
 
     def plain() -> Tensor:
-        return experts.moe(x, topk_ids, topk_weights, _plain(w13), _plain(w2), *rest, add_up, act)
+        return experts.moe(x, topk_ids, topk_weights, _read(w13, act), _read(w2, act), *rest, add_up, act)
 
     if act is not None and act.scale == "f32" and tiles.target(x.device).hopper:
         from microscale.backends.triton import hopper_fp8
 
-        codes = _plain(w13), _plain(w2)
-        if not hopper_fp8.refuse(x, *codes, activation, (b13, b2), topk_weights, weight_on_input):
-            given = (x, topk_ids, topk_weights, *codes, activation, b13, b2, expert_map, act, add_up)
-            return attempt(
-                partial(hopper_fp8.moe, *given), plain, "moe", act.name, w13.shape, activation, x.shape[0]
-            )
+        first, second = (w if isinstance(w, Packed) else w.plain for w in (w13, w2))
+        if not hopper_fp8.refuse(x, first, second, activation, (b13, b2), topk_weights, weight_on_input):
+            matrices = (x, topk_ids, topk_weights, first, second)
+            codes = partial(hopper_fp8.moe, *matrices, activation, b13, b2, expert_map, act, add_up)
+            return attempt(codes, plain, "moe", act.name, w13.shape, activation)
     own = _hopper(x, topk_ids.shape[1], w13, w2, activation) if act is None else None
     if own is None:
         return plain()
@@ -231,7 +240,7 @@ def _experts(
 
 
 def _hopper(
-    x: Tensor, top_k: int, w13: Packed | Fragments, w2: Packed | Fragments, activation: Activation
+    x: Tensor, top_k: int, w13: Weights, w2: Weights, activation: Activation
 ) -> tuple[tuple[Fragments, Fragments], tuple[cuts.Cut, cuts.Cut]] | None:
     """The weights, and the cuts for x's tokens, where Hopper's kernels take these experts."""
     if not (isinstance(w13, Fragments) and isinstance(w2, Fragments)):
@@ -250,9 +259,11 @@ def _contiguous(t: Tensor | None) -> Tensor | None:
     return None if t is None else t.contiguous()
 
 
-def _check(x: Tensor, act: Format | None, *weights: Packed | Fragments) -> None:
+def _check(x: Tensor, act: Format | None, *weights: Weights) -> None:
     for w in weights:
-        if act is not None and (why := refuse_pair(w.format.name, act.name)) is not None:
+        if act is None or _are_codes(w, act):
+            continue
+        if (why := refuse_pair(w.format.name, act.name)) is not None:
             raise BackendError(f"triton: {why}")
     if x.dtype not in _DTYPES:
         raise BackendError(f"triton takes bf16, fp16 and fp32 activations, not {x.dtype}")

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from microscale.backends.triton import decode, tiles
+from microscale.backends.triton.blocks import Blocks
 from microscale.backends.triton.layout import Packed
 from microscale.backends.triton.rounded import rows_of
 from microscale.formats import Format
@@ -55,9 +56,53 @@ def product_of_codes(
 
 
 @triton.jit
+def product_of_blocks(
+    x,
+    x_scales,
+    x_row_scale,
+    tokens,
+    codes,
+    scales,
+    expert,
+    rows,
+    N,
+    GROUPS: tl.constexpr,
+    BITS: tl.constexpr,
+    MANTISSA: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ACT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """`product` of MX or NVFP4 codes on both sides: block-scaled units multiply 128 columns with their scales, see
+    `blocks`."""
+    WEIGHT: tl.constexpr = "e2m1" if BITS == 4 else ("e4m3" if MANTISSA == 3 else "e5m2")
+    WIDE: tl.constexpr = 16 * BITS
+    X_WIDE: tl.constexpr = 64 if ACT == "e2m1" else 128
+    SCALES: tl.constexpr = 128 // WIDTH
+    block = tl.arange(0, SCALES)[None, :]
+    rows = expert * N + rows
+    code_rows = codes + rows[:, None] * (GROUPS * WIDE) + tl.arange(0, WIDE)[None, :]  # [BLOCK_N, WIDE]
+    x_columns = x + tokens[None, :] * (GROUPS * X_WIDE) + tl.arange(0, X_WIDE)[:, None]  # [X_WIDE, BLOCK_M]
+    scale_rows = scales + rows[:, None] * (GROUPS * SCALES) + block  # [BLOCK_N, SCALES]
+    x_scale_rows = x_scales + tokens[:, None] * (GROUPS * SCALES) + block  # [BLOCK_M, SCALES]
+    acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    for group in range(GROUPS):
+        w, a = tl.load(code_rows + group * WIDE), tl.load(x_columns + group * X_WIDE)
+        scale, x_scale = tl.load(scale_rows + group * SCALES), tl.load(x_scale_rows + group * SCALES)
+        if WIDTH == 16:  # NVFP4
+            scale, x_scale = scale.to(tl.float8e4nv, bitcast=True), x_scale.to(tl.float8e4nv, bitcast=True)
+        acc = tl.dot_scaled(w, scale, WEIGHT, a, x_scale, ACT, acc)
+    if x_row_scale is not None:
+        acc = acc * tl.load(x_row_scale + tokens)[None, :]
+    return acc
+
+
+@triton.jit
 def product(
     x,
     x_scales,
+    x_row_scale,
     tokens,
     codes,
     scales,
@@ -78,6 +123,7 @@ def product(
     CHUNK: tl.constexpr,
     IN_TILE: tl.constexpr,
     EVEN_K: tl.constexpr,
+    ACT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -86,15 +132,22 @@ def product(
     Two ways, both exact in the weights. IN_TILE: code times scale is a number of x's dtype, and the matrix unit gets
     that. Else it gets the bare codes, which every 16-bit dtype holds, one scale block at a time, and the block's sum
     is multiplied by the scale in float32: that takes any scale byte, and any float32 scale. Where x are FP8 codes, too,
-    it is `product_of_codes`.
+    it is `product_of_codes`, and with ACT `product_of_blocks`.
 
     Args:
         x: [*, K]; tokens: int64 [BLOCK_M], rows of it.
-        x_scales: None, or float32 [*, GROUPS]; x are E4M3 codes [*, GROUPS * 128] then, see `rounded`.
+        x_scales: None, or those of codes x, see `rounded.Rows`: float32 [*, GROUPS] of E4M3 codes [*, GROUPS * 128],
+            and scale bytes of MX or NVFP4 codes, with elements ACT.
+        x_row_scale: None, or of NVFP4 codes float32 [*], what else multiplies a row.
         codes, scales: see `layout`; expert: int64, rows: int32 [BLOCK_N] of its N.
         GROUPS, scale_rows: of 128 columns in a row, and rows of scales in an expert.
     """
-    if x_scales is not None:
+    if ACT is not None:
+        acc = product_of_blocks(
+            x, x_scales, x_row_scale, tokens, codes, scales, expert, rows, N, GROUPS,
+            BITS, MANTISSA, WIDTH, ACT, BLOCK_M, BLOCK_N,
+        )  # fmt: skip
+    elif x_scales is not None:
         acc = product_of_codes(
             x, x_scales, tokens, codes, scales, expert, rows, N, GROUPS, scale_rows, HEIGHT, BLOCK_M, BLOCK_N
         )
@@ -165,6 +218,7 @@ def _linear_kernel(
     y,
     x,
     x_scales,
+    x_row_scale,
     codes,
     scales,
     row_scale,
@@ -185,6 +239,7 @@ def _linear_kernel(
     CHUNK: tl.constexpr,
     IN_TILE: tl.constexpr,
     EVEN_K: tl.constexpr,
+    ACT: tl.constexpr,
     ROW_SCALE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -196,18 +251,18 @@ def _linear_kernel(
     # Past the end a tile repeats the last row and token, and stores neither.
     rows, tokens = tl.minimum(n, N - 1), tl.minimum(m, M - 1).to(tl.int64)
     acc = product(
-        x, x_scales, tokens, codes, scales, tl.program_id(1).to(tl.int64), rows, N, K, GROUPS, scale_rows,
-        BITS, MANTISSA, BIAS, SPECIALS, SCALE, HEIGHT, WIDTH, UNIT, CHUNK, IN_TILE, EVEN_K, BLOCK_M, BLOCK_N,
+        x, x_scales, x_row_scale, tokens, codes, scales, tl.program_id(1).to(tl.int64), rows, N, K, GROUPS, scale_rows,
+        BITS, MANTISSA, BIAS, SPECIALS, SCALE, HEIGHT, WIDTH, UNIT, CHUNK, IN_TILE, EVEN_K, ACT, BLOCK_M, BLOCK_N,
     )  # fmt: skip
     acc = scaled(acc, row_scale, bias, rows, ROW_SCALE, HAS_BIAS)
     mask = (n < N)[:, None] & (m < M)[None, :]
     tl.store(y + tokens[None, :] * N + n[:, None], acc.to(y.dtype.element_ty), mask=mask)
 
 
-def linear(x: Tensor, w: Packed, bias: Tensor | None, act: Format | None = None) -> Tensor:
+def linear(x: Tensor, w: Packed | Blocks, bias: Tensor | None, act: Format | None = None) -> Tensor:
     """[M, K] -> [M, N] in x's dtype; M and N at least 1. `act`: x is rounded to it first, see `rounded.rows_of`."""
     m, (n, k) = x.shape[0], w.shape
-    a = rows_of(x, act)
+    a = rows_of(x, act, isinstance(w, Blocks))
     y = torch.empty(m, n, dtype=tiles.stored_dtype(x.dtype), device=x.device)
     tile = tiles.choose(w, a.dtype, m, x.device, a.scales is not None)
     with tiles.on(x.device):
@@ -215,6 +270,7 @@ def linear(x: Tensor, w: Packed, bias: Tensor | None, act: Format | None = None)
             y,
             a.x,
             a.scales,
+            a.row_scale,
             w.codes,
             w.scales,
             w.row_scale,
@@ -225,6 +281,7 @@ def linear(x: Tensor, w: Packed, bias: Tensor | None, act: Format | None = None)
             w.groups,
             w.scales.shape[-1],
             **w.constants(a.dtype),
+            ACT=a.blocks,
             ROW_SCALE=w.row_scale is not None,
             HAS_BIAS=bias is not None,
             **tile.constants,

@@ -168,7 +168,7 @@ def _spec(
         Codes(
             True, "e4m3", "f32", _MOST, stages, _USERS, _EACH, even=True, bias=tuple(map(float_kind, biases)),
             weights=float_kind(weights), top_k=ids.shape[1], kind=activation.kind, gated=True, apart=True,
-            limit=activation.limit is not None, **rest,
+            limit=activation.limit is not None, **rest,  # type: ignore[arg-type]
         )
         for rest in (lists, {}) if rest is not None for stages in range(_STAGES, 2, -1)
     )  # fmt: skip

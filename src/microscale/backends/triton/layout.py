@@ -71,11 +71,12 @@ class Packed:
 
     def constants(self, dtype: torch.dtype) -> dict[str, Any]:
         """The kernels' compile-time description of the format, for activations of `dtype`. Do not write to it."""
-        return _constants(self.format, self.scale_in_tile(dtype), self.shape[-1] % GROUP == 0)
+        return constants(self.format, self.scale_in_tile(dtype), self.shape[-1] % GROUP == 0)
 
 
 @cache
-def _constants(fmt: Format, in_tile: bool, even_k: bool) -> dict[str, Any]:
+def constants(fmt: Format, in_tile: bool, even_k: bool) -> dict[str, Any]:
+    """The kernels' compile-time description of a format, and of how it is read. Do not write to it."""
     element = fmt.element
     unit = GROUP // _PLANES[element.bits]
     return {
@@ -133,19 +134,24 @@ def pack(w: QuantTensor) -> Packed:
     for start in range(0, rows.shape[0], step):
         part = unpack_codes(rows[start : start + step], fmt.element.bits, k)
         codes[start : start + step] = _pack_rows(part, fmt.element.bits)
-    row_scale = None
-    if w.tensor_scale is not None:
-        row_scale = w.tensor_scale.expand(w.shape[:-1]).reshape(experts, n).contiguous()
     return Packed(
         fmt,
         w.shape,
         w.rule,
         codes.view(experts, n, row_bytes),
         _pack_scales(w.scales.reshape(experts, *w.scales.shape[-2:]), fmt, groups),
-        row_scale,
+        row_scale(w),
         w.tensor_scale,
         scale_range(w),
     )
+
+
+def row_scale(w: QuantTensor) -> Tensor | None:
+    """The tensor scale spread over rows, float32 [E, N], E = 1 for a matrix; None without one."""
+    if w.tensor_scale is None:
+        return None
+    experts = w.shape[0] if len(w.shape) == 3 else 1
+    return w.tensor_scale.expand(w.shape[:-1]).reshape(experts, w.shape[-2]).contiguous()
 
 
 def unpack(packed: Packed) -> QuantTensor:

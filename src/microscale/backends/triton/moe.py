@@ -12,6 +12,7 @@ from torch import Tensor
 from microscale.activations import Activation
 from microscale.backends.triton import tiles
 from microscale.backends.triton.activation import activate
+from microscale.backends.triton.blocks import Blocks
 from microscale.backends.triton.gemm import product, scaled
 from microscale.backends.triton.layout import Packed
 from microscale.backends.triton.rounded import Rows, rows_of
@@ -25,6 +26,7 @@ def _first_kernel(
     h,
     x,
     x_scales,
+    x_row_scale,
     codes,
     scales,
     row_scale,
@@ -53,6 +55,7 @@ def _first_kernel(
     CHUNK: tl.constexpr,
     IN_TILE: tl.constexpr,
     EVEN_K: tl.constexpr,
+    ACT: tl.constexpr,
     ROW_SCALE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     KIND: tl.constexpr,
@@ -85,8 +88,8 @@ def _first_kernel(
     else:
         rows = within + i // OUT * width
     acc = product(
-        x, x_scales, route // top_k, codes, scales, expert, rows, N, K, GROUPS, scale_rows,
-        BITS, MANTISSA, BIAS, SPECIALS, SCALE, HEIGHT, WIDTH, UNIT, CHUNK, IN_TILE, EVEN_K, BLOCK_M, BLOCK_N,
+        x, x_scales, x_row_scale, route // top_k, codes, scales, expert, rows, N, K, GROUPS, scale_rows,
+        BITS, MANTISSA, BIAS, SPECIALS, SCALE, HEIGHT, WIDTH, UNIT, CHUNK, IN_TILE, EVEN_K, ACT, BLOCK_M, BLOCK_N,
     )  # fmt: skip
     if WEIGHT_ON_INPUT:
         # On the sum instead of on x: the same number with one rounding less.
@@ -107,6 +110,7 @@ def _second_kernel(
     shares,
     h,
     h_scales,
+    h_row_scale,
     codes,
     scales,
     row_scale,
@@ -131,6 +135,7 @@ def _second_kernel(
     CHUNK: tl.constexpr,
     IN_TILE: tl.constexpr,
     EVEN_K: tl.constexpr,
+    ACT: tl.constexpr,
     ROW_SCALE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     WEIGHT_ON_INPUT: tl.constexpr,
@@ -151,8 +156,8 @@ def _second_kernel(
     n = tl.program_id(0) % blocks * BLOCK_N + tl.arange(0, BLOCK_N)
     rows = tl.minimum(n, N - 1)
     acc = product(
-        h, h_scales, position.to(tl.int64), codes, scales, expert, rows, N, K, GROUPS, scale_rows,
-        BITS, MANTISSA, BIAS, SPECIALS, SCALE, HEIGHT, WIDTH, UNIT, CHUNK, IN_TILE, EVEN_K, BLOCK_M, BLOCK_N,
+        h, h_scales, h_row_scale, position.to(tl.int64), codes, scales, expert, rows, N, K, GROUPS, scale_rows,
+        BITS, MANTISSA, BIAS, SPECIALS, SCALE, HEIGHT, WIDTH, UNIT, CHUNK, IN_TILE, EVEN_K, ACT, BLOCK_M, BLOCK_N,
     )  # fmt: skip
     acc = scaled(acc, row_scale, bias, expert * N + rows, ROW_SCALE, HAS_BIAS)
     if not WEIGHT_ON_INPUT:
@@ -164,8 +169,8 @@ def moe(
     x: Tensor,
     topk_ids: Tensor,
     topk_weights: Tensor,
-    w13: Packed,
-    w2: Packed,
+    w13: Packed | Blocks,
+    w2: Packed | Blocks,
     activation: Activation,
     b13: Tensor | None,
     b2: Tensor | None,
@@ -184,8 +189,8 @@ def moe(
     n, routes = w2.shape[1], m * top_k
     if act is not None and weight_on_input:  # a token has one route, and is rounded with its weight
         x = x.float() * topk_weights
-    a = rows_of(x, act)
-    eight, each = a.scales is not None, -(-routes // min(experts, routes))
+    a = rows_of(x, act, isinstance(w13, Blocks))
+    eight, each = act is not None and act.scale == "f32", -(-routes // min(experts, routes))
     tile13, tile2 = (tiles.choose(w, a.dtype, each, device, eight) for w in (w13, w2))
     block_m = min(tile13.block_m, tile2.block_m)
     tile13, tile2 = tile13.with_block_m(block_m), tile2.with_block_m(block_m)
@@ -198,9 +203,10 @@ def moe(
         out = rows // 2 if activation.gated else rows
         per_tile = tile13.block_n // 2 if activation.gated else tile13.block_n
         _first_kernel[(routed.count * -(-out // per_tile),)](
-            h, a.x, a.scales, w13.codes, w13.scales, w13.row_scale, b13, *table, top_k, rows, hidden,
+            h, a.x, a.scales, a.row_scale, w13.codes, w13.scales, w13.row_scale, b13, *table, top_k, rows, hidden,
             w13.groups, w13.scales.shape[-1], activation.alpha, activation.beta, activation.limit or 0.0,
             **w13.constants(a.dtype),
+            ACT=a.blocks,
             ROW_SCALE=w13.row_scale is not None,
             HAS_BIAS=b13 is not None,
             KIND=activation.kind,
@@ -211,11 +217,12 @@ def moe(
             **tile13.constants,
             **tile13.compiler,
         )  # fmt: skip
-        a = Rows(h, None, dtype) if act is None else rows_of(h, act)
+        a = Rows(h, None, dtype) if act is None else rows_of(h, act, isinstance(w2, Blocks))
         _second_kernel[(routed.count * -(-n // tile2.block_n),)](
-            shares, a.x, a.scales, w2.codes, w2.scales, w2.row_scale, b2, *table, n, w2.shape[2],
+            shares, a.x, a.scales, a.row_scale, w2.codes, w2.scales, w2.row_scale, b2, *table, n, w2.shape[2],
             w2.groups, w2.scales.shape[-1],
             **w2.constants(a.dtype),
+            ACT=a.blocks,
             ROW_SCALE=w2.row_scale is not None,
             HAS_BIAS=b2 is not None,
             WEIGHT_ON_INPUT=weight_on_input,

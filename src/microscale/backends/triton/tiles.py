@@ -12,8 +12,10 @@ import torch
 import triton
 from torch import Tensor
 
+from microscale.backends.triton.blocks import Blocks
 from microscale.backends.triton.layout import Packed
-from microscale.backends.triton_rules import PROVEN
+from microscale.backends.triton_rules import PROVEN, refuse_blocks
+from microscale.formats import Format
 
 # Triton's interpreter keeps bfloat16 as integers and multiplies those, so on CPUs it is given float32 instead.
 INTERPRETED: bool = bool(triton.knobs.runtime.interpret)
@@ -34,6 +36,7 @@ class Target:
         early: a kernel may start while the one ahead of it ends (asked for where that has run: sm_90).
         units: multiprocessors; 0 where nothing can be asked.
         tensor_memory: sums are kept in 512 columns of memory beside the matrix unit (sm_100 to sm_110).
+        arch: as `machine.Gpu` has it; empty where nothing can be asked.
     """
 
     shared: int
@@ -43,6 +46,11 @@ class Target:
     early: bool = False
     units: int = 0
     tensor_memory: bool = False
+    arch: str = ""
+
+    def multiplies(self, weight: Format, act: Format | None) -> bool:
+        """Whether its matrix units multiply codes of two formats with their scales."""
+        return act is not None and refuse_blocks(self.arch, weight.name, act.name, triton.__version__) is None
 
 
 @dataclass(frozen=True)
@@ -78,8 +86,12 @@ class Tiles:
         return {"BLOCK_M": self.block_m, "BLOCK_N": self.block_n}
 
 
-def choose(w: Packed, dtype: torch.dtype, tokens: int, device: torch.device, codes: bool = False) -> Tiles:
+def choose(
+    w: Packed | Blocks, dtype: torch.dtype, tokens: int, device: torch.device, codes: bool = False
+) -> Tiles:
     """Tiles for a product in which about `tokens` tokens meet each matrix. `codes`: of FP8 with each other."""
+    if isinstance(w, Blocks):
+        return of_blocks(tokens, target(device))
     if codes:
         return of_codes(tokens, target(device))
     chunk = w.constants(dtype)["CHUNK"]
@@ -119,6 +131,20 @@ def of_codes(tokens: int, target: Target) -> Tiles:
     return Tiles(block_m, block_n, 4, stages, target.amd)
 
 
+@cache
+def of_blocks(tokens: int, target: Target) -> Tiles:
+    """Of codes that block-scaled units multiply with their scales, 128 columns at a time: of 128 rows, since with fewer
+    Triton widens codes instead of giving them to the units of sm_100."""
+    block_m = 16
+    while block_m < min(tokens, 128):
+        block_m *= 2
+    stages = 2 if target.amd else 4
+    # A column of scales, too; and 4-bit codes beside 8-bit ones take a byte each.
+    while stages > 1 and stages * (128 + 4) * (block_m + 128) > target.shared:
+        stages -= 1
+    return Tiles(block_m, 128, 8 if block_m == 128 else 4, stages, target.amd)
+
+
 def on(device: torch.device) -> AbstractContextManager[Any]:
     """Triton launches on the current device: make it this one."""
     if device.type == "cpu":
@@ -152,7 +178,11 @@ def target(device: torch.device) -> Target:
     beside = nvidia and capability[0] in (10, 11)
     units = torch.cuda.get_device_properties(device).multi_processor_count if nvidia else 0
     early = nvidia and capability == (9, 0)
-    return Target(int(properties["max_shared_mem"]), amd, capability >= (8, 0), hopper, early, units, beside)
+    arch = f"sm_{capability[0]}{capability[1]}" if nvidia else ""
+    if amd:
+        arch = torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
+    shared = int(properties["max_shared_mem"])
+    return Target(shared, amd, capability >= (8, 0), hopper, early, units, beside, arch)
 
 
 def launch(early: bool, fused: bool = True) -> dict[str, bool]:
