@@ -8,98 +8,12 @@ from importlib import import_module
 from typing import Any
 
 import torch
+from gpu_targets import POINTERS, TARGETS
+from triton_ahead_step import STEP, step
 
 from microscale.activations import GPT_OSS
 from microscale.formats import FORMATS
 from microscale.quant import QuantTensor
-
-
-@dataclass(frozen=True)
-class Ahead:
-    """A GPU to compile for.
-
-    Attributes:
-        kind, arch, lanes: as Triton's `GPUTarget` has them.
-        shared: bytes of scratchpad that one program may use.
-        product: the instructions, in PTX or AMD's assembly, that products in bfloat16 must become.
-        columns: of tensor memory that one program may use.
-        codes: the instructions that products of FP8 codes must become; empty where the backend refuses those.
-        blocks: those that products of codes with their scales must become: MXFP4 twice, with MXFP8 on a side or on
-            both, NVFP4 twice; empty where the backend refuses those.
-    """
-
-    kind: str
-    arch: int | str
-    lanes: int
-    shared: int
-    product: str
-    columns: int = 0
-    codes: str = ""
-    blocks: tuple[str, str, str] = ("", "", "")
-
-    @property
-    def amd(self) -> bool:
-        return self.kind == "hip"
-
-    @property
-    def code(self) -> str:
-        """What Triton calls machine code."""
-        return "hsaco" if self.amd else "cubin"
-
-    @property
-    def text(self) -> str:
-        """What it calls the last stage that can be read."""
-        return "amdgcn" if self.amd else "ptx"
-
-
-TARGETS = {
-    # No matrix unit: Triton's compiler has none for it, and multiplies number by number.
-    "sm_75": Ahead("cuda", 75, 32, 64 << 10, r"\bfma\.rn\.f32"),
-    "sm_80": Ahead("cuda", 80, 32, 163 << 10, r"\bmma\.sync\S*\.bf16"),
-    "sm_89": Ahead("cuda", 89, 32, 99 << 10, r"\bmma\.sync\S*\.bf16", codes=r"\bmma\.sync\S*\.e4m3\.e4m3"),
-    "sm_90": Ahead(
-        "cuda", 90, 32, 227 << 10, r"\bwgmma\.mma_async\S*\.bf16", codes=r"\bwgmma\S*\.f32\.e4m3\.e4m3"
-    ),
-    "sm_100": Ahead(
-        "cuda",
-        100,
-        32,
-        227 << 10,
-        r"\btcgen05\.mma\S*kind::f16",
-        512,
-        r"\btcgen05\.mma\S*kind::f8f6f4",
-        (
-            r"\btcgen05\.mma\S*kind::mxf4\.block_scale",
-            r"\btcgen05\.mma\S*kind::mxf8f6f4\.block_scale",
-            r"\btcgen05\.mma\S*kind::mxf4nvf4\.block_scale\.(scale_vec::4X|block16)",
-        ),
-    ),
-    "sm_120": Ahead(
-        "cuda",
-        120,
-        32,
-        99 << 10,
-        r"\bmma\.sync\S*\.bf16",
-        codes=r"\bmma\.sync\S*\.e4m3\.e4m3",
-        blocks=(
-            r"\bmma\.sync\S*kind::mxf4nvf4\.block_scale\S*\.ue8m0",
-            r"\bmma\.sync\S*kind::mxf8f6f4\.block_scale\S*\.ue8m0",
-            r"\bmma\.sync\S*kind::mxf4nvf4\.block_scale\.scale_vec::4X\S*\.ue4m3",
-        ),
-    ),
-    "gfx942": Ahead("hip", "gfx942", 64, 64 << 10, r"\bv_mfma_f32_\w*bf16"),
-    "gfx950": Ahead(
-        "hip",
-        "gfx950",
-        64,
-        160 << 10,
-        r"\bv_mfma_f32_\w*bf16",
-        codes=r"\bv_mfma_f32_\w*(fp8_fp8|f8f6f4)",
-        blocks=(r"\bv_mfma_scale_f32_16x16x128_f8f6f4", r"\bv_mfma_scale_f32_16x16x128_f8f6f4", ""),
-    ),
-    "gfx1100": Ahead("hip", "gfx1100", 32, 64 << 10, r"\bv_wmma_f32_\w*bf16"),
-}
-POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
 
 
 def compiled(
@@ -194,30 +108,6 @@ KERNELS = {
     "gate": ("small", "_gate_kernel"),
 }
 PRODUCTS = ("linear", "w13", "w2")
-_REST = ("w1", "w2", "bias1", "bias2")  # what one matrix alone leaves out
-# Those of a decoded token beside its products: what distinguishes each, and its warps.
-STEP: dict[str, tuple[dict[str, Any], int]] = {
-    "span": ({"MASKED": False, "RING": False, "TURN": False, "NORM": False}, 4),
-    "masked_span": ({"MASKED": True, "RING": False, "TURN": False, "NORM": False}, 4),
-    "ring_span": ({"MASKED": False, "RING": True, "TURN": False, "NORM": False, "LONG": False}, 4),
-    "token_span": ({"MASKED": False, "RING": True, "TURN": True, "NORM": False, "LONG": False}, 4),
-    "normed_span": (
-        {"MASKED": False, "RING": True, "TURN": True, "NORM": True, "SINKS": False, "D": 128, "WIDTH": 128},
-        8,
-    ),
-    "norm": ({"BLOCK": 4096, "SHARES": 0, "TWICE": False}, 8),
-    "add_norm": ({"BLOCK": 4096, "SHARES": 4, "TWICE": True}, 8),
-    "rows": ({"K": 2880, "M": 1, "COUNT": 3, "HELD": 8}, 4),
-    "pairs": ({"K": 2880, "M": 1, "COUNT": 3, "HELD": 8, "GROUPS": 2}, 4),
-    "row": (
-        {"K": 288, "M": 4, "COUNT": 1, "HELD": 2, "BIAS1": False, "BIAS2": False} | dict.fromkeys(_REST),
-        4,
-    ),
-    "router": ({"K": 2880, "ROWS": 4, "COLUMNS": 1024, "BIAS": True, "TWICE": False}, 4),
-    "choose": ({"TOP_K": 4, "SLOTS": 4, "BLOCK": 128, "ALL": True}, 1),
-    "likeliest": ({"BLOCK": 2048, "PARTS": 128}, 4),
-    "gate": ({"BLOCK": 512}, 4),
-}
 
 
 @dataclass(frozen=True)
@@ -269,9 +159,10 @@ def run(job: Job) -> Made:
     if job.format:
         given, options = product(job)
     elif job.kernel in STEP:
-        given, options = step(job)
+        given, options = step(job.kernel, job.target, job.dtype)
     else:
-        given, options = routes(job.target) | rounding(job.kernel, job.target), {}
+        given = routes(job.target) | rounding(job.kernel, job.target)
+        options = {"num_warps": 1} if job.kernel in ("numbers", "codes", "blocks") else {}
     return made(job.target, lambda: compiled(kernel, job.target, given, options))
 
 
@@ -336,16 +227,17 @@ def rounding(kernel: str, target: str) -> dict[str, Any]:
     given: dict[str, Any] = {"x": "*bf16", "codes": "*u8", "scales": "*fp32", "K": "i32", "GROUPS": "i32"}
     if kernel == "blocks":
         four = {"BITS": 4, "MANTISSA": 1, "EMIN": 0, "EMAX": 2, "MAX": 6.0}
-        return given | four | {"scales": "*u8", "WIDTH": 32, "COLUMNS": 1024}
+        return given | four | {"scales": "*u8", "WIDTH": 32, "COLUMNS": 512}
     if kernel == "nvfp4":
-        return given | {"scales": "*u8", "row_scale": "*fp32", "STEPS": 3, "COLUMNS": 1024}
+        return given | {"scales": "*u8", "row_scale": "*fp32", "STEPS": 6, "COLUMNS": 512}
     given |= {
         "MANTISSA": 3,
         "EMIN": -6,
         "EMAX": 8,
         "MAX": 448.0,
         "INTEGER": False,
-        "COLUMNS": 1024,
+        "COLUMNS": 512,
+        "PDL": target == "sm_90",
         **dict.fromkeys(("scale_m", "scale_g"), "i32"),
     }
     return given | {"WIDTH": 128 if kernel == "codes" else 32, "CONVERTS": bool(TARGETS[target].codes)}
@@ -358,65 +250,6 @@ def routes(target: str) -> dict[str, Any]:
     given |= {"ids": "*i64", "expert_map": "*i64", "HAS_MAP": True, "y": "*bf16", "shares": "*fp32"}
     given |= {"BLOCK_M": 16, "BLOCK_E": 128, "BLOCK": 256, "TILES": 8, "TOP_K": 4}
     return given | {"PDL": target == "sm_90"}
-
-
-def step(job: Job) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(arguments, compiler's options) of a decoded token's other kernels, in gpt-oss' shapes."""
-    flags, warps = STEP[job.kernel]
-    own = POINTERS[job.dtype]
-    given: dict[str, Any] = dict.fromkeys(
-        (
-            "y",
-            "x",
-            "w",
-            "q",
-            "k",
-            "v",
-            "mask",
-            "sinks",
-            "cos",
-            "sin",
-            "logits",
-            "weights",
-            "total",
-            "more",
-            "norm",
-            "bias",
-        ),
-        own,
-    )
-    given |= dict.fromkeys(("new_k", "new_v", "q_weight", "k_weight", "gate", "up"), own)
-    given |= dict.fromkeys(("w0", "w1", "w2", "bias0", "bias1", "bias2"), own)
-    given |= dict.fromkeys(("sums", "peaks", "totals"), "*fp32") | {"arrived": "*i32"}
-    given |= dict.fromkeys(("position", "ids"), "*i64") | dict.fromkeys(("scaling", "eps"), "fp32")
-    strides = [f"{t}_{d}" for t in "kv" for d in "bhk"]
-    counts = ["room", "key_heads", "heads", "keys", "N", "E", "q_b", "q_h", "mask_b", "mask_k"]
-    counts += ["N0", "N1", "N2", "new_k_b", "new_v_b", "gate_m", "up_m"]
-    given |= dict.fromkeys(strides + counts, "i32") | {"SIZE": 8 * job.dtype.itemsize}
-    given |= {
-        "D": 64,
-        "WIDTH": 64,
-        "SPANS": 32,
-        "AHEAD": 4,
-        "LONG": True,
-        "HEADS": 8,
-        "GROUP": 8,
-        "ROWS": 16,
-        "SINKS": True,
-        "WARPS": 4,
-        "GROUPS": 1,
-        "COLUMNS": 256,
-        **dict.fromkeys(("BIAS0", "BIAS1", "BIAS2"), True),
-        "PDL": job.target == "sm_90",
-    }
-    given |= flags
-    if job.kernel == "likeliest":
-        given |= {"keys": "*i64", "V": "i32", "logits_b": "i32"}
-    if "span" in job.kernel:
-        attend = import_module("microscale.backends.triton.attend")
-        sizes = attend.cut(given["WIDTH"], job.dtype.itemsize, TARGETS[job.target].shared)
-        given["KEYS"], warps, given["STAGES"] = sizes
-    return given, {"num_warps": warps}
 
 
 def random_bytes(name: str, shape: tuple[int, ...]) -> QuantTensor:

@@ -14,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from microscale.backends.triton import tiles
 from microscale.backends.triton.layout import GROUP
@@ -207,8 +208,12 @@ def _codes_kernel(
     MAX: tl.constexpr,
     COLUMNS: tl.constexpr,
     CONVERTS: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """E4M3 codes [M, GROUPS * 128], zeros behind K, and float32 scales [M, GROUPS], with these strides, of x [M, K]."""
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
     BLOCKS: tl.constexpr = COLUMNS // WIDTH
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS).reshape(BLOCKS, WIDTH)
@@ -312,10 +317,11 @@ def codes_of(
     wide = -(-groups // columns) * columns
     scales = torch.empty((wide, room) if by_column else (room, wide), dtype=torch.float32, device=x.device)
     scales = (scales.t() if by_column else scales)[:, :groups]
+    early = tiles.target(x.device).early
     with tiles.on(x.device):
         _codes_kernel[(m, -(-k // _COLUMNS))](
             codes, scales, x, k, groups, *scales.stride(), WIDTH=GROUP, MANTISSA=element.mantissa_bits,
             EMIN=element.emin, MAX=element.max, COLUMNS=_COLUMNS, CONVERTS=not tiles.INTERPRETED, num_warps=1,
-            **tiles.launch(early=False),
+            PDL=early, **tiles.launch(early),
         )  # fmt: skip
     return codes, scales
