@@ -98,6 +98,16 @@ void moe(int level, Address w13, Address outer13, Address w2, Address outer2, in
   check(status, "moe");
 }
 
+void stored(int level, int format, int dtype, Address x, int64_t x_stride, int64_t m, int64_t k, int to, Address y,
+            int threads) {
+  int status;
+  {
+    nb::gil_scoped_release release;
+    status = ms_stored(level, format, dtype, at<const void>(x), x_stride, m, k, to, at<void>(y), threads);
+  }
+  check(status, "stored");
+}
+
 void rms_norm(int level, int dtype, Address x, int64_t m, int64_t n, int weight_dtype, Address w, float epsilon,
               Address y) {
   check(ms_rms_norm(level, dtype, at<const void>(x), m, n, weight_dtype, at<const void>(w), epsilon, at<void>(y)),
@@ -257,6 +267,7 @@ NB_MODULE(_core, m) {
   m.def("linear", &linear);
   m.def("dense", &dense);
   m.def("moe", &moe);
+  m.def("stored", &stored);
   m.def("rms_norm", &rms_norm);
   m.def("attend", &attend);
   m.def("route", &route);

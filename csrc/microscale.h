@@ -99,6 +99,13 @@ int ms_moe(int level, const void *w13, const float *outer13, const void *w2, con
            const struct ms_activation *activation, const float *b13, const float *b2, int weight_on_input, void *y,
            int threads);
 
+/* y[m, k] of dtype `to` = x[m, k] of `dtype` as each row reads back from a format of activations: an MX format, 32
+ * numbers sharing a power of two, or MS_FP8_BLOCK128, of which 128 numbers of a row share a float32 scale, for `to`
+ * MS_FP32 alone. Numbers that share one with an infinity or a NaN become NaN. x's rows are contiguous and `x_stride`
+ * elements apart; y is dense. */
+int ms_stored(int level, int format, int dtype, const void *x, int64_t x_stride, int64_t m, int64_t k, int to, void *y,
+              int threads);
+
 /* y = w * x / sqrt(mean of x^2 + epsilon), row by row in float32: x and y [m, n] dense in `dtype`, w [n] of
  * `weight_dtype`. On the calling thread: rows are few. */
 int ms_rms_norm(int level, int dtype, const void *x, int64_t m, int64_t n, int weight_dtype, const void *w,

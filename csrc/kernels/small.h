@@ -83,5 +83,32 @@ inline void small_round(int dtype, float *v, int64_t n) {
   }
 }
 
+template <int N>
+inline void load_block(int dtype, const void *x, int64_t i, int64_t n, f32x16 (&v)[N]) {
+  for (int part = 0; part < N; ++part, i += kLanes) v[part] = i < n ? load_as(dtype, x, i, lanes_left(n, i)) : f32x16{};
+}
+
+template <int N>
+inline void store_block(int dtype, void *y, int64_t i, int64_t n, const f32x16 (&v)[N]) {
+  for (int part = 0; part < N && i < n; ++part, i += kLanes) store_as(dtype, y, i, v[part], lanes_left(n, i));
+}
+
+inline void small_stored(int format, int dtype, const void *x, int64_t n, int to, void *y) {
+  if (format == MS_FP8_BLOCK128)
+    for (int64_t i = 0; i < n; i += 128) {
+      f32x16 v[8];
+      load_block(dtype, x, i, n, v);
+      as_group(v);
+      store_block(to, y, i, n, v);
+    }
+  else
+    for (int64_t i = 0; i < n; i += 32) {
+      f32x16 v[2];
+      load_block(dtype, x, i, n, v);
+      as_stored(v, kGrids[format]);
+      store_block(to, y, i, n, v);
+    }
+}
+
 }  // namespace
 }  // namespace microscale

@@ -2,6 +2,6 @@
 
 namespace microscale {
 
-extern const Small plain_small = {small_norm, small_turn, small_gate, small_load, small_round};
+extern const Small plain_small = {small_norm, small_turn, small_gate, small_load, small_round, small_stored};
 
 }  // namespace microscale

@@ -1,5 +1,6 @@
-// Numbers as the MX formats store them, 32 of which share a power of two: `quant.quantize` with the rule "even", and
-// back, so that products of 16-bit numbers are those of stored ones.
+// Numbers as the MX formats store them, 32 of which share a power of two, and as FP8 with one float32 scale for 128
+// does: `quant.quantize` with the rules "even" and "amax", and back, so that products of numbers are those of stored
+// ones.
 #pragma once
 #include "../microscale.h"
 #include "lanes.h"
@@ -33,17 +34,26 @@ inline f32x16 on_grid(f32x16 v, const Grid &g, const Power &down, const Power &u
   const f32x16 finer = __builtin_bit_cast(f32x16, (g.mantissa - e + 127) << 23);
   const f32x16 step = __builtin_bit_cast(f32x16, (e - g.mantissa + 127) << 23);
   const f32x16 whole = (a * finer + 8388608.0f) - 8388608.0f;  // below 2^23 a sum has no room for a fraction
-  return as_float(as_bits(whole * step * up.first * up.second) | sign);
+  const f32x16 stored = as_float(as_bits(whole * step * up.first * up.second) | sign);
+  return g.integer ? stored + 0.0f : stored;  // integers have no -0
+}
+
+// The greatest magnitude's bits: those of infinities and NaNs are above every number's.
+template <int N>
+inline uint32_t greatest(const f32x16 (&v)[N]) {
+  u32x16 most{};
+  for (const f32x16 &some : v) {
+    const u32x16 bits = as_bits(some) & 0x7fffffffu;
+    most = bits > most ? bits : most;
+  }
+  uint32_t amax = 0;
+  for (int i = 0; i < kLanes; ++i) amax = most[i] > amax ? most[i] : amax;
+  return amax;
 }
 
 // A block of 32; NaN where one of them is not finite.
 inline void as_stored(f32x16 (&v)[2], const Grid &g) {
-  uint32_t amax = 0;
-  for (const f32x16 &some : v)
-    for (int i = 0; i < kLanes; ++i) {
-      const uint32_t bits = as_bits(some)[i] & 0x7fffffffu;
-      amax = bits > amax ? bits : amax;
-    }
+  const uint32_t amax = greatest(v);
   if (amax >= 0x7f800000u) {
     v[0] = v[1] = splat(__builtin_nanf(""));
     return;
@@ -54,6 +64,17 @@ inline void as_stored(f32x16 (&v)[2], const Grid &g) {
   scale = (scale < 0 ? 0 : scale > 254 ? 254 : scale) - 127;
   const Power down(-scale), up(scale);
   for (f32x16 &some : v) some = on_grid(some, g, down, up);
+}
+
+// 128 numbers as E4M3 beside a float32 scale; NaN where one of them is not finite.
+inline void as_group(f32x16 (&v)[8]) {
+  const Grid &g = kGrids[MS_MXFP8_E4M3];
+  const uint32_t amax = greatest(v);
+  float scale = __builtin_bit_cast(float, amax) / g.max;
+  if (scale == 0.0f) scale = 1.0f;
+  if (amax >= 0x7f800000u) scale = __builtin_nanf("");
+  const Power one(0);
+  for (f32x16 &some : v) some = on_grid(some / splat(scale), g, one, one) * scale;
 }
 
 }  // namespace

@@ -34,6 +34,19 @@ def dense(
     threads: int,
     /,
 ) -> None: ...
+def stored(
+    level: int,
+    format: int,
+    dtype: int,
+    x: int,
+    x_stride: int,
+    m: int,
+    k: int,
+    to: int,
+    y: int,
+    threads: int,
+    /,
+) -> None: ...
 def rms_norm(
     level: int, dtype: int, x: int, m: int, n: int, weight_dtype: int, w: int, epsilon: float, y: int, /
 ) -> None: ...

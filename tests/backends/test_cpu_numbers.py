@@ -9,14 +9,17 @@ from typing import Any
 
 import pytest
 import torch
+from odd_numbers import odd_numbers
 
 from microscale.activations import GPT_OSS, Activation
 from microscale.conformance import Case, cases, run
 from microscale.elements import pack_codes
-from microscale.formats import FORMATS, Format, activation_format
+from microscale.formats import FORMATS, FP8_GROUP128, Format, activation_format, get_format
 from microscale.machine import detect
 from microscale.operands import stored
 from microscale.quant import QuantTensor, dequantize, quantize
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def takes(case: Case) -> bool:
@@ -60,6 +63,26 @@ def test_the_intermediate_is_stored_as_quantize_does(
     wanted = stored(x.float().clamp(min=0).square(), act, torch.float32).to(dtype)
     wanted[4] = math.nan  # a product with what is not a number
     torch.testing.assert_close(y, wanted, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", [*(n for n, f in FORMATS.items() if f.scale == "e8m0"), FP8_GROUP128.name])
+def test_activations_are_stored_as_quantize_does(
+    cpu: Any, level: str, name: str, dtype: torch.dtype, seed: int
+) -> None:
+    """To the bit, the sign of zero included; rows that lie apart, too."""
+    generator, act = torch.Generator().manual_seed(seed), get_format(name)
+    for k in (1, 31, 32, 33, 128, 129, 1100):
+        x = odd_numbers(k, dtype, generator)
+        apart = torch.full((len(x), k + 5), math.nan, dtype=dtype)
+        apart[:, :k] = x
+        for to in (torch.float32, torch.bfloat16) if act.scale == "e8m0" else (torch.float32,):
+            wanted = stored(x, act, to)
+            for rows in (x, apart[:, :k]):
+                y = cpu.cpu_core.stored(rows, act, to)
+                torch.testing.assert_close(y, wanted, rtol=0, atol=0, equal_nan=True)
+                assert torch.equal(y.signbit() & ~y.isnan(), wanted.signbit() & ~wanted.isnan())
+    assert cpu.cpu_core.stored(torch.zeros(0, 5, dtype=dtype), act, torch.float32).shape == (0, 5)
 
 
 def scale_values(fmt: Format) -> torch.Tensor:

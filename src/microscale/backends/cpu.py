@@ -13,7 +13,7 @@ from microscale.activations import Activation
 from microscale.backends import autograd, cpu_core, emulation
 from microscale.backends.cpu_core import DTYPE_IDS, FORMAT_IDS
 from microscale.errors import BackendError
-from microscale.formats import Format
+from microscale.formats import FP8_GROUP128, Format
 from microscale.operands import check_linear, check_moe, stored
 from microscale.quant import QuantTensor
 
@@ -158,7 +158,10 @@ def moe(
 def _numbers(x: Tensor, act: Format) -> Tensor:
     """x as it reads back from `act`: in bfloat16 where that holds it and x, else in float32."""
     short = x.dtype == torch.bfloat16 and act.scale == "e8m0"
-    return stored(x, act, torch.bfloat16 if short else torch.float32)
+    dtype = torch.bfloat16 if short else torch.float32
+    if autograd.recorded() or not (act.scale == "e8m0" or act == FP8_GROUP128):
+        return stored(x, act, dtype)
+    return cpu_core.stored(x, act, dtype)
 
 
 def _check(x: Tensor) -> None:

@@ -16,13 +16,13 @@ from microscale import _core, env
 from microscale.activations import KINDS, Activation
 from microscale.errors import SettingError
 from microscale.fork import survive_forks
-from microscale.formats import FORMATS
+from microscale.formats import FORMATS, FP8_GROUP128, Format
 from microscale.operands import local_ids
 
 FORMAT_IDS = {name: i for i, name in enumerate(FORMATS)}  # enum ms_format
 DTYPE_IDS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}  # enum ms_dtype
 ALIGNMENT = 64  # bytes, of a packed buffer
-CALLS = ("linear", "moe", "dense", "attend", "rms_norm", "route")
+CALLS = ("linear", "moe", "dense", "attend", "rms_norm", "route", "stored")
 STEPS = ("embed", "rms_norm", "dense", "linear", "attend", "gate", "route", "moe")  # enum ms_step_kind
 ROUTERS = ("topk_softmax", "softmax_topk")  # enum ms_router, functions of `microscale.routing`
 KIND_IDS = {kind: i for i, kind in enumerate(KINDS)}  # enum ms_kind
@@ -161,6 +161,24 @@ def dense(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
         y.data_ptr(),
         torch.get_num_threads(),
     )
+    return y
+
+
+def stored(x: Tensor, act: Format, dtype: torch.dtype) -> Tensor:
+    """x [..., K] in `dtype` as it reads back from an MX format or from FP8_GROUP128; see `ms_stored`.
+
+    The slow twin is `operands.stored`.
+    """
+    k = x.shape[-1]
+    y = torch.empty(x.shape, dtype=dtype, device=_CPU)
+    if y.numel() == 0:
+        return y
+    rows, stride = _rows(x, k)
+    # Of weights the format of that name shares scales between rows, too.
+    name = "fp8_block128" if act == FP8_GROUP128 else act.name
+    types = DTYPE_IDS[x.dtype], DTYPE_IDS[dtype]
+    size = rows.data_ptr(), stride, y.numel() // k, k
+    _run.stored(level(), FORMAT_IDS[name], types[0], *size, types[1], y.data_ptr(), torch.get_num_threads())
     return y
 
 

@@ -22,6 +22,7 @@ _PARTS = {
     "moe": "experts",
     "linear": "linears",
     "dense": "linears",
+    "stored": "linears",
     "attend": "attention",
     "rms_norm": "norms",
     "embed": "linears",

@@ -1,0 +1,47 @@
+// Activations in a format, as the numbers that they stand for.
+#include <cstdint>
+
+#include "dispatch.h"
+#include "floats.h"
+#include "microscale.h"
+#include "operands.h"
+#include "parallel.h"
+#include "small.h"
+
+namespace microscale {
+namespace {
+
+constexpr int64_t kPiece = 16 << 10;  // numbers of a unit, at least: a thread takes some microseconds to wake
+
+struct Rows {
+  const Small *small;
+  int format, dtype, to;
+  const uint8_t *x;
+  uint8_t *y;
+  int64_t x_step, y_step, m, k, each;
+
+  static void run(void *context, int64_t unit, int) {
+    const StandardFloats floats;
+    const Rows &r = *static_cast<const Rows *>(context);
+    for (int64_t row = unit * r.each; row < r.m && row < (unit + 1) * r.each; ++row)
+      r.small->stored(r.format, r.dtype, r.x + row * r.x_step, r.k, r.to, r.y + row * r.y_step);
+  }
+};
+
+}  // namespace
+}  // namespace microscale
+
+extern "C" int ms_stored(int level, int format, int dtype, const void *x, int64_t x_stride, int64_t m, int64_t k,
+                         int to, void *y, int threads) {
+  using namespace microscale;
+  const bool known = (format >= 0 && format <= MS_MXINT8) || (format == MS_FP8_BLOCK128 && to == MS_FP32);
+  if (!known || dtype < 0 || dtype >= MS_DTYPES || to < 0 || to >= MS_DTYPES || m < 0 || k < 1 || threads < 1)
+    return MS_BAD_ARGUMENT;
+  const Small *small = small_for(level);
+  if (!small) return MS_BAD_LEVEL;
+  Rows r{small, format, dtype, to, static_cast<const uint8_t *>(x), static_cast<uint8_t *>(y)};
+  r.x_step = x_stride * element_bytes(dtype), r.y_step = k * element_bytes(to);
+  r.m = m, r.k = k, r.each = (kPiece + k - 1) / k;
+  parallel(threads, (m + r.each - 1) / r.each, Rows::run, &r);
+  return MS_OK;
+}
