@@ -11,6 +11,7 @@ import pytest
 
 from microscale.activations import GPT_OSS, Activation
 from microscale.backends import BACKENDS, _load, load, measured, merge, table
+from microscale.backends.triton_rules import yields
 from microscale.errors import NoBackendError
 from microscale.formats import FORMATS
 from microscale.invented import INVENTED
@@ -73,7 +74,7 @@ def test_quantised_activations_run_everywhere(machine: Machine) -> None:
 
 @pytest.mark.parametrize("machine", INVENTED.values(), ids=lambda m: m.name)
 def test_activations_in_mx_formats_are_codes_where_units_take_them(machine: Machine) -> None:
-    """Else they are widened, but not where units take codes and Triton does not give them any."""
+    """Else they are widened; where units would take codes, other packages are asked first."""
     if machine.name not in GPUS:
         return
     arch = machine.gpus[0].arch
@@ -88,7 +89,10 @@ def test_activations_in_mx_formats_are_codes_where_units_take_them(machine: Mach
                 assert choice.backend.name == "triton"
                 assert choice.arithmetic.startswith("native: block-scaled matrix units")
             else:
-                assert f"activations in {act} would be widened to bf16: " in dict(choice.refused)["triton"]
+                assert choice.backend.name == "triton"
+                assert choice.arithmetic.startswith("decoded: ")
+                words = f"it widens activations in {act} to bf16: "
+                assert words in str(yields(replace(problem, weight=weight, act=act).on(machine)))
 
 
 def test_block_scaled_products_that_never_ran_yield_to_installed_packages() -> None:
@@ -128,10 +132,10 @@ BLOCK = Problem("linear", "fp8_block128", 7168, 2048, act="fp8_group128")
         ("mi300x", ("aiter",), BLOCK, "emulation"),
         ("mi355x", (), replace(MXFP4, act="mxfp4"), "triton"),
         ("rtx5090", (), replace(MXFP4, act="mxfp4"), "triton"),
-        ("rtx5090", (), replace(MXFP4, act="mxfp8_e4m3"), "emulation"),
+        ("rtx5090", (), replace(MXFP4, act="mxfp8_e4m3"), "triton"),
         ("mi355x", ("aiter",), replace(MXFP4, act="mxfp4"), "aiter"),
         ("mi355x", ("aiter",), BLOCK, "triton"),
-        ("arc-b580", (), replace(MXFP4, act="mxfp4"), "emulation"),
+        ("arc-b580", (), replace(MXFP4, act="mxfp4"), "triton"),
         ("arc-b580", ("xpu_kernels",), replace(MXFP4, act="mxfp4"), "xpu_kernels"),
         ("arc-b580", ("xpu_kernels",), replace(MOE, act="mxfp8_e4m3"), "xpu_kernels"),
         ("arc-b580", ("xpu_kernels",), BLOCK, "torch_scaled"),

@@ -77,15 +77,10 @@ def in_blocks(problem: Problem) -> bool:
 def _refuse_act(problem: Problem) -> str | None:
     """None, or why this GPU does not multiply such activations here."""
     arch, sm = problem.arch or "unknown", capability(problem.arch)
-    why = refuse_blocks(arch, problem.weight, problem.act, problem.version("triton"))
-    if why is None:
+    if in_blocks(problem):
         return None
-    if (pair := refuse_pair(problem.weight, problem.act)) is not None:
-        return pair
-    if problem.act != FP8_GROUP128.name:
-        if sm >= 100 or arch == "gfx950" or problem.device == "xpu":
-            return f"activations in {problem.act} would be widened to bf16: {why}"
-        return None
+    if (why := refuse_pair(problem.weight, problem.act)) is not None or problem.act != FP8_GROUP128.name:
+        return why
     if problem.device == "xpu":
         return "Triton widens FP8 codes on XPU before it multiplies them"
     if sm >= 89 or arch == "gfx950":
@@ -98,6 +93,12 @@ def yields(problem: Problem) -> str | None:
     """None, or why other packages' kernels are asked first."""
     if in_blocks(problem):
         return "its block-scaled products were compiled for such a GPU and have never run on one"
+    arch, act = problem.arch, problem.act
+    if act != "a16" and FORMATS.get(act, FP8_GROUP128).scale == "e8m0":
+        if capability(arch) < 100 and arch != "gfx950" and problem.device != "xpu":
+            return None
+        why = refuse_blocks(arch or "unknown", problem.weight, act, problem.version("triton"))
+        return f"it widens activations in {act} to bf16: {why}"
     codes = problem.act == FP8_GROUP128.name and problem.device == "cuda" and capability(problem.arch) == 90
     if problem.op != "linear" or not codes:
         return None

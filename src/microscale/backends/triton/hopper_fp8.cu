@@ -150,10 +150,10 @@ DEVICE u32 greatest(u32 v) {
   return max(v, __shfl_xor_sync(~0u, v, 2));
 }
 
-// Of a token the scale of the columns that have this magnitude; NaN where one is not finite.
+// Of a token the scale of the columns that have this magnitude. Where a number is not finite its code becomes NaN, and
+// so do the products that it has part in.
 DEVICE float scale_of(u32 most) {
   const float scale = __uint_as_float(most) / 448.0f;
-  if (most >= 0x7F800000) return __uint_as_float(0x7FC00000);
   return scale == 0.0f ? 1.0f : scale;
 }
 
