@@ -43,6 +43,8 @@ def test_conformance_of_quantised_activations(case: Case, seed: int) -> None:
 @pytest.mark.parametrize("name, act", [("mxfp4", "mxfp8_e4m3"), ("fp8_block128", "fp8_group128")])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_row_does_not_depend_on_the_others(name: str, act: str, dtype: torch.dtype, seed: int) -> None:
+    if INTERPRETED and act == "fp8_group128":
+        pytest.skip("numpy's order of summation depends on the shape")  # of MX numbers these sums are exact
     generator = torch.Generator().manual_seed(seed)
     w = quantize(torch.randn(192, 640, generator=generator), name).to(DEVICE)
     x = torch.randn(130, 640, generator=generator).to(DEVICE, dtype)

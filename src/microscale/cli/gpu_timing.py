@@ -28,6 +28,7 @@ PARTS = {
     "_zero_kernel": "experts",
     "hopper_rings_kernel": "experts",
     "hopper_wide_kernel": "experts",
+    "hopper_fp8_kernel": "experts",
     "hopper_linear_kernel": "linears",
     "_linear_kernel": "linears",
     "_rows_kernel": "linears",
