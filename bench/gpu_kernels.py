@@ -51,9 +51,8 @@ from peers import humming_kernels
 
 TOKENS = (1, 8, 32, 64, 128, 256, 512, 2048, 8192)
 EXPERTS = MODELS | LARGE
-Stored = dict[
-    str, tuple[Format, list[Any]]
-]  # by the word of activations, their format and layers packed for them
+# By the word of activations, their format and the layers packed for them.
+Stored = dict[str, tuple[Format, list[Any]]]
 
 
 def check(name: str) -> None:

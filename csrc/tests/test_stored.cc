@@ -1,7 +1,6 @@
 // Activations in a format: a row's numbers are the same to the bit beside others, alone and with more threads; what
 // lies behind it stays as it is; and what is stored already stays, too.
 #include <cstring>
-#include <limits>
 #include <vector>
 
 #include "check.h"

@@ -48,9 +48,11 @@ def fp8(module: Any, launch: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
         lambda codes: struct.pack("Qiii108x", codes.data_ptr(), codes.shape[0], codes.shape[1] // 2, 64),
     )  # fmt: skip
     monkeypatch.setattr(module, "launch", launch)
-    monkeypatch.setattr(module, "zeros", lambda count, _: torch.zeros(count, dtype=torch.int32))
+    monkeypatch.setattr(module.hopper_wide, "zeros", lambda count, _: torch.zeros(count, dtype=torch.int32))
     monkeypatch.setattr(
-        module.routing, "route", lambda ids, _map, experts, most, _pdl: table_of(ids, experts, most)
+        module.hopper_wide.routing,
+        "route",
+        lambda ids, _map, experts, most, _pdl: table_of(ids, experts, most),
     )
     monkeypatch.setattr(module.rounded, "codes_of", rounded)
     monkeypatch.setattr(module.nvrtc, "refuse", lambda: None)

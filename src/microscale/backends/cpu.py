@@ -13,7 +13,7 @@ from microscale.activations import Activation
 from microscale.backends import autograd, cpu_core, emulation
 from microscale.backends.cpu_core import DTYPE_IDS, FORMAT_IDS
 from microscale.errors import BackendError
-from microscale.formats import FP8_GROUP128, Format
+from microscale.formats import Format
 from microscale.operands import check_linear, check_moe, stored
 from microscale.quant import QuantTensor
 
@@ -159,7 +159,7 @@ def _numbers(x: Tensor, act: Format) -> Tensor:
     """x as it reads back from `act`: in bfloat16 where that holds it and x, else in float32."""
     short = x.dtype == torch.bfloat16 and act.scale == "e8m0"
     dtype = torch.bfloat16 if short else torch.float32
-    if autograd.recorded() or not (act.scale == "e8m0" or act == FP8_GROUP128):
+    if autograd.recorded() or act.name not in cpu_core.STORED_IDS:
         return stored(x, act, dtype)
     return cpu_core.stored(x, act, dtype)
 

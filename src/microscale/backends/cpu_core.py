@@ -21,6 +21,9 @@ from microscale.operands import local_ids
 
 FORMAT_IDS = {name: i for i, name in enumerate(FORMATS)}  # enum ms_format
 DTYPE_IDS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}  # enum ms_dtype
+# Formats of activations that the core rounds to; of weights the last one shares scales between rows, too.
+STORED_IDS = {name: i for name, i in FORMAT_IDS.items() if FORMATS[name].scale == "e8m0"}
+STORED_IDS[FP8_GROUP128.name] = FORMAT_IDS["fp8_block128"]
 ALIGNMENT = 64  # bytes, of a packed buffer
 CALLS = ("linear", "moe", "dense", "attend", "rms_norm", "route", "stored")
 STEPS = ("embed", "rms_norm", "dense", "linear", "attend", "gate", "route", "moe")  # enum ms_step_kind
@@ -165,7 +168,7 @@ def dense(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def stored(x: Tensor, act: Format, dtype: torch.dtype) -> Tensor:
-    """x [..., K] in `dtype` as it reads back from an MX format or from FP8_GROUP128; see `ms_stored`.
+    """x [..., K] in `dtype` as it reads back from one of `STORED_IDS`; see `ms_stored`.
 
     The slow twin is `operands.stored`.
     """
@@ -174,11 +177,11 @@ def stored(x: Tensor, act: Format, dtype: torch.dtype) -> Tensor:
     if y.numel() == 0:
         return y
     rows, stride = _rows(x, k)
-    # Of weights the format of that name shares scales between rows, too.
-    name = "fp8_block128" if act == FP8_GROUP128 else act.name
     types = DTYPE_IDS[x.dtype], DTYPE_IDS[dtype]
     size = rows.data_ptr(), stride, y.numel() // k, k
-    _run.stored(level(), FORMAT_IDS[name], types[0], *size, types[1], y.data_ptr(), torch.get_num_threads())
+    _run.stored(
+        level(), STORED_IDS[act.name], types[0], *size, types[1], y.data_ptr(), torch.get_num_threads()
+    )
     return y
 
 

@@ -93,18 +93,16 @@ def yields(problem: Problem) -> str | None:
     """None, or why other packages' kernels are asked first."""
     if in_blocks(problem):
         return "its block-scaled products were compiled for such a GPU and have never run on one"
-    arch, act = problem.arch, problem.act
-    if act != "a16" and FORMATS.get(act, FP8_GROUP128).scale == "e8m0":
-        if capability(arch) < 100 and arch != "gfx950" and problem.device != "xpu":
+    arch, act, sm = problem.arch, problem.act, capability(problem.arch)
+    if act == FP8_GROUP128.name:
+        if problem.op != "linear" or problem.device != "cuda" or sm != 90:
             return None
-        why = refuse_blocks(arch or "unknown", problem.weight, act, problem.version("triton"))
-        return f"it widens activations in {act} to bf16: {why}"
-    codes = problem.act == FP8_GROUP128.name and problem.device == "cuda" and capability(problem.arch) == 90
-    if problem.op != "linear" or not codes:
+        return "torch's product of FP8 codes took 0.33 to 1.08 times as long on an NVIDIA H200, of 1 to 8192 tokens"
+    units = sm >= 100 or arch == "gfx950" or problem.device == "xpu"
+    if act == "a16" or FORMATS[act].scale != "e8m0" or not units:
         return None
-    return (
-        "torch's product of FP8 codes took 0.33 to 1.08 times as long on an NVIDIA H200, of 1 to 8192 tokens"
-    )
+    why = refuse_blocks(arch or "unknown", problem.weight, act, problem.version("triton"))
+    return f"it widens activations in {act} to bf16: {why}"
 
 
 def accumulation(problem: Problem) -> Accumulation:

@@ -7,7 +7,6 @@ multiple, it is the same memory.
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -53,12 +52,8 @@ class Blocks:
     @cached_property
     def plain(self) -> layout.Packed:
         """For activations that are not multiplied as codes. Kept, so these weights are in memory twice."""
-        warnings.warn(
-            f"{self.format.name} weights {self.shape} are kept a second time, in the layout of all GPUs: they were "
-            "packed for activations that are multiplied as codes, and these are not",
-            stacklevel=2,
-        )
-        return layout.pack(unpack(self))
+        why = "they were packed for activations that are multiplied as codes, and these are not"
+        return layout.pack_again(unpack(self), why)
 
 
 def pack(w: QuantTensor) -> Blocks:

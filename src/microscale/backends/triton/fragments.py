@@ -12,7 +12,6 @@ float32, the power of two goes in like an MX scale, and what is left, 1 to 2, wa
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -76,12 +75,11 @@ class Fragments:
     @cached_property
     def plain(self) -> layout.Packed:
         """For the kernels of every target, where `hopper_moe` refuses. Kept, so these weights are in memory twice."""
-        warnings.warn(
-            f"{self.format.name} weights {self.shape} are kept a second time, in the layout of all GPUs: Hopper's own "
-            "kernels want w13 and w2 both packed for them, and gates and ups that lie apart in multiples of 64 rows",
-            stacklevel=2,
+        why = (
+            "Hopper's own kernels want w13 and w2 both packed for them, and gates and ups that lie apart in multiples "
+            "of 64 rows"
         )
-        return layout.pack(unpack(self))
+        return layout.pack_again(unpack(self), why)
 
 
 def suits(w: QuantTensor) -> bool:

@@ -13,13 +13,12 @@ import torch
 from torch import Tensor
 
 from microscale.activations import Activation
-from microscale.backends.triton import hopper_wide, nvrtc, rounded, routing, tiles
+from microscale.backends.triton import hopper_wide, nvrtc, rounded, tiles
 from microscale.backends.triton.cuts import HOPPER_SHARED, STATIC_SHARED, wide_stages
 from microscale.backends.triton.hopper_linear import Boxes, box_map_of_rows
 from microscale.backends.triton.hopper_text import KINDS, Spec
-from microscale.backends.triton.hopper_wide import ROOMS, address, float_kind, launch, lists_for
+from microscale.backends.triton.hopper_wide import ROOMS, address, find_tiles, float_kind, launch, lists_for
 from microscale.backends.triton.layout import GROUP, Packed
-from microscale.backends.triton.routing import zeros
 from microscale.backends.triton.total import total
 from microscale.formats import Format
 
@@ -197,15 +196,7 @@ def experts(
     routes, inner = ids.numel(), w2.shape[-1]
     spec = _spec(w13, ids, weights, biases, activation, expert_map)
     codes, scales = rounded.codes_of(x, act, columns=_FOUR)
-    found: tuple[Tensor | None, ...] = (None,) * 4
-    if spec.routes:
-        # An expert's last tile may be partly empty, and its tokens have places for whole tiles.
-        count = spec.most_tiles(routes)
-        progress, places = zeros(2 + count, x.device), count * spec.most
-    else:
-        table = routing.route(ids, expert_map, w13.shape[0], spec.most, True)
-        found = (table.tile_experts, table.tile_starts, table.ends, table.order)
-        count, progress, places = table.count, table.progress, routes
+    found, progress, count, places = find_tiles(spec, ids, expert_map, w13.shape[0], True)
     h = torch.empty(places, inner, dtype=torch.uint8, device=x.device)
     fours = -(-inner // (GROUP * _FOUR))
     h_scales = torch.empty(places, fours * _FOUR, dtype=torch.float32, device=x.device)

@@ -6,7 +6,7 @@ Tokens of a linear lie together, so the memory's copying engine brings them a bo
 from __future__ import annotations
 
 import ctypes
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
@@ -53,7 +53,7 @@ def box_map(x: Tensor, rows: int) -> bytes:
         CompileError: the driver is too old, or has another opinion of the sizes; other kernels take over.
     """
     m, k = x.shape
-    return _encoded(x, (k, m), (2 * k,), (_BOX_COLUMNS, rows))
+    return _encoded(x.data_ptr(), (k, m), (2 * k,), (_BOX_COLUMNS, rows))
 
 
 def box_map_of_rows(codes: Tensor) -> bytes:
@@ -66,25 +66,28 @@ def box_map_of_rows(codes: Tensor) -> bytes:
         CompileError: as `box_map`.
     """
     n, k = codes.shape
-    return _encoded(codes, (k // 2, 2, 4, 4, n // 32), (k, 8 * k, 2 * k, 32 * k), (_BOX_COLUMNS, 2, 4, 4, 2))
+    sizes, strides = (k // 2, 2, 4, 4, n // 32), (k, 8 * k, 2 * k, 32 * k)
+    return _encoded(codes.data_ptr(), sizes, strides, (_BOX_COLUMNS, 2, 4, 4, 2))
 
 
-def _encoded(t: Tensor, sizes: tuple[int, ...], strides: tuple[int, ...], box: tuple[int, ...]) -> bytes:
-    """The description of t as numbers of 16 bits. `strides`: bytes, of all extents but the first."""
+@lru_cache(4096)
+def _encoded(at: int, sizes: tuple[int, ...], strides: tuple[int, ...], box: tuple[int, ...]) -> bytes:
+    """The description of numbers of 16 bits at an address, which says nothing of what lies there. `strides`: bytes, of
+    all extents but the first."""
     room = ctypes.create_string_buffer(128 + 64)
-    at = -(-ctypes.addressof(room) // 64) * 64  # as the driver wants it
+    found = -(-ctypes.addressof(room) // 64) * 64  # as the driver wants it
     encode = getattr(_driver(), "cuTensorMapEncodeTiled", None)
     if encode is None:
         raise nvrtc.CompileError("the driver is older than CUDA 12 and describes no boxes")
     rank = len(sizes)
     error = encode(
-        ctypes.c_void_p(at), _BFLOAT16, rank, ctypes.c_void_p(t.data_ptr()),
+        ctypes.c_void_p(found), _BFLOAT16, rank, ctypes.c_void_p(at),
         (ctypes.c_uint64 * rank)(*sizes), (ctypes.c_uint64 * (rank - 1))(*strides), (ctypes.c_uint32 * rank)(*box),
         (ctypes.c_uint32 * rank)(*[1] * rank), 0, _SWIZZLE_128_BYTES, _FETCH_256_BYTES, 0,
     )  # fmt: skip
     if error:
-        raise nvrtc.CompileError(f"boxes of {box[1:]} rows of {tuple(t.shape)}: the driver's error {error}")
-    return ctypes.string_at(at, 128)
+        raise nvrtc.CompileError(f"boxes of {box[1:]} rows of {sizes[::-1]}: the driver's error {error}")
+    return ctypes.string_at(found, 128)
 
 
 def linear(x: Tensor, w: Fragments, bias: Tensor | None, cut: Cut) -> Tensor:

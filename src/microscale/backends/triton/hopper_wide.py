@@ -154,6 +154,20 @@ def lists_for(
     return {"routes": room, "known": w13.shape[0], "id_bytes": _IDS[topk_ids.dtype], "map_bytes": map_bytes}
 
 
+def find_tiles(
+    spec: Spec, ids: Tensor, expert_map: Tensor | None, experts: int, pdl: bool
+) -> tuple[tuple[Tensor | None, ...], Tensor, int, int]:
+    """A table's tensors as `Given` has them, if programs do not sort routes themselves; what they count in; how many
+    tiles there may be; and places of tokens between the products."""
+    if spec.routes:
+        # An expert's last tile may be partly empty, and its tokens have places for whole tiles.
+        count = spec.most_tiles(ids.numel())
+        return (None,) * 4, zeros(2 + count, ids.device), count, count * spec.most
+    table = routing.route(ids, expert_map, experts, spec.most, pdl)
+    found = (table.tile_experts, table.tile_starts, table.ends, table.order)
+    return found, table.progress, table.count, ids.numel()
+
+
 def experts(
     x: Tensor,
     ids: Tensor,
@@ -185,17 +199,10 @@ def experts(
         kind=activation.kind, gated=gated, apart=apart, limit=activation.limit is not None,
         engine=w2.shape[-1] >= FEW_COLUMNS or cut.block_m > FEW_TOKENS, **lists,
     )  # fmt: skip
-    found: tuple[Tensor | None, ...] = (None,) * 4
     fixed = cut.shared(w13.format, 1) - spec.shared + spec.lists
-    if lists and fixed <= STATIC_SHARED and spec.shared + fixed <= HOPPER_SHARED:
-        # An expert's last tile may be partly empty, and its tokens have places for whole tiles.
-        count = spec.most_tiles(routes)
-        progress, places = zeros(2 + count, x.device), count * cut.block_m
-    else:
-        spec = replace(spec, routes=0, known=0, id_bytes=0, map_bytes=0) if lists else spec
-        table = routing.route(ids, expert_map, w13.shape[0], cut.block_m, pdl)
-        found = (table.tile_experts, table.tile_starts, table.ends, table.order)
-        count, progress, places = table.count, table.progress, routes
+    if lists and (fixed > STATIC_SHARED or spec.shared + fixed > HOPPER_SHARED):
+        spec = replace(spec, routes=0, known=0, id_bytes=0, map_bytes=0)
+    found, progress, count, places = find_tiles(spec, ids, expert_map, w13.shape[0], pdl)
     h = torch.empty(places, inner, dtype=x.dtype, device=x.device)
     y = torch.empty(routes, w2.shape[1], dtype=x.dtype, device=x.device)
     given = Given(

@@ -13,6 +13,7 @@ neighbours, so that a tile reads them in one coalesced load.
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -152,6 +153,15 @@ def row_scale(w: QuantTensor) -> Tensor | None:
         return None
     experts = w.shape[0] if len(w.shape) == 3 else 1
     return w.tensor_scale.expand(w.shape[:-1]).reshape(experts, w.shape[-2]).contiguous()
+
+
+def pack_again(w: QuantTensor, why: str) -> Packed:
+    """`pack`, for weights that stay in memory in a GPU's own layout, too; warns, and says why."""
+    warnings.warn(
+        f"{w.format.name} weights {w.shape} are kept a second time, in the layout of all GPUs: {why}",
+        stacklevel=3,
+    )
+    return pack(w)
 
 
 def unpack(packed: Packed) -> QuantTensor:
