@@ -68,10 +68,30 @@ def test_a_config_that_lies_is_named_with_the_value(
     assert said in error
 
 
-def test_a_plain_config_of_a_billion_layers_is_not_built(cli: Cli, tmp_path: Path) -> None:
-    config = {"model_type": "llama", "num_hidden_layers": 10**9, "hidden_size": 64, "vocab_size": 8}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    assert "layers (expected 1 to 1024, found 1000000000)" in error_of(cli("explain", tmp_path))
+@pytest.mark.parametrize(
+    ("config", "why"),
+    [
+        ({"model_type": "llama"}, "num_hidden_layers (expected at most 1024, found 1000000000)"),
+        # Lists of layers, and names of labels, are made with the config.
+        ({"model_type": "jamba"}, "num_hidden_layers (expected at most 1024, found 1000000000)"),
+        ({"model_type": "gpt2", "num_hidden_layers": 1, "n_layer": 2000}, "n_layer (expected at most 1024, found"),
+        (
+            {"model_type": "llama", "num_hidden_layers": 1, "num_labels": 10**18},
+            "num_labels (expected at most 65536, found 1000000000000000000)",
+        ),
+        (
+            {"model_type": "gemma3", "num_hidden_layers": 1, "text_config": {"num_hidden_layers": 10**9}},
+            "num_hidden_layers (expected at most 1024, found 1000000000)",
+        ),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_plain_config_of_a_billion_layers_is_not_built(
+    cli: Cli, tmp_path: Path, config: dict[str, Any], why: str
+) -> None:
+    sizes = {"num_hidden_layers": 10**9, "hidden_size": 64, "vocab_size": 8}
+    (tmp_path / "config.json").write_text(json.dumps(sizes | config))
+    assert f"{tmp_path / 'config.json'}: {why}" in error_of(cli("explain", tmp_path))
 
 
 def test_a_config_that_is_no_json_is_not_called_a_bad_tokenizer(cli: Cli, tiny: Path, tmp_path: Path) -> None:

@@ -12,12 +12,32 @@ import torch
 from torch import Tensor
 
 from microscale.checkpoints.config import CONFIG, architecture
-from microscale.errors import CheckpointError, MicroscaleError, one_line
+from microscale.errors import CheckpointError, MicroscaleError, brief, one_line
 
 # E8M0 bytes of random blocks: 2^-10 .. 2^-6, so that activations of a random model stay finite at any depth.
 _SCALE_BYTES = (117, 121)
 
 MAX_LAYERS = 1024  # a bound on lies: modules are built one by one
+
+# Numbers of which transformers' configs make a list as soon as they are made, an entry each: bounds on lies, too.
+_MOST = {
+    "num_labels": 1 << 16,
+    **dict.fromkeys(
+        (
+            "num_hidden_layers",
+            "num_layers",
+            "n_layers",
+            "n_layer",
+            "encoder_layers",
+            "decoder_layers",
+            "num_dense_layers",
+            "first_k_dense_replace",
+            "num_mtp_layers",
+            "num_nextn_predict_layers",
+        ),
+        MAX_LAYERS,
+    ),
+}
 
 
 def dummy_config(path: Path, config: dict[str, Any], layers: int | None) -> Any:
@@ -37,6 +57,7 @@ def dummy_config(path: Path, config: dict[str, Any], layers: int | None) -> Any:
         if isinstance(cut.get("layer_types"), list):
             cut["layer_types"] = cut["layer_types"][:layers]
     kind = architecture(cut, path / CONFIG)
+    _check_counts(path / CONFIG, cut)
     del cut["model_type"]
     with _as_checkpoint_error(path, "transformers does not take it"):
         made = AutoConfig.for_model(kind, **cut)
@@ -44,6 +65,15 @@ def dummy_config(path: Path, config: dict[str, Any], layers: int | None) -> Any:
     if isinstance(count, int) and not 0 < count <= MAX_LAYERS:
         raise CheckpointError(path / CONFIG, "layers", expected=f"1 to {MAX_LAYERS}", found=count)
     return made
+
+
+def _check_counts(path: Path, config: dict[str, Any]) -> None:
+    """Refuse a config, or one that it holds, whose lists would take all memory before there is a layer to count."""
+    for key, value in config.items():
+        if isinstance(value, dict):
+            _check_counts(path, value)
+        elif key in _MOST and isinstance(value, int) and value > _MOST[key]:
+            raise CheckpointError(path, key, expected=f"at most {_MOST[key]}", found=brief(value))
 
 
 @contextmanager
