@@ -10,12 +10,19 @@ _short.maxstring = 160
 brief = _short.repr  # hostile values end up in messages, never whole
 
 
+_LONGEST = 400  # characters of what an error of others says: as little as of a hostile value itself
+
+
 def one_line(error: BaseException) -> str:
-    """What an error of others says, in a line: its first one, with the second where that ends in a colon."""
+    """What an error of others says, in a line: its first one, with the second where that ends in a colon.
+
+    Of a long one the beginning and the end: others put whole values in the middle.
+    """
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if not lines:
         return type(error).__name__
-    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+    line = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+    return line if len(line) <= _LONGEST else f"{line[: _LONGEST // 2]}...{line[3 - _LONGEST // 2 :]}"
 
 
 class MicroscaleError(Exception):

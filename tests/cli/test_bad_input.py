@@ -94,6 +94,37 @@ def test_a_plain_config_of_a_billion_layers_is_not_built(
     assert f"{tmp_path / 'config.json'}: {why}" in error_of(cli("explain", tmp_path))
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"rms_norm_eps": "a" * 5000},
+        {"layer_types": "a" * 5000},
+        {"dtype": "a" * 5000},
+        {"attn_implementation": "a" * 5000},
+        {"rope_parameters": {"rope_type": "a" * 5000, "rope_theta": 1e4}},
+        {"quantization_config": {"quant_method": "a" * 5000}},
+    ],
+    ids=lambda config: next(iter(config)),
+)
+def test_a_value_of_a_whole_screen_is_never_shown_whole(
+    cli: Cli, tiny: Path, tmp_path: Path, config: dict[str, Any]
+) -> None:
+    """Nor where transformers says it; its name, which comes first, is."""
+    error = error_of(cli("explain", changed(tiny, tmp_path / "lies", **config)))
+    assert len(error) < 400 + 2 * len(str(tmp_path)) + 200
+    assert "..." in error
+    assert str(tmp_path / "lies" / "config.json") in error
+
+
+def test_a_value_that_keeps_tokens_from_being_replayed_is_not_shown_whole(
+    cli: Cli, tiny: Path, tmp_path: Path
+) -> None:
+    path = changed(tiny, tmp_path / "lies", output_attentions="a" * 5000)
+    result = cli("run", path, "hello", "--max-new-tokens", "2")
+    assert "the generation config has output_attentions = 'aaa" in result.stderr
+    assert len(result.stderr) < 1000 + 2 * len(str(tmp_path))
+
+
 def test_a_config_that_is_no_json_is_not_called_a_bad_tokenizer(cli: Cli, tiny: Path, tmp_path: Path) -> None:
     path = changed(tiny, tmp_path / "broken")
     (path / "config.json").write_text("{")

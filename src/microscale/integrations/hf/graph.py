@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationMixin
 
+from microscale.errors import brief
 from microscale.integrations.hf import cpu_step
 from microscale.integrations.hf.cpu_cache import TokenCache
 from microscale.integrations.hf.cpu_parts import Parts
@@ -149,7 +150,9 @@ class Decoder:
         for name, plain in _PLAIN.items():
             value = getattr(config, name, None)
             if value and value != plain:
-                return f"the generation config has {name} = {value}, and a captured step does not know it"
+                return (
+                    f"the generation config has {name} = {brief(value)}, and a captured step does not know it"
+                )
         if getattr(config, "use_cache", None) is False:
             return "the generation config has use_cache = False, and a step needs a cache"
         mask = arguments.get("attention_mask")
