@@ -15,6 +15,7 @@ from microscale.activations import GPT_OSS, Activation
 from microscale.backends import BACKENDS
 from microscale.backends.dense_rules import HOST
 from microscale.backends.triton_rules import refuse_steps
+from microscale.checkpoints import open_checkpoint
 from microscale.formats import FORMATS
 from microscale.integrations.hf.architectures import KINDS
 from microscale.invented import INVENTED
@@ -211,8 +212,20 @@ def test_dense_experts_are_read_by_their_share(tmp_path: Path) -> None:
 
 def test_an_unknown_quant_method_is_refused_and_the_known_ones_named(tmp_path: Path) -> None:
     path = config_of(tmp_path / "odd", model_type="llama", quantization_config={"quant_method": "magic"})
-    with pytest.raises(CheckpointError, match=r"unknown quant_method.*mxfp4, or none.*magic"):
+    """In the words that it is refused with where there are weights, too."""
+    with pytest.raises(CheckpointError) as caught:
         outline(path)
+    told = str(caught.value)
+    assert told.startswith(f"{path / 'config.json'}: unknown quant_method 'magic'; known: mxfp4, or none")
+    with pytest.raises(CheckpointError) as caught:
+        open_checkpoint(path)
+    assert str(caught.value) == told
+
+
+def test_layers_are_cut_where_the_config_counts_them(tmp_path: Path) -> None:
+    path = config_of(tmp_path / "gpt2", model_type="gpt2", n_layer=4)
+    with pytest.raises(CheckpointError, match=r"config.json: layers cannot be cut: .*integer, found None"):
+        outline(path, layers=2)
 
 
 @pytest.mark.parametrize("name", FORMATS)

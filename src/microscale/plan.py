@@ -13,7 +13,7 @@ from typing import Any
 
 from microscale.activations import Activation
 from microscale.backends import table
-from microscale.errors import CheckpointError, FormatError, MicroscaleError, brief
+from microscale.errors import FormatError, MicroscaleError, brief
 from microscale.formats import activation_format, activation_word, get_format
 from microscale.kv_cache import KvCache, kv_cache
 from microscale.layer_classes import LayerClass, Packed, classes_of
@@ -147,8 +147,7 @@ def outline(model: str | Path, *, act: str = "a16", layers: int | None = None) -
         CheckpointError: no such model, or one that cannot be read.
         FormatError: unknown `act`.
     """
-    from microscale.checkpoints import DIALECTS, open_checkpoint, read_config
-    from microscale.checkpoints.config import quant_method
+    from microscale.checkpoints import dialect_of, open_checkpoint, read_config
     from microscale.integrations.hf.attention import fuse_sinks
     from microscale.integrations.hf.chain_parts import refuse_parts
     from microscale.integrations.hf.cpu_models import refuse_modules
@@ -161,12 +160,8 @@ def outline(model: str | Path, *, act: str = "a16", layers: int | None = None) -
     path = resolve(model, weights=False)
     checkpoint = None if config_alone(path) else open_checkpoint(path)
     config = read_config(path)
-    if checkpoint is None and not any(d.matches(config) for d in DIALECTS):
-        known = ", ".join(m for d in DIALECTS for m in d.METHODS)
-        found = quant_method(config, path)
-        raise CheckpointError(
-            path, "unknown quant_method", expected=f"{known}, or none (not quantised)", found=found
-        )
+    if checkpoint is None:
+        dialect_of(config, path)
     host = meta_model(dummy_config(path, config, layers), path)
     if config.get("quantization_config") is not None:
         with using(Options(act=act, canary="off", place=False)):

@@ -63,15 +63,26 @@ def open_checkpoint(directory: str | Path) -> Checkpoint:
     if not found:
         raise CheckpointError(path, "no such directory")
     config = read_config(path)
-    method = quant_method(config, path / CONFIG)
+    dialect = dialect_of(config, path)
+    source = Source.open(path)
+    return Checkpoint(path, config, source, dialect.NAME, tuple(dialect.read(source, config)))
+
+
+def dialect_of(config: dict[str, Any], directory: Path) -> Dialect:
+    """The dialect that a checkpoint's config names.
+
+    Raises:
+        CheckpointError: none that is known here.
+    """
+    method = quant_method(config, directory / CONFIG)
     dialect = next((d for d in DIALECTS if d.matches(config)), None)
     if dialect is None:
         known = ", ".join(method for d in DIALECTS for method in d.METHODS)
         raise CheckpointError(
-            path / CONFIG, f"unknown quant_method {brief(method)}; known: {known}, or none (not quantised)"
+            directory / CONFIG,
+            f"unknown quant_method {brief(method)}; known: {known}, or none (not quantised)",
         )
-    source = Source.open(path)
-    return Checkpoint(path, config, source, dialect.NAME, tuple(dialect.read(source, config)))
+    return dialect
 
 
 __all__ = [
@@ -82,6 +93,7 @@ __all__ = [
     "Source",
     "TensorInfo",
     "architecture",
+    "dialect_of",
     "open_checkpoint",
     "read_config",
     "write",

@@ -51,7 +51,10 @@ def dummy_config(path: Path, config: dict[str, Any], layers: int | None) -> Any:
     total = config.get("num_hidden_layers")
     cut = copy.deepcopy(config)
     if layers is not None:
-        if not isinstance(total, int) or not 0 < layers <= total:
+        if not isinstance(total, int):
+            problem = "layers cannot be cut: its config says no num_hidden_layers"
+            raise CheckpointError(path / CONFIG, problem, expected="an integer", found=brief(total))
+        if not 0 < layers <= total:
             raise CheckpointError(path, "layers", expected=f"1 to {total}", found=layers)
         cut["num_hidden_layers"] = layers
         if isinstance(cut.get("layer_types"), list):
