@@ -54,6 +54,10 @@ def changed(tiny: Path, to: Path, **config: Any) -> Path:
         ({"layer_types": ["bogus", "full_attention"]}, "'bogus'"),
         ({"rope_parameters": {"rope_type": "bogus", "rope_theta": 1e4}}, "'bogus'"),
         ({"dtype": "float99"}, "float99"),
+        ({"dtype": 0}, "dtype (expected such as bfloat16, found 0)"),
+        ({"dtype": "nn"}, "dtype (expected such as bfloat16, found <module 'torc"),
+        ({"pad_token_id": 10**6}, "Padding_idx must be within num_embeddings"),
+        ({"sub_configs": 1}, "sub_configs"),
         ({"eos_token_id": "x"}, "eos_token_id"),
     ],
     ids=str,
@@ -66,6 +70,12 @@ def test_a_config_that_lies_is_named_with_the_value(
     error = error_of(cli(command, path, *(["hello"] if command == "run" else [])))
     assert str(path / "config.json") in error
     assert said in error
+
+
+def test_beams_that_are_no_number(cli: Cli, tiny: Path, tmp_path: Path) -> None:
+    path = changed(tiny, tmp_path / "lies", num_beams=["a"])
+    said = "the checkpoint's generation config has num_beams = ['a'], not a number"
+    assert said in error_of(cli("run", path, "hello", "--max-new-tokens", "2"))
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import LogitsProcessorList
 from transformers.generation.streamers import BaseStreamer, TextStreamer
 
-from microscale.errors import MicroscaleError, PromptError, one_line
+from microscale.errors import MicroscaleError, PromptError, brief, one_line
 
 if TYPE_CHECKING:
     from microscale import Decoder
@@ -62,8 +62,17 @@ class Settings:
 
 
 def beams(model: Any) -> int:
-    """How many its generation config asks for."""
-    return getattr(model.generation_config, "num_beams", None) or 1
+    """How many its generation config asks for.
+
+    Raises:
+        MicroscaleError: no number.
+    """
+    count = getattr(model.generation_config, "num_beams", None) or 1
+    if not isinstance(count, int):
+        raise MicroscaleError(
+            f"the checkpoint's generation config has num_beams = {brief(count)}, not a number"
+        )
+    return count
 
 
 @dataclass

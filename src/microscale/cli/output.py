@@ -129,11 +129,16 @@ def progress(items: Iterable[Any], what: str, total: int | None = None) -> Itera
 
 
 def quiet_libraries() -> None:
-    """Keep transformers' and the hub's warnings to themselves, and their bars where stderr is no terminal."""
+    """Keep what transformers and the hub log to themselves, and their bars where stderr is no terminal.
+
+    Their errors, too: transformers raises what it logs as one, and logs whole configs with it.
+    """
+    from logging import CRITICAL
+
     from huggingface_hub.utils.tqdm import disable_progress_bars
     from transformers.utils import logging
 
-    logging.set_verbosity_error()
+    logging.set_verbosity(CRITICAL)
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
         disable_progress_bars()

@@ -65,6 +65,9 @@ def dummy_config(path: Path, config: dict[str, Any], layers: int | None) -> Any:
     with _as_checkpoint_error(path, "transformers does not take it"):
         made = AutoConfig.for_model(kind, **cut)
         count = getattr(made.get_text_config(), "num_hidden_layers", None)
+    # transformers takes numbers, too, and whatever else in torch has that name, and fails at them later, or not at all.
+    if not isinstance(made.dtype, torch.dtype | None):
+        raise CheckpointError(path / CONFIG, "dtype", expected="such as bfloat16", found=brief(made.dtype))
     if isinstance(count, int) and not 0 < count <= MAX_LAYERS:
         raise CheckpointError(path / CONFIG, "layers", expected=f"1 to {MAX_LAYERS}", found=count)
     return made

@@ -109,6 +109,7 @@ def _from_pretrained(checkpoint: Checkpoint, dtype: torch.dtype | str, kwargs: d
             raise CheckpointError(path, f"transformers cannot read it: {one_line(e)}") from e
         except (
             ArithmeticError,
+            AssertionError,
             AttributeError,
             ImportError,
             LookupError,
