@@ -109,12 +109,31 @@ def test_experts_one_by_one_of_which_one_is_missing(cli: Cli, tmp_path: Path, nu
         ("[]", "generation_config.json: JSON is not an object"),
         ('{"temperature": "hot", "do_sample": true}', "or the checkpoint's: `temperature` (=hot) has to be"),
         ('{"eos_token_id": "x"}', "transformers does not generate by these settings, or the checkpoint's"),
+        ('{"eos_token_id": []}', "or the checkpoint's: "),
+        ('{"max_new_tokens": "x"}', "generation_config.json: transformers does not take it: TypeError: "),
+        (
+            '{"cache_implementation": "x"}',
+            "generation_config.json: transformers does not take it: ValueError: ",
+        ),
+        ('{"exponential_decay_length_penalty": {}}', "or the checkpoint's: KeyError: 0"),
+        # A list of so many empty ones.
+        (
+            '{"encoder_no_repeat_ngram_size": 10000000000}',
+            "ngram_size (expected at most 65536, found 10000000000)",
+        ),
     ],
 )
 def test_a_generation_config_that_says_nothing(
     cli: Cli, llama: Path, tmp_path: Path, text: str, why: str
 ) -> None:
     path = copied(llama, tmp_path / "model", generation_config=text)
+    assert why in error_of(cli("run", path, "abc", "--max-new-tokens", "2"))
+
+
+def test_a_tokenizer_that_takes_prompts_of_no_length(cli: Cli, llama: Path, tmp_path: Path) -> None:
+    settings = json.loads((llama / "tokenizer_config.json").read_text()) | {"model_max_length": "x"}
+    path = copied(llama, tmp_path / "model", tokenizer_config=json.dumps(settings))
+    why = "model_max_length of its tokenizer (expected a number, found 'x')"
     assert why in error_of(cli("run", path, "abc", "--max-new-tokens", "2"))
 
 

@@ -72,9 +72,10 @@ def test_a_config_that_lies_is_named_with_the_value(
     assert said in error
 
 
-def test_beams_that_are_no_number(cli: Cli, tiny: Path, tmp_path: Path) -> None:
-    path = changed(tiny, tmp_path / "lies", num_beams=["a"])
-    said = "the checkpoint's generation config has num_beams = ['a'], not a number"
+@pytest.mark.parametrize("beams", [["a"], -1, 0])
+def test_beams_that_are_no_number(cli: Cli, tiny: Path, tmp_path: Path, beams: object) -> None:
+    path = changed(tiny, tmp_path / "lies", num_beams=beams)
+    said = f"the checkpoint's generation config has num_beams = {beams}, and beams are 1 or more"
     assert said in error_of(cli("run", path, "hello", "--max-new-tokens", "2"))
 
 

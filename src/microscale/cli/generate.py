@@ -52,8 +52,9 @@ class Settings:
         eos = model.generation_config.eos_token_id
         if beams(model) > 1:
             found["num_beams"] = 1  # text comes as it is made, and beams have none until the end
-        if model.generation_config.pad_token_id is None and eos is not None:
-            found["pad_token_id"] = eos[0] if isinstance(eos, list) else eos
+        first = next(iter(eos), None) if isinstance(eos, list) else eos
+        if model.generation_config.pad_token_id is None and first is not None:
+            found["pad_token_id"] = first
         return found
 
     def samples(self, model: Any) -> bool:
@@ -65,13 +66,14 @@ def beams(model: Any) -> int:
     """How many its generation config asks for.
 
     Raises:
-        MicroscaleError: no number.
+        MicroscaleError: that is no number of beams.
     """
-    count = getattr(model.generation_config, "num_beams", None) or 1
-    if not isinstance(count, int):
-        raise MicroscaleError(
-            f"the checkpoint's generation config has num_beams = {brief(count)}, not a number"
-        )
+    count = getattr(model.generation_config, "num_beams", None)
+    if count is None:
+        return 1
+    if type(count) is not int or count < 1:
+        said = f"num_beams = {brief(count)}, and beams are 1 or more"
+        raise MicroscaleError(f"the checkpoint's generation config has {said}")
     return count
 
 
@@ -149,10 +151,14 @@ def generate(
                 logits_processor=LogitsProcessorList([_RefuseNan()]),
                 **arguments,
             )
-    except (TypeError, ValueError) as error:
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         if isinstance(error, MicroscaleError):
             raise
         why = one_line(error)
+        if not isinstance(
+            error, TypeError | ValueError
+        ):  # these say nothing without their names: "0", of a KeyError
+            why = f"{type(error).__name__}: {why}"
         raise MicroscaleError(
             f"transformers does not generate by these settings, or the checkpoint's: {why}"
         ) from error

@@ -21,7 +21,7 @@ from microscale.cli.explain import GRAPHS
 from microscale.cli.generate import Generation, Settings, beams, generate
 from microscale.cli.output import clean, progress, quiet_libraries, say
 from microscale.dense import DenseModule
-from microscale.errors import CheckpointError, MicroscaleError, PromptError, one_line
+from microscale.errors import CheckpointError, MicroscaleError, PromptError, brief, one_line
 from microscale.integrations.hf.dummy import dummy_config
 from microscale.integrations.hf.linears import dense_modules
 from microscale.integrations.hf.quantizer import runners
@@ -266,9 +266,17 @@ def tokenizer_of(name: str) -> Any:
         quant_method(config, path / CONFIG)
         dummy_config(path, config, None)
     try:
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        found = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # whatever a broken file raises: the Rust side has plain Exceptions only
         raise CheckpointError(path, f"its tokenizer cannot be read: {one_line(error)}") from error
+    longest = found.model_max_length
+    if not isinstance(
+        longest, int | float
+    ):  # transformers compares it with every prompt's length, and with nothing before
+        raise CheckpointError(
+            path, "model_max_length of its tokenizer", expected="a number", found=brief(longest)
+        )
+    return found
 
 
 def rates(result: Generation) -> str:

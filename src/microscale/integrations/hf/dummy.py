@@ -19,8 +19,9 @@ _SCALE_BYTES = (117, 121)
 
 MAX_LAYERS = 1024  # a bound on lies: modules are built one by one
 
-# Numbers of which transformers' configs make a list as soon as they are made, an entry each: bounds on lies, too.
+# Numbers of which transformers makes a list, an entry each, as soon as a config is made or used: bounds on lies, too.
 _MOST = {
+    "encoder_no_repeat_ngram_size": 1 << 16,
     "num_labels": 1 << 16,
     **dict.fromkeys(
         (
@@ -60,9 +61,9 @@ def dummy_config(path: Path, config: dict[str, Any], layers: int | None) -> Any:
         if isinstance(cut.get("layer_types"), list):
             cut["layer_types"] = cut["layer_types"][:layers]
     kind = architecture(cut, path / CONFIG)
-    _check_counts(path / CONFIG, cut)
+    check_counts(path / CONFIG, cut)
     del cut["model_type"]
-    with _as_checkpoint_error(path, "transformers does not take it"):
+    with as_checkpoint_error(path / CONFIG, "transformers does not take it"):
         made = AutoConfig.for_model(kind, **cut)
         count = getattr(made.get_text_config(), "num_hidden_layers", None)
     # transformers takes numbers, too, and whatever else in torch has that name, and fails at them later, or not at all.
@@ -73,17 +74,21 @@ def dummy_config(path: Path, config: dict[str, Any], layers: int | None) -> Any:
     return made
 
 
-def _check_counts(path: Path, config: dict[str, Any]) -> None:
-    """Refuse a config, or one that it holds, whose lists would take all memory before there is a layer to count."""
+def check_counts(path: Path, config: dict[str, Any]) -> None:
+    """Refuse a config, or one that it holds, whose lists would take all memory before there is a layer to count.
+
+    Raises:
+        CheckpointError: names the file, the key, and the bound.
+    """
     for key, value in config.items():
         if isinstance(value, dict):
-            _check_counts(path, value)
+            check_counts(path, value)
         elif key in _MOST and isinstance(value, int) and value > _MOST[key]:
             raise CheckpointError(path, key, expected=f"at most {_MOST[key]}", found=brief(value))
 
 
 @contextmanager
-def _as_checkpoint_error(path: Path, problem: str) -> Iterator[None]:
+def as_checkpoint_error(path: Path, problem: str) -> Iterator[None]:
     """Whatever transformers' own checks, or its modules, raise on a config that nobody vouches for."""
     try:
         yield
@@ -91,7 +96,7 @@ def _as_checkpoint_error(path: Path, problem: str) -> Iterator[None]:
         raise
     except Exception as error:  # whoever wrote the config is owed its name; what its values break is anything
         reason = f"{type(error).__name__}: {one_line(error)}"
-        raise CheckpointError(path / CONFIG, f"{problem}: {reason}") from error
+        raise CheckpointError(path, f"{problem}: {reason}") from error
 
 
 def meta_model(config: Any, path: Path) -> Any:
@@ -100,7 +105,7 @@ def meta_model(config: Any, path: Path) -> Any:
     Raises:
         CheckpointError: it cannot be built; `path` is whose config is to blame.
     """
-    with _as_checkpoint_error(path, "transformers cannot build a model by it"):
+    with as_checkpoint_error(path / CONFIG, "transformers cannot build a model by it"):
         return _meta_model(config)
 
 

@@ -96,8 +96,7 @@ def _from_pretrained(checkpoint: Checkpoint, dtype: torch.dtype | str, kwargs: d
 
     path = checkpoint.path
     config = dummy_config(path, checkpoint.config, None)
-    if os.path.lexists(path / _GENERATION):  # transformers would go on without one that it cannot read
-        read_object(path / _GENERATION, MAX_CONFIG_BYTES, constants=True)
+    _check_generation(path / _GENERATION)
     _check_index(checkpoint)
     with taking_over():
         try:
@@ -125,6 +124,19 @@ def _from_pretrained(checkpoint: Checkpoint, dtype: torch.dtype | str, kwargs: d
     _check_complete(path, info)
     _check_kinds(checkpoint, host)
     return host
+
+
+def _check_generation(file: Path) -> None:
+    """Refuse a generation config that transformers would go on without, or fail at, when the weights are loaded."""
+    from transformers import GenerationConfig
+
+    from microscale.integrations.hf.dummy import as_checkpoint_error, check_counts
+
+    if not os.path.lexists(file):
+        return
+    check_counts(file, read_object(file, MAX_CONFIG_BYTES, constants=True))
+    with as_checkpoint_error(file, "transformers does not take it"):
+        GenerationConfig.from_pretrained(file.parent)
 
 
 def _check_index(checkpoint: Checkpoint) -> None:
