@@ -18,7 +18,15 @@ from triton_ahead import random_bytes
 
 from ahead import begun
 from microscale.activations import GPT_OSS
-from microscale.backends.triton_rules import BLOCKS, UNITS, refuse, refuse_blocks, uncompiled, unproven
+from microscale.backends.triton_rules import (
+    BLOCKS,
+    UNITS,
+    refuse,
+    refuse_blocks,
+    uncompiled,
+    unproven,
+    yields,
+)
 from microscale.formats import FORMATS
 from microscale.invented import INVENTED
 from microscale.machine import Gpu
@@ -53,6 +61,26 @@ def test_refusals() -> None:
     why = refuse(replace(MOE, act="nvfp4").on(h200))
     assert why == "activations are multiplied as bf16 numbers or as FP8 codes, and those of nvfp4 are neither"
     assert refuse(LINEAR.on(INVENTED["mi300x"])) is None
+
+
+def test_activations_in_nvfp4_are_refused_by_what_units_there_are() -> None:
+    """Where there are some, the pair or the version of Triton is the reason."""
+    spark = replace(INVENTED["rtx5090"], gpus=(Gpu("cuda", "sm_121", "NVIDIA GB10", 1),))
+    nvfp4 = replace(LINEAR, weight="nvfp4", act="nvfp4")
+    why = "block-scaled products for sm_121 need Triton 3.8 or newer, and this is 3.6.0"
+    assert refuse(nvfp4.on(spark)) == why
+    assert refuse(nvfp4.on(replace(spark, packages=(("triton", "3.8.0"),)))) is None
+    why = "gfx950 has block-scaled units, but not for scales of nvfp4"
+    assert refuse(nvfp4.on(INVENTED["mi355x"])) == why
+    why = "Triton's block-scaled product takes MXFP4 and MXFP8, or NVFP4 twice, not mxfp4 and nvfp4"
+    assert refuse(replace(nvfp4, weight="mxfp4").on(INVENTED["b200"])) == why
+
+
+def test_an_xpu_without_a_name_is_none_of_an_unknown_make() -> None:
+    """PyTorch tells no architecture of them."""
+    arc = replace(INVENTED["arc-b580"], gpus=(Gpu("xpu", "", "Intel Arc B580", 1),))
+    said = "it widens activations in mxfp4 to bf16: Triton has no block-scaled product for xpu"
+    assert yields(replace(LINEAR, act="mxfp4").on(arc)) == said
 
 
 def test_pairs_of_codes_that_no_unit_takes_are_told() -> None:

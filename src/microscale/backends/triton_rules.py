@@ -52,8 +52,7 @@ def refuse_blocks(arch: str, weight: str, act: str, version: str = "") -> str | 
     Args:
         version: of Triton; empty: the newest.
     """
-    sm = capability(arch)
-    least = UNITS.get(f"sm_{sm}" if sm else arch)
+    sm, least = capability(arch), UNITS.get(_unit(arch))
     if least is None:
         return f"Triton has no block-scaled product for {arch}"
     if version and numbers(version) < numbers(least):
@@ -68,6 +67,12 @@ def refuse_blocks(arch: str, weight: str, act: str, version: str = "") -> str | 
     return None
 
 
+def _unit(arch: str) -> str:
+    """What `UNITS` calls a GPU: "sm_100a" -> "sm_100"."""
+    sm = capability(arch)
+    return f"sm_{sm}" if sm else arch
+
+
 def in_blocks(problem: Problem) -> bool:
     """Whether activations meet weights as codes and scales, in block-scaled units."""
     found = problem.version("triton")
@@ -79,6 +84,8 @@ def _refuse_act(problem: Problem) -> str | None:
     arch, sm = problem.arch or "unknown", capability(problem.arch)
     if in_blocks(problem):
         return None
+    if problem.act == "nvfp4" and _unit(arch) in UNITS:
+        return refuse_blocks(arch, problem.weight, problem.act, problem.version("triton"))
     if (why := refuse_pair(problem.weight, problem.act)) is not None or problem.act != FP8_GROUP128.name:
         return why
     if problem.device == "xpu":
@@ -97,11 +104,11 @@ def yields(problem: Problem) -> str | None:
     if act == FP8_GROUP128.name:
         if problem.op != "linear" or problem.device != "cuda" or sm != 90:
             return None
-        return "torch's product of FP8 codes took 0.33 to 1.08 times as long on an NVIDIA H200, of 1 to 8192 tokens"
+        return "torch's product of FP8 codes took 0.33 to 1.08 times as long on an NVIDIA H200, for 1 to 8192 tokens"
     units = sm >= 100 or arch == "gfx950" or problem.device == "xpu"
     if act == "a16" or FORMATS[act].scale != "e8m0" or not units:
         return None
-    why = refuse_blocks(arch or "unknown", problem.weight, act, problem.version("triton"))
+    why = refuse_blocks(arch or problem.device, problem.weight, act, problem.version("triton"))
     return f"it widens activations in {act} to bf16: {why}"
 
 
