@@ -109,6 +109,28 @@ def test_block_scaled_products_that_never_ran_yield_to_installed_packages() -> N
         assert choose(problem.on(machine), BACKENDS, "triton").backend.name == "triton"
 
 
+def test_packages_that_widen_activations_do_not_come_before_triton_because_it_widens_them() -> None:
+    """Only those come that multiply codes; where Triton is not there, all are asked as ever."""
+    for name, word, problem in (
+        ("b200", "humming", Problem("linear", "mxfp4", 4096, 4096, act="mxfp6_e2m3")),
+        ("rtx5090", "humming", Problem("linear", "mxfp4", 4096, 4096, act="mxfp8_e4m3")),
+        ("arc-b580", "xpu_kernels", replace(MOE, act="mxfp8_e4m3")),
+    ):
+        machine = INVENTED[name].with_packages([SHORT[word]])
+        choice = choose(problem.on(machine), BACKENDS)
+        assert choice.backend.name == "triton"
+        assert dict(choice.refused)[word] == f"it widens activations in {problem.act} to bf16"
+        bare = replace(machine, packages=((SHORT[word], READ[SHORT[word]]),))
+        assert choose(problem.on(bare), BACKENDS).backend.name == word
+    codes = replace(MOE, bias=False, weight="mxfp4", act="mxfp8_e4m3", activation=Activation("silu"))
+    machine = INVENTED["rtx5090"].with_packages([SHORT["flashinfer"], SHORT["humming"]])
+    choice = choose(codes.on(machine), BACKENDS)
+    assert choice.backend.name == "flashinfer"
+    assert dict(choice.refused)["triton"].startswith(
+        "it widens activations in mxfp8_e4m3 to bf16: on sm_120 "
+    )
+
+
 PLAIN_MOE = replace(MOE, bias=False, activation=Activation("silu"))
 MXFP4 = Problem("linear", "mxfp4", 4096, 4096)
 NVFP4 = Problem("linear", "nvfp4", 4096, 4096, act="nvfp4")
@@ -137,7 +159,7 @@ BLOCK = Problem("linear", "fp8_block128", 7168, 2048, act="fp8_group128")
         ("mi355x", ("aiter",), BLOCK, "triton"),
         ("arc-b580", (), replace(MXFP4, act="mxfp4"), "triton"),
         ("arc-b580", ("xpu_kernels",), replace(MXFP4, act="mxfp4"), "xpu_kernels"),
-        ("arc-b580", ("xpu_kernels",), replace(MOE, act="mxfp8_e4m3"), "xpu_kernels"),
+        ("arc-b580", ("xpu_kernels",), replace(MOE, act="mxfp8_e4m3"), "triton"),
         ("arc-b580", ("xpu_kernels",), BLOCK, "torch_scaled"),
     ],
 )

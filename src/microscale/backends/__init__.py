@@ -16,12 +16,14 @@ from microscale.backends.adapters.humming_rules import refuse as refuse_humming
 from microscale.backends.adapters.torch_scaled_rules import accumulation as accumulation_torch_scaled
 from microscale.backends.adapters.torch_scaled_rules import refuse as refuse_torch_scaled
 from microscale.backends.adapters.xpu_kernels_rules import refuse as refuse_xpu_kernels
+from microscale.backends.adapters.xpu_kernels_rules import yields as yields_xpu_kernels
 from microscale.backends.contract import Contract
 from microscale.backends.cpu_rules import refuse as refuse_cpu
 from microscale.backends.measured import beside_humming
 from microscale.backends.triton_rules import accumulation as accumulation_triton
 from microscale.backends.triton_rules import refuse as refuse_triton
 from microscale.backends.triton_rules import yields as yields_triton
+from microscale.backends.triton_rules import yields_with_triton
 from microscale.formats import Format
 from microscale.oracle import Backend, Problem
 from microscale.quant import QuantTensor
@@ -73,6 +75,7 @@ BACKENDS: tuple[Backend, ...] = (
         refuse_xpu_kernels,
         "vllm-xpu-kernels: oneDNN's products of quantised activations; experts' weights decoded to bf16 in registers",
         arithmetic=arithmetic.xpu_kernels,
+        yields=yields_xpu_kernels,
         waits=True,
     ),
     Backend(
@@ -98,6 +101,7 @@ BACKENDS: tuple[Backend, ...] = (
         "humming-kernels: weights decoded in registers, activations multiplied in bf16, in batch-invariant kernels",
         arithmetic=arithmetic.humming,
         proven="NVIDIA H200",
+        yields=yields_with_triton,
         waits=True,
     ),
     Backend(

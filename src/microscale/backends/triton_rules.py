@@ -105,11 +105,21 @@ def yields(problem: Problem) -> str | None:
         if problem.op != "linear" or problem.device != "cuda" or sm != 90:
             return None
         return "torch's product of FP8 codes took 0.33 to 1.08 times as long on an NVIDIA H200, for 1 to 8192 tokens"
-    units = sm >= 100 or arch == "gfx950" or problem.device == "xpu"
-    if act == "a16" or FORMATS[act].scale != "e8m0" or not units:
-        return None
     why = refuse_blocks(arch or problem.device, problem.weight, act, problem.version("triton"))
-    return f"it widens activations in {act} to bf16: {why}"
+    return (widens := _widens(problem)) and f"{widens}: {why}"
+
+
+def yields_with_triton(problem: Problem) -> str | None:
+    """None, or why a kernel of another package that widens activations, too, is asked no sooner than Triton's."""
+    return None if in_blocks(problem) else _widens(problem)
+
+
+def _widens(problem: Problem) -> str | None:
+    """None, or that MX activations become bf16 where units take codes, or may: whoever gives them codes comes first."""
+    units = capability(problem.arch) >= 100 or problem.arch == "gfx950" or problem.device == "xpu"
+    if not units or problem.act not in FORMATS or FORMATS[problem.act].scale != "e8m0":
+        return None
+    return f"it widens activations in {problem.act} to bf16"
 
 
 def accumulation(problem: Problem) -> Accumulation:

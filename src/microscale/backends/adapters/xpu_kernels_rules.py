@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from microscale.backends.adapters.common_rules import missing, not_as_bf16, sizes
+from microscale.backends.triton_rules import yields_with_triton
 from microscale.oracle import Problem
 
 PACKAGE = "vllm-xpu-kernels"
@@ -22,6 +23,11 @@ def refuse(problem: Problem) -> str | None:
     if problem.device != "xpu":
         return f"vllm-xpu-kernels are for Intel GPUs, not for {problem.device}"
     return operands(problem) or missing(problem, PACKAGE)
+
+
+def yields(problem: Problem) -> str | None:
+    """None, or why others are asked first: experts' activations are widened, as Triton widens them."""
+    return yields_with_triton(problem) if problem.op == "moe" else None
 
 
 def operands(problem: Problem) -> str | None:
