@@ -23,7 +23,7 @@ def refuse(problem: Problem) -> str | None:
     if problem.dtype != problem.weight:
         return f"activations are {problem.dtype} and weights {problem.weight}"
     if problem.arch not in ("avx2", "avx512", "avx512_bf16", "amx"):
-        return f"its wide kernels are for x86 with AVX2 or more, not for {problem.arch or 'this processor'}"
+        return f"its wide kernels are for x86 with AVX2 or more, and the level here is {problem.arch or 'unknown'}"
     return None
 
 
