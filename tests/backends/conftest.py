@@ -116,7 +116,8 @@ def launch(source: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[..
     def build(spec: Any) -> Any:
         element = next(f.element for f in FORMATS.values() if f.element.name == spec.element)
         products = "".join(
-            f"template <> struct Product<{n}> {{ static void add(float (&d)[MOST / 2], const u32 *w, u64 x, int more) "
+            f"template <> struct Product<{n}> {{\n"
+            f"template <int SUMS> static void add(float (&d)[SUMS], const u32 *w, u64 x, int more) "
             f"{{ multiply_add<{n}>(d, w, x, more); }}\n"
             f"static void codes(float (&d)[MOST / 2], u64 x, u64 w) {{ multiply_codes<{n}>(d, x, w); }} }};\n"
             for n in spec.sizes

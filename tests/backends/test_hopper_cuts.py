@@ -129,36 +129,6 @@ def test_each_row_of_the_tables_says_what_it_took(layout: Any) -> None:
             assert all(0 < us < 1e5 for us in row["us"].values())
 
 
-def test_of_many_tokens_the_sizes_decide_which_cut(layout: Any) -> None:
-    cuts = import_module("microscale.backends.triton.cuts")
-    fmt = FORMATS["mxfp4"]
-
-    def block(tokens: int, rows: int) -> int:
-        return int(cuts.linear_cut(fmt, tokens, rows // 64, 1).block_m)
-
-    # 80 and 128 tiles of rows, of which programs have one, two or four, and 132 multiprocessors.
-    assert [block(m, 5120) for m in (96, 128, 192, 256, 384, 512)] == [96, 128, 64, 88, 128, 176]
-    assert [block(m, 8192) for m in (96, 128, 192, 256, 384, 512)] == [96, 128, 192, 128, 192, 128]
-    # Few tiles of rows: more programs, each with fewer tokens.
-    assert block(256, 2048) == 64
-    for name in ("mxfp4", "mxfp8_e4m3", "fp8_block128"):
-        row = cuts.table()[cuts.group(FORMATS[name])][0][-1]
-        assert len(row.cuts) == len(row.steps) == len(set(row.cuts))
-        for tokens in (65, 257, 1000, 5000, 100_000):
-            for tiles in (1, 45, 80, 128, 1000):
-                taken = dict(zip(row.cuts, row.steps, strict=True))
-                taken = {c: step * cuts.rounds(c, tokens, tiles) for c, step in taken.items()}
-                assert taken[row.fit(tokens, tiles)] == min(taken.values())
-
-
-def test_rounds_of_a_linear_are_programs_one_after_the_other(layout: Any) -> None:
-    cuts = import_module("microscale.backends.triton.cuts")
-    four, one = cuts.Cut.parse("m128t4c1w12s8x"), cuts.Cut.parse("m128t1c1w8s11x")
-    # 120 programs of 132, 140, and of a tile each 131 to 133.
-    assert [cuts.rounds(four, m, 80) for m in (1, 768, 769)] == [1, 1, 2]
-    assert [cuts.rounds(one, 128, tiles) for tiles in (1, 131, 132, 133, 264, 265)] == [1, 1, 1, 2, 2, 3]
-
-
 def test_experts_of_many_tokens_take_what_multiplies_least(layout: Any) -> None:
     cuts = import_module("microscale.backends.triton.cuts")
     cut = cuts.Cut.parse("m112t4c1w12s9x")
@@ -264,23 +234,6 @@ def test_the_tuner_writes_rows_as_they_are_read(layout: Any) -> None:
             times = {pair: {} for pair in row.pairs}
             times[row.pairs[-1]] = was["us"]
             assert experts.moe_entry(row, times) == was
-
-
-def test_steps_are_timed_where_a_cut_is_not_far_behind(layout: Any) -> None:
-    cuts, linears = (
-        import_module(f"microscale.{name}") for name in ("backends.triton.cuts", "bench.tune_linears")
-    )
-    one, two = cuts.Cut.parse("m64t1c1w8s14x"), cuts.Cut.parse("m128t2c1w12s10x")
-    row = cuts.LinearRow(float("inf"), 0, (one, two), (1.0, 1.0))
-    times = {
-        (64, 5120, 2560): {one: 8.0, two: 12.0},  # 40 steps: 200 ns; far behind
-        (128, 8448, 2560): {one: 17.0, two: 14.0},  # twice 40: 212.5 ns, within 1.25; 350 ns
-        (256, 8448, 2560): {one: 40.0, two: 13.0},  # far behind; 325 ns
-        (256, 8448, 5120): {one: 80.0, two: 25.0},  # far behind; 80 steps: 312.5 ns
-    }
-    assert linears.steps_of(row, times) == (206.0, 325.0)
-    behind = {(256, 8448, 2560): {one: 40.0, two: 13.0}}
-    assert linears.steps_of(row, behind) == (250.0, 325.0)
 
 
 def test_of_several_pairs_each_is_timed_where_it_is_taken(layout: Any) -> None:

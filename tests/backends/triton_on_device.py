@@ -297,7 +297,7 @@ def cuts_of(name: str) -> tuple[list[Cut], list[tuple[Cut, Cut]]]:
     fmt = FORMATS[name]
     linear, moe = cuts.table()[cuts.group(fmt)]
     wide, many = wide_candidates(fmt, 128), wide_candidates(fmt, 128, experts=True)
-    linears = [cut.fitted(fmt, 1) for row in linear for cut in row.cuts]
+    linears = [cut.fitted(fmt, 1) for row in linear for cut in (*row.cuts, *row.mixed())]
     experts = [(a.fitted(fmt, 1), b.fitted(fmt, 1)) for row in moe for a, b in row.pairs]
     return list(dict.fromkeys(linears + wide)), list(dict.fromkeys(experts + [(c, c) for c in many]))
 

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 
 from microscale.backends.triton import cuts, hopper
-from microscale.backends.triton.cuts import Cut, LinearRow
+from microscale.backends.triton.cuts import Cut
+from microscale.backends.triton.linear_rows import MULTIPROCESSORS, LinearRow, rounds, units
 from microscale.bench import gpu
 from microscale.bench.tune_candidates import Checked, candidates, least_loss, timed, wide_candidates
 from microscale.errors import MicroscaleError
@@ -59,7 +60,9 @@ def entry_of(row: LinearRow) -> dict[str, Any]:
         entry["tiles"] = row.tiles
     if len(row.cuts) == 1:
         return entry | {"cut": str(row.cuts[0])}
-    return entry | {"steps": dict(zip(map(str, row.cuts), row.steps, strict=True))}
+    entry["steps"] = dict(zip(map(str, row.cuts), row.steps, strict=True))
+    rests = {f"m{tokens}t{tiles}": step for tokens, tiles, step in row.rests}
+    return entry | {"rests": rests} if rests else entry
 
 
 def steps_of(row: LinearRow, times: dict[tuple[int, int, int], dict[Cut, float]]) -> tuple[float, ...]:
@@ -72,7 +75,7 @@ def steps_of(row: LinearRow, times: dict[tuple[int, int, int], dict[Cut, float]]
     for cut in row.cuts:
         steps = []
         for (m, n, k), of in times.items():
-            step = 1e3 * of[cut] / (cuts.rounds(cut, m, -(-n // 64)) * -(-k // 64))
+            step = 1e3 * of[cut] / (rounds(units(cut, m, -(-n // 64))[1][0]) * -(-k // 64))
             steps.append((of[cut] > _NEAR * min(of.values()), step))
         far = all(is_far for is_far, _ in steps)
         found.append(float(round(median(step for is_far, step in steps if is_far == far))))
@@ -87,25 +90,53 @@ def _several(row: LinearRow, rows: tuple[LinearRow, ...], fmt: Format, checked: 
     """
     times: dict[tuple[int, int, int], dict[Cut, float]] = {}
     for n, k in _SIZES.values():
-        weights: list[Any] = [gpu.random_weights(fmt.name, n, k) for _ in range(max(2, int(1.6e8 / (n * k))))]
-        calls = (weights * 16)[:16]
+        weights = _weights(fmt, n, k)
         for m in _BETWEEN:
             if next(r for r in rows if r.holds(m, n // 64)) is row:
-                x = torch.randn(m, k, device="cuda").bfloat16()
-                times[m, n, k] = {
-                    cut: timed([partial(hopper.linear, x, w, None, cut) for w in calls]) for cut in row.cuts
-                }
+                times[m, n, k] = {cut: _timed(weights, m, k, cut) for cut in row.cuts}
     wrong = [str(c) for c in row.cuts if max(of[c] for of in times.values()) == inf or not checked.linear(c)]
     if wrong:
         raise MicroscaleError(f"wrong numbers, or none, with the cuts {', '.join(wrong)} of cuts.json")
-    new = replace(row, steps=steps_of(row, times))
-    us = {
-        f"{what} M={m}": round(of[new.fit(m, n // 64)], 1)
-        for what, (n, k) in gpu.LINEARS.items()
-        for m in _BETWEEN
-        if (of := times.get((m, n, k)))
-    }
+    new = replace(row, steps=steps_of(row, times), rests=_rests(row, fmt, checked))
+    us = {}
+    for what, (n, k) in gpu.LINEARS.items():
+        weights = _weights(fmt, n, k)
+        for m in _BETWEEN:
+            if of := times.get((m, n, k)):
+                cut = new.fit(m, n // 64)
+                us[f"{what} M={m}"] = round(of[cut] if cut in of else _timed(weights, m, k, cut), 1)
     return entry_of(new) | {"us": us}
+
+
+def _rests(row: LinearRow, fmt: Format, checked: Checked) -> tuple[tuple[int, int, float], ...]:
+    """These kinds of programs and what a step of each takes now.
+
+    Raises:
+        MicroscaleError: numbers are wrong, or it does not compile.
+    """
+    found = []
+    k = 4096
+    for tokens, tiles, _ in row.rests:
+        # The widest, so that these tokens are too few for its usual programs.
+        widest = max((cut for cut in row.cuts if 2 * cut.tiles == tiles), key=lambda cut: cut.block_m)
+        cut = replace(widest, rest=tokens).fitted(fmt, 1)
+        us = _timed(_weights(fmt, MULTIPROCESSORS // 3 * tiles * 64, k), tokens, k, cut)
+        if us == inf or not checked.linear(cut):
+            raise MicroscaleError(
+                f"wrong numbers, or none, with the cut {cut}: m{tokens}t{tiles} of cuts.json"
+            )
+        found.append((tokens, tiles, float(round(1e3 * us / (k // 64)))))
+    return tuple(found)
+
+
+def _weights(fmt: Format, n: int, k: int) -> list[Any]:
+    """For sixteen calls, of so many matrices that none is in the cache."""
+    return ([gpu.random_weights(fmt.name, n, k) for _ in range(max(2, int(1.6e8 / (n * k))))] * 16)[:16]
+
+
+def _timed(weights: list[Any], m: int, k: int, cut: Cut) -> float:
+    x = torch.randn(m, k, device="cuda").bfloat16()
+    return timed([partial(hopper.linear, x, w, None, cut) for w in weights])
 
 
 def tune_linear(name: str, fmt: Format, say: Callable[[str], None]) -> Iterator[dict[str, Any]]:

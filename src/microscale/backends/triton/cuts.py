@@ -1,7 +1,7 @@
 """How Hopper's kernels cut a product into programs and steps, and which cut for what: `cuts.json`, measured.
 
 `microscale bench tune` writes the file. Only cuts whose numbers were checked on the GPU that timed them are in it. Of
-many tokens a row has several, and the sizes decide: see `LinearRow.fit` and `MoeRow.fit`.
+many tokens a row has several, and the sizes decide: see `linear_rows` and `MoeRow.fit`.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from statistics import NormalDist, fmean
 from typing import Any
 
 from microscale.backends.triton.fragments import Fragments
+from microscale.backends.triton.linear_rows import LinearRow, rests_of
 from microscale.formats import Format
 
 HOPPER_SHARED = 227 << 10  # bytes that a program may use,
 STATIC_SHARED = 48 << 10  # and of these what its text may have room for by itself
 REGISTERS = 1 << 16  # of a multiprocessor
-MULTIPROCESSORS = 132  # of an H100 or H200
 _SAMPLES = 20  # of how many routes an expert has
-_WORD = re.compile(r"m(\d+)t(\d+)c(\d+)w(\d+)s(\d+)(o?)(h?)(f?)(?:b(\d+))?(?:p(\d))?(x?)(r?)")
+_WORD = re.compile(r"m(\d+)t(\d+)c(\d+)w(\d+)s(\d+)(o?)(h?)(f?)(?:b(\d+))?(?:p(\d))?(?:(x)(\d*))?(r?)")
 
 
 def split(block_m: int) -> tuple[int, int]:
@@ -64,6 +64,8 @@ class Cut:
         wide: by `hopper_wide`, in which a group of four warps copies and `users` multiply, each one or two of `tiles`;
             block_m is the most tokens of a program, whose number is fitted to an expert's; a linear's all have so many.
             Activations of one part only.
+        rest: other than 0: of a linear with `wide`, what full programs leave of the tokens goes to others of so many,
+            which have twice the tiles.
         rings: of experts, both by `hopper_rings`: `warps` multiply, each four of them one to three of `tiles`, up to 32
             tokens; chunks are of a stage, at most. Activations of one part only.
     """
@@ -79,6 +81,7 @@ class Cut:
     programs: int = 0
     few: bool = False
     wide: bool = False
+    rest: int = 0
     rings: bool = False
 
     def __str__(self) -> str:
@@ -89,6 +92,7 @@ class Cut:
             + (f"b{self.bulk}" if self.bulk else "")
             + (f"p{self.programs}" if self.programs else "")
             + ("x" if self.wide else "")
+            + (f"{self.rest}" if self.rest else "")
             + ("r" if self.rings else "")
         )
         return f"m{self.block_m}t{self.tiles}c{self.chunks}w{self.warps}s{self.stages}{flags}"
@@ -99,10 +103,12 @@ class Cut:
         found = _WORD.fullmatch(word)
         if found is None:
             raise ValueError(f"{word!r} names no cut, as m128t2c1w8s5ohb1 does")
-        m, t, c, w, s, overlap, tail, few, bulk, programs, wide, rings = found.groups()
+        m, t, c, w, s, overlap, tail, few, bulk, programs, wide, rest, rings = found.groups()
         sizes = (int(m), int(t), int(c), int(w), int(s))
         asked = (int(bulk or 0), int(programs or 0))
-        return Cut(*sizes, overlap == "o", tail == "h", *asked, few == "f", wide == "x", rings == "r")
+        return Cut(
+            *sizes, overlap == "o", tail == "h", *asked, few == "f", wide == "x", int(rest or 0), rings == "r"
+        )
 
     def constants(self, w: Fragments) -> dict[str, Any]:
         """Compile-time arguments of the kernels."""
@@ -176,10 +182,10 @@ class Cut:
         """
         scales = 256 if fmt.scale == "e4m3" else 128
         if self.wide:  # and barriers, and of every group experts' routes and shares
-            rest = 16 * (4 * self.stages + 6 + self.users * self.block_m)
-            return (
-                wide_stages(self.stages, self.block_m, self.tiles * (512 * fmt.element.bits + scales)) + rest
-            )
+            besides = 16 * (4 * self.stages + 6 + self.users * self.block_m)
+            tile = 512 * fmt.element.bits + scales
+            kinds = ((self.block_m, self.tiles), (self.rest, 2 * self.tiles if self.rest else 0))
+            return max(wide_stages(self.stages, tokens, tiles * tile) for tokens, tiles in kinds) + besides
         if self.few:
             return 512 * self.block_m * self.room(columns)
         if self.rings:  # and tokens, see `hopper_rings.Rings`
@@ -222,30 +228,6 @@ class Cut:
         while cut.shared(fmt, parts) > HOPPER_SHARED and cut.stages > 3:
             cut = replace(cut, stages=cut.stages - 1)
         return cut
-
-
-@dataclass(frozen=True)
-class LinearRow:
-    """Attributes: tokens up to which it holds; tiles of 64 rows from which; its cuts, and what a step of each takes, in
-    nanoseconds: of 64 columns, with all multiprocessors' programs at a time. A single cut needs none."""
-
-    tokens: float
-    tiles: int
-    cuts: tuple[Cut, ...]
-    steps: tuple[float, ...] = (1.0,)
-
-    def holds(self, tokens: float, tiles: int) -> bool:
-        return tokens <= self.tokens and tiles >= self.tiles
-
-    def fit(self, tokens: int, tiles: int) -> Cut:
-        """The cut whose steps, one after the other on the busiest multiprocessor, take least."""
-        step = dict(zip(self.cuts, self.steps, strict=True))
-        return min(step, key=lambda cut: rounds(cut, tokens, tiles) * step[cut])
-
-
-def rounds(cut: Cut, tokens: int, tiles: int) -> int:
-    """How many programs of a linear the busiest multiprocessor has one after the other."""
-    return -(-(-(-tiles // cut.tiles) * -(-tokens // cut.block_m)) // MULTIPROCESSORS)
 
 
 @dataclass(frozen=True)
@@ -312,7 +294,11 @@ def table(arch: str = "sm_90") -> dict[str, tuple[tuple[LinearRow, ...], tuple[M
     for name, rows in json.loads(text)["tables"][arch].items():
         linear = tuple(
             LinearRow(
-                r["tokens"] or inf, r.get("tiles", 0), tuple(map(Cut.parse, steps)), tuple(steps.values())
+                r["tokens"] or inf,
+                r.get("tiles", 0),
+                tuple(map(Cut.parse, steps)),
+                tuple(steps.values()),
+                rests_of(r.get("rests", {})),
             )
             for r in rows["linear"]
             for steps in [r["steps"] if "steps" in r else {r["cut"]: 1.0}]

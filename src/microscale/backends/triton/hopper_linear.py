@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from microscale.backends.triton import hopper_wide, nvrtc
+from microscale.backends.triton import hopper_wide, linear_rows, nvrtc
 from microscale.backends.triton.cuts import Cut
 from microscale.backends.triton.fragments import Fragments
 from microscale.backends.triton.hopper_wide import address, float_kind, spec_of
@@ -29,10 +29,14 @@ class Given(ctypes.Structure):
 
     _fields_ = [
         ("boxes", Boxes),
+        ("rest_boxes", Boxes),
         *[(n, ctypes.c_uint64) for n in ("y", "codes", "scales", "ratios", "row_scale", "bias")],
         *[
             (n, ctypes.c_int)
-            for n in ("units", "blocks", "group", "tokens", "each", "rows", "tiles", "chunks")
+            for n in (
+                *("units", "blocks", "group", "rests", "rest_blocks"),
+                *("tokens", "usual", "each", "rows", "tiles", "chunks"),
+            )
         ],
         ("_", ctypes.c_ubyte * 64),  # the text's ends at a multiple of so many
     ]
@@ -94,12 +98,13 @@ def linear(x: Tensor, w: Fragments, bias: Tensor | None, cut: Cut) -> Tensor:
     """[M, K] bfloat16, contiguous and at a multiple of 16 bytes -> [M, N]."""
     m, n = x.shape[0], w.shape[-2]
     y = torch.empty(m, n, dtype=x.dtype, device=x.device)
-    blocks = -(-w.tiles // cut.tiles)
-    units = blocks * -(-m // cut.block_m)
+    usual, units = linear_rows.units(cut, m, w.tiles)
     given = Given(
-        Boxes.from_buffer_copy(box_map(x, cut.block_m)),
+        *(Boxes.from_buffer_copy(box_map(x, rows or cut.block_m)) for rows in (cut.block_m, cut.rest)),
         y.data_ptr(), w.codes.data_ptr(), w.scales.data_ptr(), address(w.ratios), address(w.row_scale),
-        address(bias), units, blocks, _GROUP, m, cut.block_m, n, w.tiles, w.chunks,
+        address(bias), units[0], -(-w.tiles // cut.tiles), _GROUP, units[1], -(-w.tiles // (2 * cut.tiles)),
+        m, usual, cut.block_m, n, w.tiles, w.chunks,
     )  # fmt: skip
-    hopper_wide.launch(spec_of(False, (w,), cut, bias=(float_kind(bias),)), x.device, units, given)
+    spec = spec_of(False, (w,), cut, bias=(float_kind(bias),), rest=cut.rest)
+    hopper_wide.launch(spec, x.device, sum(units), given)
     return y

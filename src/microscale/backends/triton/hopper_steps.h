@@ -103,8 +103,8 @@ DEVICE void decode_half(const Codes &c, int p, u32 (&o)[8]) {
 constexpr int kGroups = 2 * EACH;  // of products in a step, where each is of 32 columns of a tile
 
 // Sums that nothing is added to at the moment, times what block FP8 has between two blocks, see `fragments.Fragments`.
-template <int N, int E = EACH>
-DEVICE void rescale(Sums &d, const float (&ratio)[EACH]) {
+template <int N, int E = EACH, int TILES_OF, int ROOM>
+DEVICE void rescale(float (&d)[TILES_OF][ROOM], const float (&ratio)[TILES_OF]) {
 #pragma unroll
   for (int e = 0; e < E; e++)
 #pragma unroll

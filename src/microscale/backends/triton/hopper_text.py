@@ -37,6 +37,8 @@ class Spec:
         routes, known: of experts whose programs sort routes themselves: room for so many, and experts that are here.
         id_bytes, map_bytes: of an expert's number among these routes, and in the map; 0: there is none.
         engine: codes of experts come by the copying engine, and not by all threads of a group of warps.
+        rest: of a linear, tokens of units of another kind, which have twice the tiles and whose sums are of as many
+            registers at most; 0: there are none.
     """
 
     experts: bool
@@ -60,12 +62,13 @@ class Spec:
     id_bytes: int = 0
     map_bytes: int = 0
     engine: bool = True
+    rest: int = 0
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        """Tokens that there is a loop for, the greatest first. All programs of a linear have equally many."""
+        """Tokens that there is a loop for, the greatest first."""
         if not self.experts:
-            return (self.most,)
+            return tuple(sorted({self.most, self.rest or self.most}, reverse=True))
         return loops(self.most)
 
     @property
@@ -120,7 +123,13 @@ class Spec:
     def shared(self) -> int:
         """Bytes of dynamic shared memory."""
         tile = 512 * len(LANDS[self.element]) + (256 if self.scale == "e4m3" else 128)
-        return wide_stages(self.stages, self.most, self.users * self.each * tile)
+        kinds = ((self.most, self.users * self.each), (self.rest, self.rest_tiles))
+        return max(wide_stages(self.stages, tokens, tiles * tile) for tokens, tiles in kinds)
+
+    @property
+    def rest_tiles(self) -> int:
+        """Of units of the other kind."""
+        return 2 * self.users * self.each if self.rest else 0
 
     @property
     def finders(self) -> int:
@@ -155,6 +164,8 @@ class Spec:
             "EACH": self.each,
             "TILES": self.users * self.each,
             "FEWER": self.fewer,
+            "REST": self.rest,
+            "REST_TILES": self.rest_tiles,
             "ENGINE": int(self.engine),
             "COPY_REGISTERS": self.registers[0],
             "USE_REGISTERS": self.registers[1],
@@ -229,7 +240,7 @@ def _products(spec: Spec) -> str:
         w0, w1, w2, w3, x, more = (f"%{n // 2 + i}" for i in range(6))
         found.append(
             f"template <> struct Product<{n}> {{\n"
-            f"  static DEVICE void add(float (&d)[{spec.most // 2}], const unsigned *w, "
+            f"  static DEVICE void add(float (&d)[{(spec.most if spec.experts else n) // 2}], const unsigned *w, "
             "unsigned long long x, int more) {\n"
             f'    asm volatile("{{.reg .pred p; setp.ne.s32 p, {more}, 0;\\n"\n'
             f'      "wgmma.mma_async.sync.aligned.m64n{n}k16.f32.bf16.bf16 {{{sums}}}, "\n'
