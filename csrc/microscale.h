@@ -100,9 +100,9 @@ int ms_moe(int level, const void *w13, const float *outer13, const void *w2, con
            int threads);
 
 /* y[m, k] of dtype `to` = x[m, k] of `dtype` as each row reads back from a format of activations: an MX format, 32
- * numbers sharing a power of two, or MS_FP8_BLOCK128, of which 128 numbers of a row share a float32 scale, for `to`
- * MS_FP32 alone. Numbers that share one with an infinity or a NaN become NaN. x's rows are contiguous and `x_stride`
- * elements apart; y is dense. */
+ * numbers sharing a power of two; or, for `to` MS_FP32 alone, MS_FP8_BLOCK128, of which 128 numbers of a row share a
+ * float32 scale, and MS_NVFP4, whose outer multiplier is a row's. Numbers that share a block's scale with an infinity
+ * or a NaN become NaN. x's rows are contiguous and `x_stride` elements apart; y is dense. */
 int ms_stored(int level, int format, int dtype, const void *x, int64_t x_stride, int64_t m, int64_t k, int to, void *y,
               int threads);
 

@@ -34,7 +34,7 @@ struct Rows {
 extern "C" int ms_stored(int level, int format, int dtype, const void *x, int64_t x_stride, int64_t m, int64_t k,
                          int to, void *y, int threads) {
   using namespace microscale;
-  const bool known = (format >= 0 && format <= MS_MXINT8) || (format == MS_FP8_BLOCK128 && to == MS_FP32);
+  const bool known = format >= 0 && (format <= MS_MXINT8 || (format < MS_FORMATS && to == MS_FP32));
   if (!known || dtype < 0 || dtype >= MS_DTYPES || to < 0 || to >= MS_DTYPES || m < 0 || k < 1 || threads < 1)
     return MS_BAD_ARGUMENT;
   const Small *small = small_for(level);

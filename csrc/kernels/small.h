@@ -93,8 +93,28 @@ inline void store_block(int dtype, void *y, int64_t i, int64_t n, const f32x16 (
   for (int part = 0; part < N && i < n; ++part, i += kLanes) store_as(dtype, y, i, v[part], lanes_left(n, i));
 }
 
+// The greatest magnitude of a row's finite numbers.
+inline float greatest_of_row(int dtype, const void *x, int64_t n) {
+  u32x16 most{};
+  for (int64_t i = 0; i < n; i += kLanes) {
+    u32x16 bits = as_bits(load_as(dtype, x, i, lanes_left(n, i))) & 0x7fffffffu;
+    bits = bits < 0x7f800000u ? bits : u32x16{};
+    most = bits > most ? bits : most;
+  }
+  const f32x16 v[] = {as_float(most)};
+  return __builtin_bit_cast(float, greatest(v));
+}
+
 inline void small_stored(int format, int dtype, const void *x, int64_t n, int to, void *y) {
-  if (format == MS_FP8_BLOCK128)
+  if (format == MS_NVFP4) {
+    const float row = multiplier(greatest_of_row(dtype, x, n));
+    for (int64_t i = 0; i < n; i += 16) {
+      f32x16 v[1];
+      load_block(dtype, x, i, n, v);
+      as_nvfp4(v, row);
+      store_block(to, y, i, n, v);
+    }
+  } else if (format == MS_FP8_BLOCK128)
     for (int64_t i = 0; i < n; i += 128) {
       f32x16 v[8];
       load_block(dtype, x, i, n, v);

@@ -1,6 +1,6 @@
-// Numbers as the MX formats store them, 32 of which share a power of two, and as FP8 with one float32 scale for 128
-// does: `quant.quantize` with the rules "even" and "amax", and back, so that products of numbers are those of stored
-// ones.
+// Numbers as the MX formats store them, 32 of which share a power of two, as FP8 with one float32 scale for 128 does,
+// and as NVFP4 does with a row's multiplier: `quant.quantize` with the rules "even" and "amax", and back, so that
+// products of numbers are those of stored ones.
 #pragma once
 #include "../microscale.h"
 #include "lanes.h"
@@ -75,6 +75,29 @@ inline void as_group(f32x16 (&v)[8]) {
   if (amax >= 0x7f800000u) scale = __builtin_nanf("");
   const Power one(0);
   for (f32x16 &some : v) some = on_grid(some / splat(scale), g, one, one) * scale;
+}
+
+// NVFP4's multiplier for a row whose finite numbers are at most `amax`: 1 for zeros.
+inline float multiplier(float amax) {
+  const float found = amax / (kGrids[MS_MXFP8_E4M3].max * kGrids[MS_MXFP4].max);
+  return found > 0.0f ? found : 1.0f;
+}
+
+// 16 numbers as E2M1 beside an E4M3 scale and the row's multiplier; NaN where one of them is not finite.
+inline void as_nvfp4(f32x16 (&v)[1], float row) {
+  const Grid &codes = kGrids[MS_MXFP4], &scales = kGrids[MS_MXFP8_E4M3];
+  const uint32_t amax = greatest(v);
+  if (amax >= 0x7f800000u) {
+    v[0] = splat(__builtin_nanf(""));
+    return;
+  }
+  float wanted = __builtin_bit_cast(float, amax) / codes.max / row;
+  wanted = wanted < 0x1p-9f ? 0x1p-9f : wanted > scales.max ? scales.max : wanted;
+  const Power one(0);
+  const float scale = on_grid(splat(wanted), scales, one, one)[0];
+  float step = scale * row;
+  if (step < 0x1p-149f) step = 0x1p-149f;  // beside a tiny multiplier it may be 0, and 0 / 0 is no code
+  v[0] = on_grid(v[0] / splat(step), codes, one, one) * scale * row;
 }
 
 }  // namespace

@@ -22,7 +22,7 @@ from microscale.operands import local_ids
 FORMAT_IDS = {name: i for i, name in enumerate(FORMATS)}  # enum ms_format
 DTYPE_IDS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}  # enum ms_dtype
 # Formats of activations that the core rounds to; of weights the last one shares scales between rows, too.
-STORED_IDS = {name: i for name, i in FORMAT_IDS.items() if FORMATS[name].scale == "e8m0"}
+STORED_IDS = {name: i for name, i in FORMAT_IDS.items() if FORMATS[name].block[0] == 1}
 STORED_IDS[FP8_GROUP128.name] = FORMAT_IDS["fp8_block128"]
 ALIGNMENT = 64  # bytes, of a packed buffer
 CALLS = ("linear", "moe", "dense", "attend", "rms_norm", "route", "stored")
