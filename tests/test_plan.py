@@ -211,8 +211,8 @@ def test_dense_experts_are_read_by_their_share(tmp_path: Path) -> None:
 
 
 def test_an_unknown_quant_method_is_refused_and_the_known_ones_named(tmp_path: Path) -> None:
-    path = config_of(tmp_path / "odd", model_type="llama", quantization_config={"quant_method": "magic"})
     """In the words that it is refused with where there are weights, too."""
+    path = config_of(tmp_path / "odd", model_type="llama", quantization_config={"quant_method": "magic"})
     with pytest.raises(CheckpointError) as caught:
         outline(path)
     told = str(caught.value)

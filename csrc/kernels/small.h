@@ -105,29 +105,26 @@ inline float greatest_of_row(int dtype, const void *x, int64_t n) {
   return __builtin_bit_cast(float, greatest(v));
 }
 
+// N registers of numbers at a time, which `round` changes.
+template <int N, typename Round>
+inline void stored_by(int dtype, const void *x, int64_t n, int to, void *y, Round round) {
+  for (int64_t i = 0; i < n; i += N * kLanes) {
+    f32x16 v[N];
+    load_block(dtype, x, i, n, v);
+    round(v);
+    store_block(to, y, i, n, v);
+  }
+}
+
 inline void small_stored(int format, int dtype, const void *x, int64_t n, int to, void *y) {
   if (format == MS_NVFP4) {
     const float row = multiplier(greatest_of_row(dtype, x, n));
-    for (int64_t i = 0; i < n; i += 16) {
-      f32x16 v[1];
-      load_block(dtype, x, i, n, v);
-      as_nvfp4(v, row);
-      store_block(to, y, i, n, v);
-    }
-  } else if (format == MS_FP8_BLOCK128)
-    for (int64_t i = 0; i < n; i += 128) {
-      f32x16 v[8];
-      load_block(dtype, x, i, n, v);
-      as_group(v);
-      store_block(to, y, i, n, v);
-    }
-  else
-    for (int64_t i = 0; i < n; i += 32) {
-      f32x16 v[2];
-      load_block(dtype, x, i, n, v);
-      as_stored(v, kGrids[format]);
-      store_block(to, y, i, n, v);
-    }
+    stored_by<1>(dtype, x, n, to, y, [row](f32x16(&v)[1]) { as_nvfp4(v, row); });
+  } else if (format == MS_FP8_BLOCK128) {
+    stored_by<8>(dtype, x, n, to, y, as_group);
+  } else {
+    stored_by<2>(dtype, x, n, to, y, [format](f32x16(&v)[2]) { as_stored(v, kGrids[format]); });
+  }
 }
 
 }  // namespace

@@ -39,7 +39,7 @@ def test_of_many_tokens_the_sizes_decide_which_cut(layout: Any) -> None:
         for tokens in (65, 257, 1000, 5000, 100_000):
             for tiles in (1, 45, 80, 128, 1000):
                 taken = {
-                    c: step * rows.rounds(rows.units(c, tokens, tiles)[1][0])
+                    c: step * rows.rounds(rows.programs(c, tokens, tiles).full)
                     for c, step in zip(row.cuts, row.steps, strict=True)
                 }
                 assert taken[plain.fit(tokens, tiles)] == min(taken.values())
@@ -49,8 +49,8 @@ def test_rounds_of_a_linear_are_programs_one_after_the_other(layout: Any) -> Non
     cuts, rows = modules()
     four, one = cuts.Cut.parse("m128t4c1w12s8x"), cuts.Cut.parse("m128t1c1w8s11x")
     # 120 programs of 132, 140, and of a tile each 131 to 133.
-    assert [rows.rounds(rows.units(four, m, 80)[1][0]) for m in (1, 768, 769)] == [1, 1, 2]
-    found = [rows.rounds(rows.units(one, 128, tiles)[1][0]) for tiles in (1, 131, 132, 133, 264, 265)]
+    assert [rows.rounds(rows.programs(four, m, 80).full) for m in (1, 768, 769)] == [1, 1, 2]
+    found = [rows.rounds(rows.programs(one, 128, tiles).full) for tiles in (1, 131, 132, 133, 264, 265)]
     assert found == [1, 1, 1, 2, 2, 3]
 
 
@@ -59,15 +59,15 @@ def test_what_full_programs_leave_is_for_multiprocessors_that_have_one_less(layo
     four = cuts.Cut.parse("m160t4c1w12s7x64")
     assert (four.block_m, four.stages, four.wide, four.rest) == (160, 7, True, 64)
     # Six times 20 programs of four tiles, and ten of eight tiles; full ones alone; others alone, in two rows.
-    assert rows.units(four, 1024, 80) == (960, (120, 10))
-    assert rows.units(four, 960, 80) == (960, (120, 0))
-    assert rows.units(four, 100, 80) == (0, (0, 20))
-    assert rows.units(four, 161, 3) == (160, (1, 1))
+    assert rows.programs(four, 1024, 80) == (960, 120, 10)
+    assert rows.programs(four, 960, 80) == (960, 120, 0)
+    assert rows.programs(four, 100, 80) == (0, 0, 20)
+    assert rows.programs(four, 161, 3) == (160, 1, 1)
     # Twelve multiprocessors have no full one: a program each, or two. All have one: the others come behind them.
-    assert rows.busiest((120, 10), 800, 900) == 900
-    assert rows.busiest((120, 13), 800, 500) == 1000
-    assert rows.busiest((252, 10), 800, 500) == 1600
-    assert rows.busiest((132, 10), 800, 500) == 1300
+    assert rows.busiest(rows.Programs(0, 120, 10), 800, 900) == 900
+    assert rows.busiest(rows.Programs(0, 120, 13), 800, 500) == 1000
+    assert rows.busiest(rows.Programs(0, 252, 10), 800, 500) == 1600
+    assert rows.busiest(rows.Programs(0, 132, 10), 800, 500) == 1300
     row = rows.LinearRow(float("inf"), 0, (replace(four, rest=0),), (800.0,), rows.rests_of({"m64t8": 900}))
     assert [row.fit(m, 80).rest for m in (64, 160, 1000, 1024, 1025, 1120)] == [0, 0, 64, 64, 0, 0]
     with pytest.raises(ValueError, match="'t8' names no tokens and tiles"):

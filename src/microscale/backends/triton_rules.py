@@ -105,8 +105,11 @@ def yields(problem: Problem) -> str | None:
         if problem.op != "linear" or problem.device != "cuda" or sm != 90:
             return None
         return "torch's product of FP8 codes took 0.33 to 1.08 times as long on an NVIDIA H200, for 1 to 8192 tokens"
-    why = refuse_blocks(arch or problem.device, problem.weight, act, problem.version("triton"))
-    return (widens := _widens(problem)) and f"{widens}: {why}"
+    if (widens := _widens(problem)) is None:
+        return None
+    return (
+        f"{widens}: {refuse_blocks(arch or problem.device, problem.weight, act, problem.version('triton'))}"
+    )
 
 
 def yields_with_triton(problem: Problem) -> str | None:

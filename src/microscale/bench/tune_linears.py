@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from math import inf
 from statistics import median
 from typing import Any
@@ -17,7 +17,7 @@ import torch
 
 from microscale.backends.triton import cuts, hopper
 from microscale.backends.triton.cuts import Cut
-from microscale.backends.triton.linear_rows import MULTIPROCESSORS, LinearRow, rounds, units
+from microscale.backends.triton.linear_rows import MULTIPROCESSORS, LinearRow, programs, rounds
 from microscale.bench import gpu
 from microscale.bench.tune_candidates import Checked, candidates, least_loss, timed, wide_candidates
 from microscale.errors import MicroscaleError
@@ -75,7 +75,7 @@ def steps_of(row: LinearRow, times: dict[tuple[int, int, int], dict[Cut, float]]
     for cut in row.cuts:
         steps = []
         for (m, n, k), of in times.items():
-            step = 1e3 * of[cut] / (rounds(units(cut, m, -(-n // 64))[1][0]) * -(-k // 64))
+            step = 1e3 * of[cut] / (rounds(programs(cut, m, -(-n // 64)).full) * -(-k // 64))
             steps.append((of[cut] > _NEAR * min(of.values()), step))
         far = all(is_far for is_far, _ in steps)
         found.append(float(round(median(step for is_far, step in steps if is_far == far))))
@@ -89,27 +89,31 @@ def _several(row: LinearRow, rows: tuple[LinearRow, ...], fmt: Format, checked: 
         MicroscaleError: a cut's numbers are wrong, or it does not compile.
     """
     times: dict[tuple[int, int, int], dict[Cut, float]] = {}
+    weights = cache(partial(_weights, fmt))
     for n, k in _SIZES.values():
-        weights = _weights(fmt, n, k)
         for m in _BETWEEN:
             if next(r for r in rows if r.holds(m, n // 64)) is row:
-                times[m, n, k] = {cut: _timed(weights, m, k, cut) for cut in row.cuts}
+                times[m, n, k] = {cut: _timed(weights(n, k), m, cut) for cut in row.cuts}
     wrong = [str(c) for c in row.cuts if max(of[c] for of in times.values()) == inf or not checked.linear(c)]
     if wrong:
         raise MicroscaleError(f"wrong numbers, or none, with the cuts {', '.join(wrong)} of cuts.json")
-    new = replace(row, steps=steps_of(row, times), rests=_rests(row, fmt, checked))
+    new = replace(row, steps=steps_of(row, times), rests=_rests(row, fmt, weights, checked))
     us = {}
     for what, (n, k) in gpu.LINEARS.items():
-        weights = _weights(fmt, n, k)
         for m in _BETWEEN:
             if of := times.get((m, n, k)):
                 cut = new.fit(m, n // 64)
-                us[f"{what} M={m}"] = round(of[cut] if cut in of else _timed(weights, m, k, cut), 1)
+                us[f"{what} M={m}"] = round(of[cut] if cut in of else _timed(weights(n, k), m, cut), 1)
     return entry_of(new) | {"us": us}
 
 
-def _rests(row: LinearRow, fmt: Format, checked: Checked) -> tuple[tuple[int, int, float], ...]:
+def _rests(
+    row: LinearRow, fmt: Format, weights: Callable[[int, int], list[Any]], checked: Checked
+) -> tuple[tuple[int, int, float], ...]:
     """These kinds of programs and what a step of each takes now.
+
+    Args:
+        weights: as `_weights`, of N and K.
 
     Raises:
         MicroscaleError: numbers are wrong, or it does not compile.
@@ -118,9 +122,9 @@ def _rests(row: LinearRow, fmt: Format, checked: Checked) -> tuple[tuple[int, in
     k = 4096
     for tokens, tiles, _ in row.rests:
         # The widest, so that these tokens are too few for its usual programs.
-        widest = max((cut for cut in row.cuts if 2 * cut.tiles == tiles), key=lambda cut: cut.block_m)
+        widest = max((cut for cut in row.cuts if cut.rest_tiles == tiles), key=lambda cut: cut.block_m)
         cut = replace(widest, rest=tokens).fitted(fmt, 1)
-        us = _timed(_weights(fmt, MULTIPROCESSORS // 3 * tiles * 64, k), tokens, k, cut)
+        us = _timed(weights(MULTIPROCESSORS // 3 * tiles * 64, k), tokens, cut)
         if us == inf or not checked.linear(cut):
             raise MicroscaleError(
                 f"wrong numbers, or none, with the cut {cut}: m{tokens}t{tiles} of cuts.json"
@@ -134,8 +138,8 @@ def _weights(fmt: Format, n: int, k: int) -> list[Any]:
     return ([gpu.random_weights(fmt.name, n, k) for _ in range(max(2, int(1.6e8 / (n * k))))] * 16)[:16]
 
 
-def _timed(weights: list[Any], m: int, k: int, cut: Cut) -> float:
-    x = torch.randn(m, k, device="cuda").bfloat16()
+def _timed(weights: list[Any], m: int, cut: Cut) -> float:
+    x = torch.randn(m, weights[0].shape[-1], device="cuda").bfloat16()
     return timed([partial(hopper.linear, x, w, None, cut) for w in weights])
 
 

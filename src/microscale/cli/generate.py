@@ -155,9 +155,8 @@ def generate(
         if isinstance(error, MicroscaleError):
             raise
         why = one_line(error)
-        if not isinstance(
-            error, TypeError | ValueError
-        ):  # these say nothing without their names: "0", of a KeyError
+        # Other errors say nothing without their names: "0", of a KeyError.
+        if not isinstance(error, TypeError | ValueError):
             why = f"{type(error).__name__}: {why}"
         raise MicroscaleError(
             f"transformers does not generate by these settings, or the checkpoint's: {why}"

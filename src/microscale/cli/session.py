@@ -269,10 +269,9 @@ def tokenizer_of(name: str) -> Any:
         found = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # whatever a broken file raises: the Rust side has plain Exceptions only
         raise CheckpointError(path, f"its tokenizer cannot be read: {one_line(error)}") from error
+    # transformers compares it with every prompt's length, and with nothing before.
     longest = found.model_max_length
-    if not isinstance(
-        longest, int | float
-    ):  # transformers compares it with every prompt's length, and with nothing before
+    if not isinstance(longest, int | float):
         raise CheckpointError(
             path, "model_max_length of its tokenizer", expected="a number", found=brief(longest)
         )

@@ -150,6 +150,11 @@ class Cut:
         """With `wide`: groups of warps that multiply."""
         return self.warps // 4 - 1
 
+    @property
+    def rest_tiles(self) -> int:
+        """Of programs with `rest` tokens."""
+        return 2 * self.tiles
+
     def usual(self, tail: bool) -> Cut:
         """With `wide`: Gluon's kernels for as many tokens, where there is no compiler for CUDA C++.
 
@@ -184,7 +189,7 @@ class Cut:
         if self.wide:  # and barriers, and of every group experts' routes and shares
             besides = 16 * (4 * self.stages + 6 + self.users * self.block_m)
             tile = 512 * fmt.element.bits + scales
-            kinds = ((self.block_m, self.tiles), (self.rest, 2 * self.tiles if self.rest else 0))
+            kinds = ((self.block_m, self.tiles), (self.rest, self.rest_tiles if self.rest else 0))
             return max(wide_stages(self.stages, tokens, tiles * tile) for tokens, tiles in kinds) + besides
         if self.few:
             return 512 * self.block_m * self.room(columns)

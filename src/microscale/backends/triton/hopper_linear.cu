@@ -19,7 +19,7 @@ DEVICE int tile_there(const Given &a, const Tile &t, int i) {
 
 // All columns of a unit.
 template <typename K>
-DEVICE void copy_unit(const Given &a, const u8 *boxes, Ring &r, const Tile &t) {
+DEVICE void copy_unit(const Given &a, Ring &r, const Tile &t) {
   constexpr int tiles = K::kTiles, codes = codes_behind(K::kTokens), scales = scales_behind(K::kTokens, tiles);
   u32 at[tiles];  // in tiles and steps
 #pragma unroll
@@ -28,7 +28,7 @@ DEVICE void copy_unit(const Given &a, const u8 *boxes, Ring &r, const Tile &t) {
   for (int column = 0; column < 64 * a.chunks; column += 64) {
     barrier_wait(r.bar + kEmpty, r.parity);
     barrier_expect(r.bar, K::kTokens * 128 + tiles * (kTile + kTileScales));
-    copy_box(r.stage, boxes, column, t.start, r.bar);
+    copy_box(r.stage, a.boxes[K::kOther], column, t.start, r.bar);
 #pragma unroll
     for (int i = 0; i < tiles; i++) {
       copy_bytes(r.stage + codes + i * kTile, a.codes + u64{at[i]} * kTile, kTile, r.bar);
@@ -41,8 +41,8 @@ DEVICE void copy_unit(const Given &a, const u8 *boxes, Ring &r, const Tile &t) {
 
 // The first steps of a program's first unit to come nearer.
 template <typename K>
-DEVICE void fetch(const Given &a, const u8 *boxes, const Tile &t) {
-  if (threadIdx.x == 127) fetch_map(boxes);
+DEVICE void fetch(const Given &a, const Tile &t) {
+  if (threadIdx.x == 127) fetch_map(a.boxes[K::kOther]);
   if (threadIdx.x < K::kTiles) {
     const u32 first = tile_there<K>(a, t, threadIdx.x) * a.chunks;
     fetch_bytes(a.codes + u64{first} * kTile, min(a.chunks, kEarly) * kTile);
@@ -52,12 +52,7 @@ DEVICE void fetch(const Given &a, const u8 *boxes, const Tile &t) {
 // The first group of warps, of which one thread copies.
 DEVICE void copy(const Given &a, Ring r, Units n) {
   const Tile begin = unit(a, blockIdx.x);
-#if REST
-  if (begin.other)
-    fetch<Other>(a, a.rest_boxes, begin);
-  else
-#endif
-    fetch<Usual>(a, a.boxes, begin);
+  of_kind(begin, [&](auto kind) { fetch<decltype(kind)>(a, begin); });
   wait_ahead();
   if (__shfl_sync(~0u, threadIdx.x / 32, 0) != 0 || !elected()) return;
   r.parity = 1;
@@ -67,13 +62,7 @@ DEVICE void copy(const Given &a, Ring r, Units n) {
     barrier_arrive(n.bars + n.slot * 8);
     advance(n);
     if (t.there < 0) break;
-#if REST
-    if (t.other) {
-      copy_unit<Other>(a, a.rest_boxes, r, t);
-      continue;
-    }
-#endif
-    copy_unit<Usual>(a, a.boxes, r, t);
+    of_kind(t, [&](auto kind) { copy_unit<decltype(kind)>(a, r, t); });
   }
 }
 
@@ -223,7 +212,7 @@ DEVICE void use(const Given &a, Ring r, Units n) {
   const int later = USERS > 1 && a.units > gridDim.x ? STAGES / max(2 * USERS - 2, 1) : 0;
   if (t.there >= 0) barrier_wait(r.full + min(side * later, a.chunks - 1) * 8, 0);
   for (; t.there >= 0; t = next_unit(n)) {
-#if REST
+#if REST  // not by `of_kind`, with which ptxas makes another loop of it
     if (t.other) {
       use_unit<Other>(a, t, side, r);
       continue;

@@ -1,7 +1,7 @@
 // What `hopper_linear.cu` works on: the kernel's argument, units of work, and what becomes of sums.
 
 struct __align__(64) Given {
-  u8 boxes[128], rest_boxes[128];  // of tokens, as the driver describes them
+  u8 boxes[2][128];  // of tokens, of usual and other units, as the driver describes them
   u64 y, codes, scales, ratios, row_scale, bias;
   int units, blocks, group;  // usual units in all; those of one tile of tokens; tiles of tokens that take turns
   int rests, rest_blocks;    // other units, as the first two
@@ -18,15 +18,27 @@ struct Tile {
 };
 
 // A kind of units: of so many tiles of 64 rows for each group of warps, and so many tokens.
-template <int E, int N>
+template <int E, int N, bool OTHER>
 struct Kind {
-  static constexpr int kEach = E, kTiles = E * USERS, kTokens = N;
+  static constexpr int kEach = E, kTiles = E * USERS, kTokens = N, kOther = OTHER;
   typedef float Sums[E][N / 2];  // a thread's
 };
-typedef Kind<EACH, MOST> Usual;
+typedef Kind<EACH, MOST, false> Usual;
 #if REST
-typedef Kind<REST_TILES / USERS, REST> Other;
+typedef Kind<REST_TILES / USERS, REST, true> Other;
 #endif
+
+// `work` with the kind of a unit.
+template <typename Work>
+DEVICE void of_kind(const Tile &t, Work work) {
+#if REST
+  if (t.other) {
+    work(Other{});
+    return;
+  }
+#endif
+  work(Usual{});
+}
 
 // Usual units come first, and behind them the others.
 DEVICE Tile unit(const Given &a, int u) {

@@ -28,8 +28,7 @@ class Given(ctypes.Structure):
     """The kernel's argument, as the text has it."""
 
     _fields_ = [
-        ("boxes", Boxes),
-        ("rest_boxes", Boxes),
+        ("boxes", Boxes * 2),
         *[(n, ctypes.c_uint64) for n in ("y", "codes", "scales", "ratios", "row_scale", "bias")],
         *[
             (n, ctypes.c_int)
@@ -98,13 +97,13 @@ def linear(x: Tensor, w: Fragments, bias: Tensor | None, cut: Cut) -> Tensor:
     """[M, K] bfloat16, contiguous and at a multiple of 16 bytes -> [M, N]."""
     m, n = x.shape[0], w.shape[-2]
     y = torch.empty(m, n, dtype=x.dtype, device=x.device)
-    usual, units = linear_rows.units(cut, m, w.tiles)
+    programs = linear_rows.programs(cut, m, w.tiles)
     given = Given(
-        *(Boxes.from_buffer_copy(box_map(x, rows or cut.block_m)) for rows in (cut.block_m, cut.rest)),
+        (Boxes * 2)(*(Boxes.from_buffer_copy(box_map(x, rows)) for rows in (cut.block_m, cut.rest) if rows)),
         y.data_ptr(), w.codes.data_ptr(), w.scales.data_ptr(), address(w.ratios), address(w.row_scale),
-        address(bias), units[0], -(-w.tiles // cut.tiles), _GROUP, units[1], -(-w.tiles // (2 * cut.tiles)),
-        m, usual, cut.block_m, n, w.tiles, w.chunks,
+        address(bias), programs.full, -(-w.tiles // cut.tiles), _GROUP, programs.rest,
+        -(-w.tiles // cut.rest_tiles) if cut.rest else 0, m, programs.tokens, cut.block_m, n, w.tiles, w.chunks,
     )  # fmt: skip
     spec = spec_of(False, (w,), cut, bias=(float_kind(bias),), rest=cut.rest)
-    hopper_wide.launch(spec, x.device, sum(units), given)
+    hopper_wide.launch(spec, x.device, programs.full + programs.rest, given)
     return y

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, replace
 from itertools import product
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from microscale.backends.triton.cuts import Cut
@@ -43,18 +43,18 @@ class LinearRow:
     def fit(self, tokens: int, tiles: int) -> Cut:
         """The cut whose steps, one after the other on the busiest multiprocessor, take least."""
         step = dict(zip(self.cuts, self.steps, strict=True))
-        found = {cut: rounds(units(cut, tokens, tiles)[1][0]) * step[cut] for cut in step}
+        found = {cut: rounds(programs(cut, tokens, tiles).full) * step[cut] for cut in step}
         for cut, (rest, of, other) in product(step, self.rests):
-            if of == 2 * cut.tiles and 0 < tokens % cut.block_m <= rest and cut.block_m <= tokens:
+            if of == cut.rest_tiles and 0 < tokens % cut.block_m <= rest and cut.block_m <= tokens:
                 both = replace(cut, rest=rest)
-                found[both] = busiest(units(both, tokens, tiles)[1], step[cut], other)
+                found[both] = busiest(programs(both, tokens, tiles), step[cut], other)
         return min(found, key=found.__getitem__)
 
     def mixed(self) -> list[Cut]:
         """Of each kind of programs for what others leave one cut that has it: the narrowest."""
         found = []
         for rest, of, _ in self.rests:
-            fit = [cut for cut in self.cuts if 2 * cut.tiles == of and cut.block_m >= rest]
+            fit = [cut for cut in self.cuts if cut.rest_tiles == of and cut.block_m >= rest]
             found.append(replace(min(fit, key=lambda cut: cut.block_m), rest=rest))
         return found
 
@@ -74,20 +74,29 @@ def rests_of(steps: dict[str, float]) -> tuple[tuple[int, int, float], ...]:
     return tuple(found)
 
 
-def rounds(programs: int) -> int:
+class Programs(NamedTuple):
+    """Of a linear: tokens of full programs, how many of these there are, and of those for what they leave."""
+
+    tokens: int
+    full: int
+    rest: int
+
+
+def programs(cut: Cut, tokens: int, tiles: int) -> Programs:
+    """Of a cut, for so many tokens and tiles of 64 rows. Without `rest` the last full ones may be partly empty."""
+    in_full = tokens // cut.block_m * cut.block_m if cut.rest else tokens
+    full = -(-tiles // cut.tiles) * -(-in_full // cut.block_m)
+    rest = -(-tiles // cut.rest_tiles) * -(-(tokens - in_full) // cut.rest) if cut.rest else 0
+    return Programs(in_full, full, rest)
+
+
+def rounds(count: int) -> int:
     """How many of so many programs the busiest multiprocessor has one after the other."""
-    return -(-programs // MULTIPROCESSORS)
+    return -(-count // MULTIPROCESSORS)
 
 
-def busiest(programs: tuple[int, int], usual: float, other: float) -> float:
-    """What the busiest multiprocessor's take, where others run on those that have a usual one less."""
-    over = programs[0] % MULTIPROCESSORS
-    fewer = programs[0] // MULTIPROCESSORS * usual + -(-programs[1] // (MULTIPROCESSORS - over)) * other
-    return max(rounds(programs[0]) * usual, fewer)
-
-
-def units(cut: Cut, tokens: int, tiles: int) -> tuple[int, tuple[int, int]]:
-    """Of a linear: tokens of usual programs, and how many of these there are and of those with `rest` tokens."""
-    usual = tokens // cut.block_m * cut.block_m if cut.rest else tokens
-    rest = -(-(tokens - usual) // cut.rest) * -(-tiles // (2 * cut.tiles)) if cut.rest else 0
-    return usual, (-(-tiles // cut.tiles) * -(-usual // cut.block_m), rest)
+def busiest(found: Programs, full: float, rest: float) -> float:
+    """What the busiest multiprocessor's take, where those for the rest run on those that have a full one less."""
+    over = found.full % MULTIPROCESSORS
+    fewer = found.full // MULTIPROCESSORS * full + -(-found.rest // (MULTIPROCESSORS - over)) * rest
+    return max(rounds(found.full) * full, fewer)
