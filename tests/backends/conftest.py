@@ -146,7 +146,12 @@ def launch(source: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[..
         if not programs:
             programs, seed = (int(torch.randint(1, most, ())) for most in (5, 1 << 30))
         wrong = built[spec].emulate(ctypes.byref(given), programs, spec.threads, groups, seed)
-        faults = ("waits for ever", "reads before the kernel ahead has ended", "copies what is not seen yet")
+        faults = (
+            "waits for ever",
+            "reads before the kernel ahead has ended",
+            "copies what is not seen yet",
+            "brings tokens that are not there",
+        )
         assert wrong == 0, f"a thread {faults[wrong - 1]}"
 
     return run

@@ -184,9 +184,11 @@ struct Box {
   u64 x;
   int all, columns, rows;
 };
+static bool past_;  // whether a box of tokens reached past the last one, which takes long
 static void copy_box(u32 to, const void *map, int column, int row, u32 bar) {
   Box box;
   std::memcpy(&box, map, sizeof box);
+  past_ |= row + box.rows > box.all;
   copy_some([=] {
     for (int i = 0; i < box.rows; i++)
       for (int j = 0; j < 8; j++) {

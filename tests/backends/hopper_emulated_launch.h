@@ -11,15 +11,16 @@ static void run_fiber() {
 extern "C" __attribute__((visibility("hidden"))) u8 __start_shared_memory[], __stop_shared_memory[];
 
 // All programs, one after the other. 0; 1 if threads wait for ever, 2 if one reads too early, 3 if one has something
-// copied that copies do not see yet. `groups`: of 128 threads that belong together; behind these each warp has a task
-// of its own. `seed`: who is late in the first program, plus 64 times which lanes are, and 4096 where copies are.
+// copied that copies do not see yet, 4 if a box of tokens reaches past the last one. `groups`: of 128 threads that
+// belong together; behind these each warp has a task of its own. `seed`: who is late in the first program, plus 64
+// times which lanes are, and 4096 where copies are.
 extern "C" int emulate(const Given *given, u32 programs, u32 threads, u32 groups, u32 seed) {
   constexpr size_t kStack = 128 << 10;
   const auto task = [=](u32 thread) {
     return thread < 128 * groups ? thread / 128 : groups + (thread - 128 * groups) / 32;
   };
   argument_ = given;
-  early_ = blind_ = false;
+  early_ = blind_ = past_ = false;
   stored_.clear();
   gridDim.x = programs;
   blockDim.x = threads;
@@ -76,5 +77,5 @@ extern "C" int emulate(const Given *given, u32 programs, u32 threads, u32 groups
       }
     }
   }
-  return early_ ? 2 : blind_ ? 3 : 0;
+  return early_ ? 2 : blind_ ? 3 : past_ ? 4 : 0;
 }

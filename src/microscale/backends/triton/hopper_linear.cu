@@ -21,14 +21,15 @@ DEVICE int tile_there(const Given &a, const Tile &t, int i) {
 template <typename K>
 DEVICE void copy_unit(const Given &a, Ring &r, const Tile &t) {
   constexpr int tiles = K::kTiles, codes = codes_behind(K::kTokens), scales = scales_behind(K::kTokens, tiles);
+  const void *box = box_of<K>(a, t);
   u32 at[tiles];  // in tiles and steps
 #pragma unroll
   for (int i = 0; i < tiles; i++) at[i] = tile_there<K>(a, t, i) * a.chunks;
 #pragma unroll 1
   for (int column = 0; column < 64 * a.chunks; column += 64) {
     barrier_wait(r.bar + kEmpty, r.parity);
-    barrier_expect(r.bar, K::kTokens * 128 + tiles * (kTile + kTileScales));
-    copy_box(r.stage, a.boxes[K::kOther], column, t.start, r.bar);
+    barrier_expect(r.bar, t.count * 128 + tiles * (kTile + kTileScales));
+    copy_box(r.stage, box, column, t.start, r.bar);
 #pragma unroll
     for (int i = 0; i < tiles; i++) {
       copy_bytes(r.stage + codes + i * kTile, a.codes + u64{at[i]} * kTile, kTile, r.bar);
@@ -42,7 +43,7 @@ DEVICE void copy_unit(const Given &a, Ring &r, const Tile &t) {
 // The first steps of a program's first unit to come nearer.
 template <typename K>
 DEVICE void fetch(const Given &a, const Tile &t) {
-  if (threadIdx.x == 127) fetch_map(a.boxes[K::kOther]);
+  if (threadIdx.x == 127) fetch_map(box_of<K>(a, t));
   if (threadIdx.x < K::kTiles) {
     const u32 first = tile_there<K>(a, t, threadIdx.x) * a.chunks;
     fetch_bytes(a.codes + u64{first} * kTile, min(a.chunks, kEarly) * kTile);

@@ -1,7 +1,7 @@
 // What `hopper_linear.cu` works on: the kernel's argument, units of work, and what becomes of sums.
 
 struct __align__(64) Given {
-  u8 boxes[2][128];  // of tokens, of usual and other units, as the driver describes them
+  u8 boxes[3][128];  // of tokens, as the driver describes them: of usual units, others, and those that are not full
   u64 y, codes, scales, ratios, row_scale, bias;
   int units, blocks, group;  // usual units in all; those of one tile of tokens; tiles of tokens that take turns
   int rests, rest_blocks;    // other units, as the first two
@@ -82,6 +82,13 @@ DEVICE int number_behind(const Given &a, int u) {
 template <typename K>
 DEVICE int tile_of(const Tile &t, int side, int e) {
   return K::kTiles * t.block + side * K::kEach + e;
+}
+
+// Whoever brings boxes takes long for rows past the last token, which are not there: so a unit that is not full has a
+// box of its own.
+template <typename K>
+DEVICE const void *box_of(const Given &a, const Tile &t) {
+  return a.boxes[t.count < K::kTokens ? 2 : K::kOther];
 }
 
 DEVICE Rows rows_of(const Given &a, int tile) {

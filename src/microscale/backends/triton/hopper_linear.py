@@ -28,7 +28,7 @@ class Given(ctypes.Structure):
     """The kernel's argument, as the text has it."""
 
     _fields_ = [
-        ("boxes", Boxes * 2),
+        ("boxes", Boxes * 3),
         *[(n, ctypes.c_uint64) for n in ("y", "codes", "scales", "ratios", "row_scale", "bias")],
         *[
             (n, ctypes.c_int)
@@ -98,8 +98,10 @@ def linear(x: Tensor, w: Fragments, bias: Tensor | None, cut: Cut) -> Tensor:
     m, n = x.shape[0], w.shape[-2]
     y = torch.empty(m, n, dtype=x.dtype, device=x.device)
     programs = linear_rows.programs(cut, m, w.tiles)
+    last = (m - programs.tokens) % cut.rest if cut.rest else m % cut.block_m
+    boxes = (box_map(x, rows) if rows else bytes(128) for rows in (cut.block_m, cut.rest, last))
     given = Given(
-        (Boxes * 2)(*(Boxes.from_buffer_copy(box_map(x, rows)) for rows in (cut.block_m, cut.rest) if rows)),
+        (Boxes * 3)(*map(Boxes.from_buffer_copy, boxes)),
         y.data_ptr(), w.codes.data_ptr(), w.scales.data_ptr(), address(w.ratios), address(w.row_scale),
         address(bias), programs.full, -(-w.tiles // cut.tiles), _GROUP, programs.rest,
         -(-w.tiles // cut.rest_tiles) if cut.rest else 0, m, programs.tokens, cut.block_m, n, w.tiles, w.chunks,
