@@ -73,6 +73,7 @@ def given(
         "DIRECT": direct,
         "TAIL": cut.tail and not direct,
         "PARTS": parts,
+        "ALL": cut.block_m > 8,
         "FEW": packed.chunks if cut.few else 0,
         "ROOM": cut.room(packed.shape[-1]) if cut.few else 0,
         "row_scale": "*fp32" if packed.row_scale is not None else None,

@@ -26,6 +26,9 @@ from microscale.backends.triton.hopper_loop import buffers, copy_weights, pointe
 
 # Of a program's chunks, those that it asks for before the kernel ahead of it has ended.
 EARLY = 16
+# Tokens up to which programs copy nothing into the places of those that are not there. Of more these take some again,
+# each a few times: a line that all programs read very often is what they would wait for, but to ask takes time as well.
+_ASKED = 2
 PARTS = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}
 
 
@@ -50,7 +53,8 @@ def _linear_kernel(
     y, x, x_rest, codes, scales, ratios, row_scale, bias, M, N, K, TILES, CHUNKS, STEPS,
     ELEMENT: gl.constexpr, SCALE: gl.constexpr, EVEN: gl.constexpr, ROW_SCALE: gl.constexpr, HAS_BIAS: gl.constexpr,
     GROUP: gl.constexpr, BLOCK_M: gl.constexpr, T: gl.constexpr, C: gl.constexpr, STAGES: gl.constexpr,
-    OVERLAP: gl.constexpr, ODD: gl.constexpr, PARTS: gl.constexpr, BULK: gl.constexpr, EARLY: gl.constexpr,
+    OVERLAP: gl.constexpr, ODD: gl.constexpr, PARTS: gl.constexpr, ALL: gl.constexpr, BULK: gl.constexpr,
+    EARLY: gl.constexpr,
 ):  # fmt: skip
     WARPS: gl.constexpr = gl.num_warps()
     # GROUP blocks of tokens take turns with the rows, so that both are found in the cache.
@@ -85,10 +89,9 @@ def _linear_kernel(
             copy_weights(held, at, s, s, STEPS, CHUNKS, T, C, ELEMENT, SCALE, EVEN)
         TOKENS: gl.constexpr = gl.BlockedLayout([1, 8], [4 // C, 8 * C], [WARPS, 1], [1, 0])
         m = block_m * BLOCK_M + gl.arange(0, BLOCK_M, gl.SliceLayout(1, TOKENS))
-        m = gl.minimum(m, M - 1).to(gl.int64)
         acc = product(
-            x, m, held, at, ratios, matrix, first, second, TILES, STEPS, CHUNKS, K,
-            ELEMENT, SCALE, EVEN, BLOCK_M, T, C, STAGES, OVERLAP, ODD, PARTS,
+            x, (m % M).to(gl.int64), m < M, held, at, ratios, matrix, first, second,
+            TILES, STEPS, CHUNKS, K, ELEMENT, SCALE, EVEN, BLOCK_M, T, C, STAGES, OVERLAP, ODD, PARTS, ALL,
         )  # fmt: skip
         _store(y, acc, first, second, block_m * BLOCK_M, *out, ROW_SCALE, HAS_BIAS, BLOCK_M, T)
 
@@ -108,7 +111,7 @@ def linear(x: Tensor, w: Fragments, bias: Tensor | None, cut: Cut | None = None)
     with tiles.on(x.device):
         _linear_kernel[(-(-w.tiles // cut.tiles) * -(-m // cut.block_m),)](
             y, tokens, rest, w.codes, w.scales, w.ratios, w.row_scale, bias, m, n, k, *cut.sizes(w),
-            HAS_BIAS=bias is not None, GROUP=8, PARTS=parts, EARLY=EARLY, **cut.constants(w),
+            HAS_BIAS=bias is not None, GROUP=8, PARTS=parts, ALL=m > _ASKED, EARLY=EARLY, **cut.constants(w),
             **tiles.launch(EARLY > 0),
         )  # fmt: skip
     return y

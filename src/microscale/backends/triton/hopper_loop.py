@@ -142,14 +142,17 @@ def copy_weights(
 
 @gluon.jit
 def _copy_tokens(
-    xs, token_pointers, step, slot, STEPS, K, C: gl.constexpr, EVEN: gl.constexpr, PARTS: gl.constexpr
-):
+    xs, token_pointers, real, step, slot, STEPS, K,
+    C: gl.constexpr, EVEN: gl.constexpr, PARTS: gl.constexpr, ALL: gl.constexpr,
+):  # fmt: skip
     if EVEN:
         mask = step < STEPS
     else:
         WARPS: gl.constexpr = gl.num_warps()
         TOKENS: gl.constexpr = gl.BlockedLayout([1, 8], [4 // C, 8 * C], [WARPS, 1], [1, 0])
         mask = (step * (C * 64) + gl.arange(0, C * 64, gl.SliceLayout(0, TOKENS)) < K)[None, :]
+    if not ALL:
+        mask = real[:, None] & mask
     for p in gl.static_range(PARTS):
         load_shared(xs.index(slot * PARTS + p), token_pointers + (p * K + step * (C * 64)), mask=mask)
 
@@ -185,16 +188,16 @@ def next_slot(slot, STAGES: gl.constexpr):
 
 @gluon.jit
 def _refill(
-    xs, held, token_pointers, at, step, slot, STEPS, CHUNKS, K, PENDING: gl.constexpr,
+    xs, held, token_pointers, real, at, step, slot, STEPS, CHUNKS, K, PENDING: gl.constexpr,
     T: gl.constexpr, C: gl.constexpr, ELEMENT: gl.constexpr, SCALE: gl.constexpr, EVEN: gl.constexpr,
-    PARTS: gl.constexpr,
+    PARTS: gl.constexpr, ALL: gl.constexpr,
 ):  # fmt: skip
     """`step` into a slot that this thread is done with; all but the last PENDING steps asked for are here then."""
     async_copy.wait_group(PENDING)
     # Here for all threads, and all are done with the slot.
     barrier()
     copy_weights(held, at, step, slot, STEPS, CHUNKS, T, C, ELEMENT, SCALE, EVEN)
-    _copy_tokens(xs, token_pointers, step, slot, STEPS, K, C, EVEN, PARTS)
+    _copy_tokens(xs, token_pointers, real, step, slot, STEPS, K, C, EVEN, PARTS, ALL)
     async_copy.commit_group()
 
 
@@ -230,15 +233,17 @@ def rescaled_last(acc, ratio):
 
 @gluon.jit
 def product(
-    x, rows, held, at, ratios, matrix, first, second, TILES, STEPS, CHUNKS, K,
+    x, rows, real, held, at, ratios, matrix, first, second, TILES, STEPS, CHUNKS, K,
     ELEMENT: gl.constexpr, SCALE: gl.constexpr, EVEN: gl.constexpr,
     BLOCK_M: gl.constexpr, T: gl.constexpr, C: gl.constexpr,
     STAGES: gl.constexpr, OVERLAP: gl.constexpr, ODD: gl.constexpr, PARTS: gl.constexpr,
+    ALL: gl.constexpr,
 ):  # fmt: skip
     """float32 [T * 64, BLOCK_M], slots of rows. The weights of the first STAGES - 1 steps are on their way.
 
     Args:
         x: bfloat16 [*, PARTS, K], activations as a sum of parts; rows: int64 [BLOCK_M].
+        real, ALL: which of these are tokens, nothing being copied of others; or all are, or repeat them.
         held, at: as in `copy_weights`; ratios: of all matrices; matrix, first, second, TILES: as in `pointers`.
     """
     WARPS: gl.constexpr = gl.num_warps()
@@ -259,7 +264,7 @@ def product(
             ratio1, ratio3 = ratio_at(rp, 1, CHUNKS), ratio_at(rp, 3, CHUNKS)
     tp = x + rows[:, None] * (PARTS * K) + gl.arange(0, C * 64, gl.SliceLayout(0, TOKENS))[None, :]
     for s in gl.static_range(STAGES - 1):
-        _copy_tokens(xs, tp, s, s, STEPS, K, C, EVEN, PARTS)
+        _copy_tokens(xs, tp, real, s, s, STEPS, K, C, EVEN, PARTS, ALL)
         async_copy.commit_group()
     acc = gl.zeros([T * 64, BLOCK_M], gl.float32, ACC)
     slot, free = 0, STAGES - 1
@@ -278,8 +283,8 @@ def product(
             sums = _multiply(even0, xs, slot, acc, 0, C, PARTS)
             acc, odd0, odd1 = warpgroup_mma_wait(PARTS, deps=[sums, odd0, odd1])
             _refill(
-                xs, held, tp, at, ahead, free, STEPS, CHUNKS, K, STAGES - 3,
-                T, C, ELEMENT, SCALE, EVEN, PARTS,
+                xs, held, tp, real, at, ahead, free, STEPS, CHUNKS, K, STAGES - 3,
+                T, C, ELEMENT, SCALE, EVEN, PARTS, ALL,
             )  # fmt: skip
             free = slot
             slot = next_slot(slot, STAGES)
@@ -298,8 +303,8 @@ def product(
             sums = _multiply(odd0, xs, slot, acc, 0, C, PARTS)
             acc, even0, even1 = warpgroup_mma_wait(PARTS, deps=[sums, even0, even1])
             _refill(
-                xs, held, tp, at, ahead + 1, free, STEPS, CHUNKS, K, STAGES - 3,
-                T, C, ELEMENT, SCALE, EVEN, PARTS,
+                xs, held, tp, real, at, ahead + 1, free, STEPS, CHUNKS, K, STAGES - 3,
+                T, C, ELEMENT, SCALE, EVEN, PARTS, ALL,
             )  # fmt: skip
             free = slot
             slot = next_slot(slot, STAGES)
@@ -329,8 +334,8 @@ def product(
         for step in range(STEPS):
             ahead = step + STAGES - 1
             _refill(
-                xs, held, tp, at, ahead, free, STEPS, CHUNKS, K, STAGES - 2,
-                T, C, ELEMENT, SCALE, EVEN, PARTS,
+                xs, held, tp, real, at, ahead, free, STEPS, CHUNKS, K, STAGES - 2,
+                T, C, ELEMENT, SCALE, EVEN, PARTS, ALL,
             )  # fmt: skip
             loaded = _load(held, slot, T, C, ELEMENT, SCALE)
             for half in gl.static_range(HALVES):
