@@ -213,9 +213,12 @@ def test_the_tuner_tries_what_fits_and_keeps_the_fastest(layout: Any) -> None:
             for cut in found:
                 assert cut.shared(fmt, 1) <= cuts.HOPPER_SHARED
                 assert cut.overlap or not cut.bulk
-    for linear, _ in cuts.table().values():
+    for name, (linear, _) in cuts.table().items():
         for row in linear:
-            m, names = linears.timed_with(linear, row)
+            fmt = linears.format_of(row, FORMATS[tune.FORMAT_OF[name]])
+            assert cuts.group(fmt) == name
+            assert row.bits in (0, fmt.element.bits)
+            m, names = linears.timed_with(linear, row, fmt)
             assert names
             assert m <= row.tokens
     times = {"a": {"x": 1.0, "y": 4.0}, "b": {"x": 1.5, "y": 2.0}, "c": {"x": 3.0, "y": 2.0}}

@@ -55,6 +55,7 @@ def test_a_linear_is_within_the_permitted_error(
     x, bias = random(generator, tokens, 352).bfloat16(), random(generator, 328)
     results = {}
     words = {"m40t2c1w12s3x": None, "m48t3c1w16s3x": bias, "m24t4c1w12s3x": bias, "m56t1c1w8s3x": bias}
+    words["m8t1c1w8s3x"] = bias
     # What full programs leave of 70 tokens, with twice the tiles: one such unit, or more than one for each program.
     words |= {"m40t2c1w12s3x24": bias, "m56t1c1w8s4x8": bias, "m24t4c1w12s3x16": bias, "m48t2c1w12s3x8": bias}
     for word, given in words.items():

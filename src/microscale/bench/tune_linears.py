@@ -21,7 +21,7 @@ from microscale.backends.triton.linear_rows import MULTIPROCESSORS, LinearRow, p
 from microscale.bench import gpu
 from microscale.bench.tune_candidates import Checked, candidates, least_loss, timed, wide_candidates
 from microscale.errors import MicroscaleError
-from microscale.formats import Format
+from microscale.formats import FORMATS, Format
 
 # For rows of several cuts: matrices, tokens of which one is in the row, and how near to the best a time counts.
 _SIZES = gpu.LINEARS | {
@@ -34,23 +34,32 @@ _BETWEEN = (48, 64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512, 640, 768, 1
 _NEAR = 1.25
 
 
-def timed_with(rows: tuple[LinearRow, ...], row: LinearRow) -> tuple[int, list[str]]:
-    """Tokens, and those of `gpu.LINEARS` for which these rows take this one.
+def format_of(row: LinearRow, fmt: Format) -> Format:
+    """What a row is timed with: the format that stands for its group, or one of the bits that it is for."""
+    if row.bits in (0, fmt.element.bits):
+        return fmt
+    group = cuts.group(fmt)
+    return next(f for f in FORMATS.values() if cuts.group(f) == group and f.element.bits == row.bits)
+
+
+def timed_with(rows: tuple[LinearRow, ...], row: LinearRow, fmt: Format) -> tuple[int, list[str]]:
+    """Tokens, and matrices for which these rows take this one with a format: of `gpu.LINEARS`, or of all sizes.
 
     Raises:
         MicroscaleError: there are none.
     """
     m = int(min(row.tokens, 2048))
     while m <= 1 << 14:
-        found = [
-            name
-            for name, (n, _) in gpu.LINEARS.items()
-            if next(r for r in rows if r.holds(m, n // 64)) is row
-        ]
-        if found:
-            return m, found
+        for sizes in (gpu.LINEARS, _SIZES):
+            found = [
+                name
+                for name, (n, _) in sizes.items()
+                if next(r for r in rows if r.holds(m, n // 64, fmt.element.bits)) is row
+            ]
+            if found:
+                return m, found
         m *= 2
-    raise MicroscaleError(f"no matrix of {list(gpu.LINEARS)} takes the row of up to {row.tokens} tokens")
+    raise MicroscaleError(f"no matrix of {list(_SIZES)} takes the row of up to {row.tokens} tokens")
 
 
 def entry_of(row: LinearRow) -> dict[str, Any]:
@@ -58,6 +67,8 @@ def entry_of(row: LinearRow) -> dict[str, Any]:
     entry: dict[str, Any] = {"tokens": None if row.tokens == inf else row.tokens}
     if row.tiles:
         entry["tiles"] = row.tiles
+    if row.bits:
+        entry["bits"] = row.bits
     if len(row.cuts) == 1:
         return entry | {"cut": str(row.cuts[0])}
     entry["steps"] = dict(zip(map(str, row.cuts), row.steps, strict=True))
@@ -92,7 +103,7 @@ def _several(row: LinearRow, rows: tuple[LinearRow, ...], fmt: Format, checked: 
     weights = cache(partial(_weights, fmt))
     for n, k in _SIZES.values():
         for m in _BETWEEN:
-            if next(r for r in rows if r.holds(m, n // 64)) is row:
+            if next(r for r in rows if r.holds(m, n // 64, fmt.element.bits)) is row:
                 times[m, n, k] = {cut: _timed(weights(n, k), m, cut) for cut in row.cuts}
     wrong = [str(c) for c in row.cuts if max(of[c] for of in times.values()) == inf or not checked.linear(c)]
     if wrong:
@@ -145,24 +156,27 @@ def _timed(weights: list[Any], m: int, cut: Cut) -> float:
 
 def tune_linear(name: str, fmt: Format, say: Callable[[str], None]) -> Iterator[dict[str, Any]]:
     """The rows of linears, as `cuts.json` has them, by a format that stands for the group `name`."""
-    checked = Checked(fmt)
-    weights: dict[str, list[Any]] = {
-        what: [gpu.random_weights(fmt.name, n, k) for _ in range(max(4, int(3.5e8 / (n * k))))]
-        for what, (n, k) in gpu.LINEARS.items()
-    }
+
+    @cache
+    def weights(of: Format, what: str) -> list[Any]:
+        n, k = _SIZES[what]
+        return [gpu.random_weights(of.name, n, k) for _ in range(max(4, int(3.5e8 / (n * k))))]
+
     rows = cuts.table()[name][0]
     for row in rows:
         if len(row.cuts) > 1:
-            yield _several(row, rows, fmt, checked)
+            yield _several(row, rows, fmt, Checked(fmt))
             say(f"{name}, linear, to {row.tokens} tokens: {len(row.cuts)} cuts, of which the sizes choose")
             continue
-        m, of_row = timed_with(rows, row)
+        of = format_of(row, fmt)
+        checked = Checked(of)
+        m, of_row = timed_with(rows, row, of)
         times: dict[Cut, dict[str, float]] = {}
-        for cut in dict.fromkeys([*row.cuts, *candidates(fmt, m, tail=False), *wide_candidates(fmt, m)]):
+        for cut in dict.fromkeys([*row.cuts, *candidates(of, m, tail=False), *wide_candidates(of, m)]):
             found = {}
             for what in of_row:
-                x = torch.randn(m, gpu.LINEARS[what][1], device="cuda").bfloat16()
-                used = weights[what] if m <= 128 else weights[what][:4]
+                x = torch.randn(m, _SIZES[what][1], device="cuda").bfloat16()
+                used = weights(of, what) if m <= 128 else weights(of, what)[:4]
                 found[f"{what} M={m}"] = timed([partial(hopper.linear, x, w, None, cut) for w in used])
             if max(found.values()) < inf and checked.linear(cut):
                 times[cut] = found

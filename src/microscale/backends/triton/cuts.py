@@ -304,6 +304,7 @@ def table(arch: str = "sm_90") -> dict[str, tuple[tuple[LinearRow, ...], tuple[M
                 tuple(map(Cut.parse, steps)),
                 tuple(steps.values()),
                 rests_of(r.get("rests", {})),
+                r.get("bits", 0),
             )
             for r in rows["linear"]
             for steps in [r["steps"] if "steps" in r else {r["cut"]: 1.0}]
@@ -323,13 +324,13 @@ def table(arch: str = "sm_90") -> dict[str, tuple[tuple[LinearRow, ...], tuple[M
 
 def linear_cut(fmt: Format, tokens: int, tiles: int, parts: int) -> Cut:
     """For `tokens` tokens and a matrix of `tiles` times 64 rows; `parts`: of the activations, see `hopper`."""
-    cut = _in_parts(tokens) if parts > 1 else _linear_cut(group(fmt), tokens, tiles)
+    cut = _in_parts(tokens) if parts > 1 else _linear_cut(group(fmt), fmt.element.bits, tokens, tiles)
     return cut.fitted(fmt, parts)
 
 
 @lru_cache(4096)  # asked at every call of a linear
-def _linear_cut(name: str, tokens: int, tiles: int) -> Cut:
-    return next(row for row in table()[name][0] if row.holds(tokens, tiles)).fit(tokens, tiles)
+def _linear_cut(name: str, bits: int, tokens: int, tiles: int) -> Cut:
+    return next(row for row in table()[name][0] if row.holds(tokens, tiles, bits)).fit(tokens, tiles)
 
 
 def shares(tokens: int, top_k: int, experts: int) -> tuple[int, float]:

@@ -29,6 +29,7 @@ class LinearRow:
             a time. A single cut needs none.
         rests: of programs for what others leave, their tokens and tiles, and what a step takes where every third
             multiprocessor has one. See `Cut.rest`.
+        bits: of the codes that it is for; 0: of all that its group has.
     """
 
     tokens: float
@@ -36,9 +37,10 @@ class LinearRow:
     cuts: tuple[Cut, ...]
     steps: tuple[float, ...] = (1.0,)
     rests: tuple[tuple[int, int, float], ...] = ()
+    bits: int = 0
 
-    def holds(self, tokens: float, tiles: int) -> bool:
-        return tokens <= self.tokens and tiles >= self.tiles
+    def holds(self, tokens: float, tiles: int, bits: int) -> bool:
+        return tokens <= self.tokens and tiles >= self.tiles and self.bits in (0, bits)
 
     def fit(self, tokens: int, tiles: int) -> Cut:
         """The cut whose steps, one after the other on the busiest multiprocessor, take least."""
