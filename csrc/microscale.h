@@ -64,7 +64,8 @@ struct ms_header {
 };
 
 /* What happens between w13 and w2; see microscale.activations. `limit` is +infinity where there is none. `stored`: 0,
- * or 1 + the MX format that the result is rounded to, 32 numbers at a time, before it is multiplied. */
+ * or 1 + the format of ms_stored that each row of the result is rounded to before it is multiplied: an MX format, or
+ * any if the activations are float32. */
 struct ms_activation {
   int32_t kind, gated, interleaved;
   float alpha, beta, limit;

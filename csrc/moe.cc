@@ -1,4 +1,5 @@
 // The experts of one layer: first product and activation, then second product and weighted sum, each one parallel loop.
+// Where the intermediate's scales need more of a row than a unit has, a third one between them rounds it.
 #include <algorithm>
 #include <cstring>
 
@@ -8,6 +9,8 @@
 #include "operands.h"
 #include "parallel.h"
 #include "routes.h"
+#include "small.h"
+#include "stored.h"
 
 namespace microscale {
 namespace {
@@ -35,7 +38,9 @@ struct Weights {
 struct Moe {
   const Kernels *kernels;
   Weights w13, w2;
-  const ms_activation *activation;
+  ms_activation activation;
+  int row_format;  // that whole rows of the intermediate are rounded to, or -1
+  const Small *small;
   const Routes *routes;
   const void *const *x;  // operands of each route; null if units gather their own
   const uint8_t *tokens;
@@ -115,7 +120,7 @@ struct Moe {
     return at(w2, routes->expert(0), next < units ? first_panel[next] * kPanelColumns : 0);
   }
 
-  bool pairs() const { return activation->gated && activation->interleaved; }
+  bool pairs() const { return activation.gated && activation.interleaved; }
   int64_t raw_stride() const { return 2 * (block + kPanelColumns); }  // a block of ups may begin inside a panel
 
   // One expert and some columns of its intermediate.
@@ -147,7 +152,7 @@ struct Moe {
     p.stride = raw_stride();
     float *raw = reinterpret_cast<float *>(own + kernels->scratch);
     const int64_t row = pairs() ? 2 * column : column;
-    const bool apart = activation->gated && !pairs();
+    const bool apart = activation.gated && !pairs();
     const float *up = nullptr, *gate = rows_of_w13(p, row, pairs() ? 2 * count : count, raw,
                                                    apart ? at(w13, expert, width + column) : after);
     if (apart) up = rows_of_w13(p, width + column, count, raw + block + kPanelColumns, after);
@@ -171,7 +176,7 @@ struct Moe {
       for (int64_t i = 0; i < p.m; ++i)
         std::memset(out[i], 0, static_cast<size_t>(kTileK * element_bytes(layout.operand)));
     Activate a{};
-    a.activation = activation;
+    a.activation = &activation;
     a.gate = gate;
     a.gate_outer = w13.outer_of(expert, row);
     a.gate_bias = w13.bias_of(expert, row);
@@ -321,14 +326,19 @@ int some_tokens(Moe &c, const void *x, const int64_t *ids, const float *weights,
   if (!scratch) return MS_NO_MEMORY;
   c.scratch = scratch.get();
   parallel(threads, c.first_units(), Moe::run_first, &c);
+  if (c.row_format >= 0) {
+    const int64_t step = c.layout.row_bytes();
+    store_rows(*c.small, c.row_format, MS_FP32, c.middle, step, routed, c.width, MS_FP32, c.middle, step, threads);
+  }
   parallel(threads, c.units, Moe::run_second, &c);
   return MS_OK;
 }
 
-bool agree(const ms_header *w13, const ms_header *w2, const ms_activation *a) {
+bool agree(const ms_header *w13, const ms_header *w2, int dtype, const ms_activation *a) {
   const int64_t rows = a->gated ? 2 * w2->k : w2->k;
   return w13->experts == w2->experts && w13->n == rows && w13->experts >= 1 && w13->k >= 1 && w2->k >= 1 &&
-         w2->n >= 1 && a->kind >= 0 && a->kind < MS_KINDS && a->stored >= 0 && a->stored <= MS_MXINT8 + 1;
+         w2->n >= 1 && a->kind >= 0 && a->kind < MS_KINDS && a->stored >= 0 &&
+         (a->stored <= MS_MXINT8 + 1 || (a->stored <= MS_FORMATS && dtype == MS_FP32));
 }
 
 }  // namespace
@@ -344,12 +354,15 @@ extern "C" int ms_moe(int level, const void *w13, const float *outer13, const vo
   c.w13 = {header_of(w13), outer13, b13};
   c.w2 = {header_of(w2), outer2, b2};
   if (!c.w13.header || !c.w2.header) return MS_BAD_HEADER;
-  if (!agree(c.w13.header, c.w2.header, activation) || m < 0 || t < 0 || dtype < 0 || dtype >= MS_DTYPES ||
+  if (!agree(c.w13.header, c.w2.header, dtype, activation) || m < 0 || t < 0 || dtype < 0 || dtype >= MS_DTYPES ||
       threads < 1 || (weight_on_input && t != 1))
     return MS_BAD_ARGUMENT;
   c.kernels = kernels_for(level, dtype, (c.w13.header->flags | c.w2.header->flags) & MS_SPECIAL);
   if (!c.kernels) return MS_BAD_LEVEL;
-  c.activation = activation;
+  c.activation = *activation;
+  c.row_format = -1;
+  if (activation->stored > MS_MXINT8 + 1) c.row_format = activation->stored - 1, c.activation.stored = 0;
+  c.small = small_for(level);
   c.width = c.w2.header->k;
   c.threads = threads;
   c.dtype = dtype;

@@ -1,8 +1,7 @@
-// Activations in a format, as the numbers that they stand for.
-#include <cstdint>
+#include "stored.h"
 
-#include "dispatch.h"
 #include "floats.h"
+#include "layout.h"
 #include "microscale.h"
 #include "operands.h"
 #include "parallel.h"
@@ -14,7 +13,7 @@ namespace {
 constexpr int64_t kPiece = 16 << 10;  // numbers of a unit, at least: a thread takes some microseconds to wake
 
 struct Rows {
-  const Small *small;
+  const Small &small;
   int format, dtype, to;
   const uint8_t *x;
   uint8_t *y;
@@ -24,11 +23,20 @@ struct Rows {
     const StandardFloats floats;
     const Rows &r = *static_cast<const Rows *>(context);
     for (int64_t row = unit * r.each; row < r.m && row < (unit + 1) * r.each; ++row)
-      r.small->stored(r.format, r.dtype, r.x + row * r.x_step, r.k, r.to, r.y + row * r.y_step);
+      r.small.stored(r.format, r.dtype, r.x + row * r.x_step, r.k, r.to, r.y + row * r.y_step);
   }
 };
 
 }  // namespace
+
+void store_rows(const Small &small, int format, int dtype, const void *x, int64_t x_step, int64_t m, int64_t k, int to,
+                void *y, int64_t y_step, int threads) {
+  const int64_t each = ceil_div(kPiece, k);
+  Rows r{small,  format, dtype, to,  static_cast<const uint8_t *>(x), static_cast<uint8_t *>(y), x_step,
+         y_step, m,      k,     each};
+  parallel(threads, ceil_div(m, each), Rows::run, &r);
+}
+
 }  // namespace microscale
 
 extern "C" int ms_stored(int level, int format, int dtype, const void *x, int64_t x_stride, int64_t m, int64_t k,
@@ -39,9 +47,6 @@ extern "C" int ms_stored(int level, int format, int dtype, const void *x, int64_
     return MS_BAD_ARGUMENT;
   const Small *small = small_for(level);
   if (!small) return MS_BAD_LEVEL;
-  Rows r{small, format, dtype, to, static_cast<const uint8_t *>(x), static_cast<uint8_t *>(y)};
-  r.x_step = x_stride * element_bytes(dtype), r.y_step = k * element_bytes(to);
-  r.m = m, r.k = k, r.each = (kPiece + k - 1) / k;
-  parallel(threads, (m + r.each - 1) / r.each, Rows::run, &r);
+  store_rows(*small, format, dtype, x, x_stride * element_bytes(dtype), m, k, to, y, k * element_bytes(to), threads);
   return MS_OK;
 }

@@ -47,8 +47,6 @@ def test_refusals() -> None:
     assert refuse(LINEAR.on(INVENTED["mac"])) == "the C++ core runs on the CPU, not on mps"
     why = refuse(LINEAR.on(replace(zen, core="")))
     assert why == "the C++ core is not in this installation (`microscale doctor` says why)"
-    why = refuse(replace(MOE, act="nvfp4").on(zen))
-    assert why == "the C++ core stores no intermediate of experts in nvfp4"
     assert "fp8_group128" in str(refuse(replace(LINEAR, weight="fp8_group128").on(zen)))
     assert CORE in LINEAR.on(zen).packages
 
@@ -120,8 +118,8 @@ def test_operands_that_contradict_each_other(cpu: Any) -> None:
     experts = cpu.pack(quantize(torch.randn(2, 64, 64), "mxfp4"))
     ids, weights = torch.zeros(2, 1, dtype=torch.int64), torch.ones(2, 1)
     kind = Activation("relu2", gated=False)
-    with pytest.raises(BackendError, match="stores no intermediate of experts in nvfp4"):
-        cpu.moe(x, ids, weights, experts, experts, kind, act=FORMATS["nvfp4"])
+    with pytest.raises(BackendError, match="shares a scale between 128 rows"):
+        cpu.moe(x, ids, weights, experts, experts, kind, act=FORMATS["fp8_block128"])
     with pytest.raises(
         BackendError, match=r"packs \[N, K\] or \[E, N, K\] weights on the CPU, not mxfp4 \[64\]"
     ):

@@ -14,21 +14,47 @@ from odd_numbers import odd_numbers
 from microscale.activations import GPT_OSS, Activation
 from microscale.conformance import Case, cases, run
 from microscale.elements import pack_codes
-from microscale.formats import FORMATS, FP8_GROUP128, Format, activation_format, get_format
+from microscale.formats import FORMATS, FP8_GROUP128, Format, get_format
 from microscale.machine import detect
 from microscale.operands import stored
 from microscale.quant import QuantTensor, dequantize, quantize
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+ACTS = (*(n for n, f in FORMATS.items() if f.block[0] == 1), FP8_GROUP128.name)  # formats of activations
 
 
-def takes(case: Case) -> bool:
-    """Whether the core takes a case's activations, which are stored in a format."""
-    act = activation_format(case.weight, case.act)
-    return act is None or case.op == "linear" or act.scale == "e8m0"
-
-
-CASES = [c for c in cases(large=True) if takes(c)]
+CASES = list(cases(large=True))
+# Experts whose intermediate ends inside a block, of activations that share a scale or a multiplier along a row.
+CASES += [
+    Case("moe", weight, m, 200, 288, act=act, experts=4, top_k=2, activation=kind, padded=m > 1)
+    for weight, act in (
+        ("nvfp4", "a4"),
+        ("fp8_block128", "a8"),
+        ("mxfp4", "nvfp4"),
+        ("nvfp4", "fp8_group128"),
+    )
+    for m, kind in (
+        (0, GPT_OSS),
+        (1, GPT_OSS),
+        (70, Activation("silu")),
+        (9, Activation("relu2", gated=False)),
+    )
+]
+CASES += [
+    Case(
+        "moe",
+        "mxfp4",
+        9,
+        72,
+        96,
+        act,
+        experts=4,
+        top_k=1,
+        activation=Activation("silu"),
+        weight_on_input=True,
+    )
+    for act in ("mxfp8_e4m3", "nvfp4", "fp8_group128")
+]
 LARGE = [
     c for c in CASES if c.op == "moe" and c.k == 2880
 ]  # four seconds each, nearly all of them for float64
@@ -45,28 +71,30 @@ def test_experts_of_a_real_size_at_the_widest_level(cpu: Any, case: Case, seed: 
     assert run(case, cpu, "cpu", torch.Generator().manual_seed(seed)) <= 1.0
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize("name", [n for n, f in FORMATS.items() if f.scale == "e8m0"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", ACTS)
 def test_the_intermediate_is_stored_as_quantize_does(
     cpu: Any, level: str, name: str, dtype: torch.dtype, seed: int
 ) -> None:
-    """Squares of numbers through two unit matrices: exact before they are stored, and so exact behind."""
-    generator, act, width = torch.Generator().manual_seed(seed), FORMATS[name], 96
-    unit = cpu.pack(quantize(torch.eye(width)[None], "mxfp8_e4m3"))
-    size = torch.exp2(torch.randint(-20, 20, (37, width // 32), generator=generator).float())
-    x = torch.randn(37, width, generator=generator) * size.repeat_interleave(32, 1)
-    x[3] = 0.0
-    x[4, 32:64] = math.inf
-    x = stored(x, act, dtype)
-    ids, weights = torch.zeros(37, 1, dtype=torch.int64), torch.ones(37, 1)
-    y = cpu.moe(x, ids, weights, unit, unit, Activation("relu2", gated=False), act=act)
-    wanted = stored(x.float().clamp(min=0).square(), act, torch.float32).to(dtype)
-    wanted[4] = math.nan  # a product with what is not a number
-    torch.testing.assert_close(y, wanted, rtol=0, atol=0, equal_nan=True)
+    """Squares of numbers through two unit matrices: one rounding before they are stored, and none behind."""
+    generator, act = torch.Generator().manual_seed(seed), get_format(name)
+    for width, m in ((1, 2), (33, 37), (96, 1), (128, 20), (300, 3), (300, 900)):
+        unit = cpu.pack(quantize(torch.eye(width)[None], "mxfp8_e4m3"))
+        size = torch.exp2(torch.randint(-6, 6, (m, -(-width // 16)), generator=generator).float())
+        x = torch.randn(m, width, generator=generator) * size.repeat_interleave(16, 1)[:, :width]
+        x[m // 2] = 0.0
+        x[m - 1, width // 2] = math.inf if width % 2 else math.nan
+        x, nothing = x.to(dtype), torch.full((m, width), math.nan, dtype=dtype)
+        ids, weights = torch.zeros(m, 1, dtype=torch.int64), torch.ones(m, 1)
+        args = (ids, weights, unit, unit, Activation("relu2", gated=False))
+        assert cpu.moe(nothing, *args, act=act).isnan().all()  # and its memory is used again
+        wanted = stored(stored(x, act, torch.float32).clamp(min=0).square(), act, torch.float32).to(dtype)
+        wanted[m - 1] = math.nan  # a product with what is not a number
+        torch.testing.assert_close(cpu.moe(x, *args, act=act), wanted, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", [*(n for n, f in FORMATS.items() if f.block[0] == 1), FP8_GROUP128.name])
+@pytest.mark.parametrize("name", ACTS)
 def test_activations_are_stored_as_quantize_does(
     cpu: Any, level: str, name: str, dtype: torch.dtype, seed: int
 ) -> None:
@@ -146,16 +174,21 @@ def test_one_nan_scale_spoils_its_own_output_only(cpu: Any, level: str, name: st
         assert torch.equal(nan, dequantize(q).isnan().any(dim=1).expand(5, 300))
 
 
-def problem(cpu: Any, name: str, m: int, dtype: torch.dtype) -> tuple[Any, Any]:
+def problem(
+    cpu: Any, name: str, m: int, dtype: torch.dtype, act: Format | None = None, width: int = 64
+) -> tuple[Any, Any]:
     """(a linear, a MoE), each a function of the number of tokens and in all as many as `m`."""
     w = cpu.pack(quantize(torch.randn(72, 160), name))
-    w13, w2 = (cpu.pack(quantize(torch.randn(6, *shape) / 8, name)) for shape in ((128, 96), (96, 64)))
+    w13, w2 = (
+        cpu.pack(quantize(torch.randn(6, *shape) / 8, name)) for shape in ((2 * width, 96), (96, width))
+    )
     x, h = torch.randn(m, 160).to(dtype), torch.randn(m, 96).to(dtype)
     ids, weights = torch.rand(m, 6).argsort(dim=-1)[:, :3], torch.rand(m, 3)
-    bias, b13, b2 = torch.randn(72), torch.randn(6, 128), torch.randn(6, 96)
+    bias, b13, b2 = torch.randn(72), torch.randn(6, 2 * width), torch.randn(6, 96)
+    options = {"b13": b13, "b2": b2, "act": act}
     return (
-        lambda count: cpu.linear(x[:count], w, bias),
-        lambda count: cpu.moe(h[:count], ids[:count], weights[:count], w13, w2, GPT_OSS, b13=b13, b2=b2),
+        lambda count: cpu.linear(x[:count], w, bias, act=act),
+        lambda count: cpu.moe(h[:count], ids[:count], weights[:count], w13, w2, GPT_OSS, **options),
     )
 
 
@@ -167,6 +200,23 @@ def test_a_token_does_not_depend_on_the_tokens_beside_it(cpu: Any, level: str, n
             whole = op(70)
             for m in range(1, 70):
                 assert torch.equal(op(m), whole[:m]), f"M = {m}, {dtype}"
+
+
+@pytest.mark.parametrize(
+    "weight, name", [("mxfp4", "mxfp8_e4m3"), ("nvfp4", "nvfp4"), ("fp8_block128", "fp8_group128")]
+)
+def test_stored_activations_depend_on_nothing_beside_them(
+    cpu: Any, level: str, weight: str, name: str, threads: Any
+) -> None:
+    """Neither on other tokens nor on the number of threads; there are columns enough for several units."""
+    for dtype in (torch.bfloat16, torch.float32):
+        for op in problem(cpu, weight, 70, dtype, get_format(name), 144):
+            threads(1)
+            whole = op(70)
+            for count in (1, 2, 3):
+                threads(count)
+                for m in (0, 1, 2, 5, 17, 33, 69, 70):
+                    assert torch.equal(op(m), whole[:m]), f"M = {m}, {dtype}, {count} threads"
 
 
 @pytest.mark.parametrize("name", FORMATS)

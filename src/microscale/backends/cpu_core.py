@@ -278,7 +278,11 @@ def moe(
     weight_on_input: bool,
     stored: str = "",
 ) -> Tensor:
-    """[M, H] -> [M, N]; see `ms_moe`. No dimension of the weights is 0. `stored`: an MX format, of the intermediate."""
+    """[M, H] -> [M, N]; see `ms_moe`. No dimension of the weights is 0.
+
+    `stored`: one of
+    `STORED_IDS`, of the intermediate; any but an MX format with float32 x.
+    """
     ids = local_ids(topk_ids, expert_map, experts).contiguous()
     m, t = ids.shape
     y = torch.empty((m, n), dtype=x.dtype, device=_CPU)
@@ -307,7 +311,7 @@ def moe(
         activation.alpha,
         activation.beta,
         math.inf if activation.limit is None else activation.limit,
-        1 + FORMAT_IDS[stored] if stored else 0,
+        1 + STORED_IDS[stored] if stored else 0,
         _address(first),
         _address(second),
         weight_on_input,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from microscale.formats import FORMATS, get_format
+from microscale.formats import FORMATS
 from microscale.machine import CORE
 from microscale.oracle import Problem
 
@@ -20,8 +20,6 @@ def refuse(problem: Problem) -> str | None:
     """None, or why not."""
     if (why := refuse_device(problem.device, CORE in problem.packages)) is not None:
         return why
-    if problem.act != "a16" and problem.op == "moe" and get_format(problem.act).scale != "e8m0":
-        return f"the C++ core stores no intermediate of experts in {problem.act}"
     if problem.weight not in FORMATS:
         return f"the C++ core has no layout for weights in {problem.weight}"
     return None
