@@ -62,13 +62,13 @@ void unpack(Address packed, int64_t bytes, Address codes, Address scales, int th
   check(status, "unpack");
 }
 
-void linear(int level, Address w, Address outer, int dtype, Address x, int64_t x_stride, int64_t m, Address bias,
-            Address y, int threads) {
+void linear(int level, Address w, Address outer, int dtype, Address x, int64_t x_stride, Address x_outer, int64_t m,
+            Address bias, Address y, int threads) {
   int status;
   {
     nb::gil_scoped_release release;
-    status = ms_linear(level, at<const void>(w), at<const float>(outer), dtype, at<const void>(x), x_stride, m,
-                       at<const float>(bias), at<void>(y), threads);
+    status = ms_linear(level, at<const void>(w), at<const float>(outer), dtype, at<const void>(x), x_stride,
+                       at<const float>(x_outer), m, at<const float>(bias), at<void>(y), threads);
   }
   check(status, "linear");
 }
@@ -84,26 +84,28 @@ void dense(int level, int weight_dtype, Address w, int64_t w_stride, int64_t n, 
   check(status, "dense");
 }
 
-void moe(int level, Address w13, Address outer13, Address w2, Address outer2, int dtype, Address x, int64_t m,
-         Address ids, Address weights, int64_t t, int kind, bool gated, bool interleaved, float alpha, float beta,
-         float limit, int stored, Address b13, Address b2, bool weight_on_input, Address y, int threads) {
+void moe(int level, Address w13, Address outer13, Address w2, Address outer2, int dtype, Address x, Address x_outer,
+         int64_t m, Address ids, Address weights, int64_t t, int kind, bool gated, bool interleaved, float alpha,
+         float beta, float limit, int stored, Address b13, Address b2, bool weight_on_input, Address y, int threads) {
   const ms_activation activation{kind, gated, interleaved, alpha, beta, limit, stored};
   int status;
   {
     nb::gil_scoped_release release;
-    status = ms_moe(level, at<const void>(w13), at<const float>(outer13), at<const void>(w2), at<const float>(outer2),
-                    dtype, at<const void>(x), m, at<const int64_t>(ids), at<const float>(weights), t, &activation,
-                    at<const float>(b13), at<const float>(b2), weight_on_input, at<void>(y), threads);
+    status =
+        ms_moe(level, at<const void>(w13), at<const float>(outer13), at<const void>(w2), at<const float>(outer2), dtype,
+               at<const void>(x), at<const float>(x_outer), m, at<const int64_t>(ids), at<const float>(weights), t,
+               &activation, at<const float>(b13), at<const float>(b2), weight_on_input, at<void>(y), threads);
   }
   check(status, "moe");
 }
 
 void stored(int level, int format, int dtype, Address x, int64_t x_stride, int64_t m, int64_t k, int to, Address y,
-            int threads) {
+            Address outer, int threads) {
   int status;
   {
     nb::gil_scoped_release release;
-    status = ms_stored(level, format, dtype, at<const void>(x), x_stride, m, k, to, at<void>(y), threads);
+    status =
+        ms_stored(level, format, dtype, at<const void>(x), x_stride, m, k, to, at<void>(y), at<float>(outer), threads);
   }
   check(status, "stored");
 }

@@ -1,4 +1,4 @@
-// One product: y = x w^T * outer + bias.
+// One product: y = x w^T * x_outer * outer + bias.
 #include <algorithm>
 
 #include "dispatch.h"
@@ -15,7 +15,7 @@ constexpr int64_t kMaxRows = 2048;  // whose sums one thread holds at a time
 struct Linear {
   const Kernels *kernels;
   const ms_header *w;
-  const float *outer, *bias;
+  const float *outer, *x_outer, *bias;
   int dtype;
   const void *const *rows;
   int64_t m;
@@ -52,6 +52,7 @@ struct Linear {
     c.kernels->product[c.w->format](&p);
     if (c.kernels->end) c.kernels->end();
     const int64_t column = first * kPanelColumns, width = std::min(count * kPanelColumns, n - column);
+    if (c.x_outer) scale_rows(sums, stride, c.m, width, c.x_outer, nullptr);
     const float *outer = c.outer ? c.outer + column : nullptr, *bias = c.bias ? c.bias + column : nullptr;
     for (int64_t i = 0; i < c.m; ++i)
       c.kernels->store(sums + i * stride, outer, bias, width, c.dtype, c.y + (i * n + column) * element_bytes(c.dtype));
@@ -62,7 +63,7 @@ struct Linear {
 }  // namespace microscale
 
 extern "C" int ms_linear(int level, const void *weights, const float *outer, int dtype, const void *x, int64_t x_stride,
-                         int64_t m, const float *bias, void *y, int threads) {
+                         const float *x_outer, int64_t m, const float *bias, void *y, int threads) {
   using namespace microscale;
   const StandardFloats floats;
   const ms_header *w = header_of(weights);
@@ -99,6 +100,7 @@ extern "C" int ms_linear(int level, const void *weights, const float *outer, int
     if (!operands.prepare(*kernels, dtype, from, x_stride, w->k, c.m, first, 1, nullptr, nullptr, threads))
       return MS_NO_MEMORY;
     c.rows = operands.rows();
+    c.x_outer = x_outer ? x_outer + row : nullptr;
     c.y = static_cast<uint8_t *>(y) + row * w->n * element_bytes(dtype);
     parallel(threads, ceil_div(all, c.columns), Linear::run, &c);
   }

@@ -64,8 +64,8 @@ struct ms_header {
 };
 
 /* What happens between w13 and w2; see microscale.activations. `limit` is +infinity where there is none. `stored`: 0,
- * or 1 + the format of ms_stored that each row of the result is rounded to before it is multiplied: an MX format, or
- * any if the activations are float32. */
+ * or 1 + the format of ms_stored that each row of the result is rounded to before it is multiplied: FP8 only if the
+ * activations are float32. */
 struct ms_activation {
   int32_t kind, gated, interleaved;
   float alpha, beta, limit;
@@ -81,10 +81,11 @@ int ms_pack(int format, int64_t experts, int64_t n, int64_t k, const uint8_t *co
             int threads);
 int ms_unpack(const void *packed, int64_t bytes, uint8_t *codes, void *scales, int threads);
 
-/* y[m, n] = x[m, k] w^T * outer + bias, in x's dtype, summed in float32. `outer` is float32 [n] or NULL (tensor scale),
- * `bias` float32 [n] or NULL. x's rows are contiguous and `x_stride` elements apart; y is dense. */
-int ms_linear(int level, const void *w, const float *outer, int dtype, const void *x, int64_t x_stride, int64_t m,
-              const float *bias, void *y, int threads);
+/* y[m, n] = x[m, k] w^T * x_outer * outer + bias, in x's dtype, summed in float32. `outer` is float32 [n] or NULL
+ * (tensor scale), `x_outer` float32 [m] or NULL (the same of x's rows), `bias` float32 [n] or NULL. x's rows are
+ * contiguous and `x_stride` elements apart; y is dense. */
+int ms_linear(int level, const void *w, const float *outer, int dtype, const void *x, int64_t x_stride,
+              const float *x_outer, int64_t m, const float *bias, void *y, int threads);
 
 /* The same with weights as they lie in a checkpoint: w [n, k] of `weight_dtype` (an ms_dtype), rows contiguous and
  * `w_stride` elements apart; `bias` [n] of the same dtype or NULL; x and y of `dtype`. Summed in float32; a row of y
@@ -93,19 +94,20 @@ int ms_linear(int level, const void *w, const float *outer, int dtype, const voi
 int ms_dense(int level, int weight_dtype, const void *w, int64_t w_stride, int64_t n, int64_t k, const void *bias,
              int dtype, const void *x, int64_t x_stride, int64_t m, void *y, int threads);
 
-/* The weighted sum over each token's experts: x [m, h], y [m, n] dense in `dtype`; ids [m, t] local expert or -1;
- * weights [m, t]; outers and biases float32 [E, rows], [E, n] or NULL. */
+/* The weighted sum over each token's experts: x [m, h], y [m, n] dense in `dtype`; `x_outer` as ms_linear's; ids [m, t]
+ * local expert or -1; weights [m, t]; outers and biases float32 [E, rows], [E, n] or NULL. */
 int ms_moe(int level, const void *w13, const float *outer13, const void *w2, const float *outer2, int dtype,
-           const void *x, int64_t m, const int64_t *ids, const float *weights, int64_t t,
+           const void *x, const float *x_outer, int64_t m, const int64_t *ids, const float *weights, int64_t t,
            const struct ms_activation *activation, const float *b13, const float *b2, int weight_on_input, void *y,
            int threads);
 
 /* y[m, k] of dtype `to` = x[m, k] of `dtype` as each row reads back from a format of activations: an MX format, 32
- * numbers sharing a power of two; or, for `to` MS_FP32 alone, MS_FP8_BLOCK128, of which 128 numbers of a row share a
- * float32 scale, and MS_NVFP4, whose outer multiplier is a row's. Numbers that share a block's scale with an infinity
- * or a NaN become NaN. x's rows are contiguous and `x_stride` elements apart; y is dense. */
+ * numbers sharing a power of two; MS_NVFP4, whose outer multiplier is a row's; or MS_FP8_BLOCK128, of which 128 numbers
+ * of a row share a float32 scale. Only float32 holds the last two, but any dtype holds NVFP4 where multipliers go to
+ * `outer`, float32 [m], instead of into y; of other formats it is NULL. Numbers that share a block's scale with an
+ * infinity or a NaN become NaN. x's rows are contiguous and `x_stride` elements apart; y is dense. */
 int ms_stored(int level, int format, int dtype, const void *x, int64_t x_stride, int64_t m, int64_t k, int to, void *y,
-              int threads);
+              float *outer, int threads);
 
 /* y = w * x / sqrt(mean of x^2 + epsilon), row by row in float32: x and y [m, n] dense in `dtype`, w [n] of
  * `weight_dtype`. On the calling thread: rows are few. */

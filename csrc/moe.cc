@@ -43,11 +43,15 @@ struct Moe {
   const Small *small;
   const Routes *routes;
   const void *const *x;  // operands of each route; null if units gather their own
+  const float *x_outer;  // of each token, or null
   const uint8_t *tokens;
   OperandLayout gathered;  // of a unit's operands
-  OperandLayout layout;    // of the second product's operands
+  OperandLayout layout;    // of the intermediate
   uint8_t *middle;
   const void **middle_rows;
+  const void *const *second_rows;  // operands of each route: the intermediate, or what it is rounded to
+  float *second_outer;             // of each route, or null
+  void (*activate_rows)(const Activate *);
   int64_t m, width;  // tokens; of the intermediate
   int threads;
   int64_t block;  // intermediate columns that are made at a time
@@ -80,12 +84,14 @@ struct Moe {
 
   // Weight rows [row, row + count) of w13 times the expert's tokens; returns the sums of `row`. `next` is read after
   // it.
-  float *rows_of_w13(Product &p, int64_t row, int64_t count, float *out, const uint8_t *next) const {
+  float *rows_of_w13(Product &p, int64_t hit, int64_t row, int64_t count, float *out, const uint8_t *next) const {
     p.first = row / kPanelColumns;
     p.count = ceil_div(row + count, kPanelColumns) - p.first;
     p.out = out;
     p.next = next;
     kernels->product[w13.header->format](&p);
+    if (x_outer)
+      scale_rows(out, p.stride, p.m, p.count * kPanelColumns, x_outer, routes->tokens() + routes->first(hit));
     return out + row % kPanelColumns;
   }
 
@@ -153,9 +159,9 @@ struct Moe {
     float *raw = reinterpret_cast<float *>(own + kernels->scratch);
     const int64_t row = pairs() ? 2 * column : column;
     const bool apart = activation.gated && !pairs();
-    const float *up = nullptr, *gate = rows_of_w13(p, row, pairs() ? 2 * count : count, raw,
+    const float *up = nullptr, *gate = rows_of_w13(p, hit, row, pairs() ? 2 * count : count, raw,
                                                    apart ? at(w13, expert, width + column) : after);
-    if (apart) up = rows_of_w13(p, width + column, count, raw + block + kPanelColumns, after);
+    if (apart) up = rows_of_w13(p, hit, width + column, count, raw + block + kPanelColumns, after);
     void **out = reinterpret_cast<void **>(own + kernels->scratch + raw_bytes);
     const int64_t step = layout.step(p.m), start = column / kTileK * step;
     layout.each_row(hit, routes->first(hit), p.m, [&](int64_t i, int64_t offset) { out[i] = middle + offset + start; });
@@ -186,7 +192,7 @@ struct Moe {
     a.m = p.m;
     a.n = count;
     a.out = out;
-    kernels->activate(&a);
+    activate_rows(&a);
   }
 
   // Some output columns of all tokens: every expert's share in ascending order, so that the sum is always the same.
@@ -210,7 +216,7 @@ struct Moe {
     const int64_t from = first_panel[unit], end = first_panel[unit + 1];
     const int64_t stride = together * kPanelColumns, sum_stride = (end - from) * kPanelColumns;
     float *raw = reinterpret_cast<float *>(own + kernels->scratch);
-    Product p = product(w2, expert, hit, middle_rows + routes->first(hit), own, state);
+    Product p = product(w2, expert, hit, second_rows + first_route, own, state);
     p.first = panel;
     p.count = count;
     p.out = raw;
@@ -220,6 +226,7 @@ struct Moe {
              : hit + 1 < routes->experts() ? at(w2, routes->expert(hit + 1), from * kPanelColumns)
                                            : after_second(unit);
     kernels->product[w2.header->format](&p);
+    if (second_outer) scale_rows(raw, stride, p.m, real, second_outer + first_route, nullptr);
     const float *outer = w2.outer_of(expert, column), *bias = w2.bias_of(expert, column);
     sums += column - from * kPanelColumns;
     for (int64_t i = 0; i < p.m; ++i) {
@@ -260,13 +267,14 @@ int some_tokens(Moe &c, const void *x, const int64_t *ids, const float *weights,
   c.routes = &routes;
 
   const int64_t routed = routes.count(), n = c.w2.header->n;
-  Operands operands;
+  Operands operands, rounded;
   Buffer<const void *> rows(routed), middle_rows(routed);
-  c.layout = {c.kernels->operand, c.kernels->tiled != 0, c.width};
+  const OperandLayout second{c.kernels->operand, c.kernels->tiled != 0, c.width};
+  c.layout = c.row_format < 0 ? second : OperandLayout{MS_FP32, false, c.width};
   Buffer<uint8_t> middle(c.layout.bytes(routed, routes.experts()));
   if (!rows || !middle || !middle_rows) return MS_NO_MEMORY;
   c.middle = middle.get();
-  c.middle_rows = middle_rows.get();
+  c.second_rows = c.middle_rows = middle_rows.get();
   c.tokens = static_cast<const uint8_t *>(x);
   c.gathered = {c.kernels->operand, c.kernels->tiled != 0, hidden};
   // Many rows of an expert are put together by whoever needs them, while they fit into a thread's cache.
@@ -308,8 +316,7 @@ int some_tokens(Moe &c, const void *x, const int64_t *ids, const float *weights,
   const bool many = routes.largest() > 16;
   c.together = step;
   if (many)
-    while (8 * c.together * threads <= all &&
-           2 * c.together / step * step_bytes + c.layout.bytes(most, 0) <= kCacheBytes)
+    while (8 * c.together * threads <= all && 2 * c.together / step * step_bytes + second.bytes(most, 0) <= kCacheBytes)
       c.together *= 2;
   Buffer<int64_t> first_panel(steps + 1);
   if (!first_panel) return MS_NO_MEMORY;
@@ -326,9 +333,17 @@ int some_tokens(Moe &c, const void *x, const int64_t *ids, const float *weights,
   if (!scratch) return MS_NO_MEMORY;
   c.scratch = scratch.get();
   parallel(threads, c.first_units(), Moe::run_first, &c);
+  Buffer<float> outer(routed);
   if (c.row_format >= 0) {
-    const int64_t step = c.layout.row_bytes();
-    store_rows(*c.small, c.row_format, MS_FP32, c.middle, step, routed, c.width, MS_FP32, c.middle, step, threads);
+    const int64_t step = c.layout.row_bytes(), apart = step / element_bytes(second.operand);
+    if (!outer) return MS_NO_MEMORY;
+    c.second_outer = second.operand == MS_BF16 ? outer.get() : nullptr;
+    store_rows(*c.small, c.row_format, MS_FP32, c.middle, step, routed, c.width, second.operand, c.middle, step,
+               c.second_outer, threads);
+    if (!rounded.prepare(*c.kernels, second.operand, c.middle, apart, c.width, routed, routes.firsts(),
+                         routes.experts(), nullptr, nullptr, threads))
+      return MS_NO_MEMORY;
+    c.second_rows = rounded.rows();
   }
   parallel(threads, c.units, Moe::run_second, &c);
   return MS_OK;
@@ -337,17 +352,17 @@ int some_tokens(Moe &c, const void *x, const int64_t *ids, const float *weights,
 bool agree(const ms_header *w13, const ms_header *w2, int dtype, const ms_activation *a) {
   const int64_t rows = a->gated ? 2 * w2->k : w2->k;
   return w13->experts == w2->experts && w13->n == rows && w13->experts >= 1 && w13->k >= 1 && w2->k >= 1 &&
-         w2->n >= 1 && a->kind >= 0 && a->kind < MS_KINDS && a->stored >= 0 &&
-         (a->stored <= MS_MXINT8 + 1 || (a->stored <= MS_FORMATS && dtype == MS_FP32));
+         w2->n >= 1 && a->kind >= 0 && a->kind < MS_KINDS && a->stored >= 0 && a->stored <= MS_FORMATS &&
+         (a->stored != MS_FP8_BLOCK128 + 1 || dtype == MS_FP32);
 }
 
 }  // namespace
 }  // namespace microscale
 
 extern "C" int ms_moe(int level, const void *w13, const float *outer13, const void *w2, const float *outer2, int dtype,
-                      const void *x, int64_t m, const int64_t *ids, const float *weights, int64_t t,
-                      const struct ms_activation *activation, const float *b13, const float *b2, int weight_on_input,
-                      void *y, int threads) {
+                      const void *x, const float *x_outer, int64_t m, const int64_t *ids, const float *weights,
+                      int64_t t, const struct ms_activation *activation, const float *b13, const float *b2,
+                      int weight_on_input, void *y, int threads) {
   using namespace microscale;
   const StandardFloats floats;
   Moe c{};
@@ -363,6 +378,7 @@ extern "C" int ms_moe(int level, const void *w13, const float *outer13, const vo
   c.row_format = -1;
   if (activation->stored > MS_MXINT8 + 1) c.row_format = activation->stored - 1, c.activation.stored = 0;
   c.small = small_for(level);
+  c.activate_rows = (c.row_format < 0 ? c.kernels : kernels_for(level, MS_FP32, false))->activate;
   c.width = c.w2.header->k;
   c.threads = threads;
   c.dtype = dtype;
@@ -370,6 +386,7 @@ extern "C" int ms_moe(int level, const void *w13, const float *outer13, const vo
   const int64_t x_bytes = c.w13.header->k * element_bytes(dtype), y_bytes = c.w2.header->n * element_bytes(dtype);
   for (int64_t token = 0; token < m; token += kMaxTokens) {
     c.m = std::min(m - token, kMaxTokens);
+    c.x_outer = x_outer ? x_outer + token : nullptr;
     c.y = static_cast<uint8_t *>(y) + token * y_bytes;
     const int status = some_tokens(c, static_cast<const uint8_t *>(x) + token * x_bytes, ids + token * t,
                                    weights + token * t, t, threads);

@@ -31,6 +31,13 @@ struct Conversion {
 
 }  // namespace
 
+void scale_rows(float *sums, int64_t stride, int64_t m, int64_t n, const float *factor, const int64_t *row) {
+  for (int64_t i = 0; i < m; ++i, sums += stride) {
+    const float by = factor[row ? row[i] : i];
+    for (int64_t j = 0; j < n; ++j) sums[j] *= by;
+  }
+}
+
 void Source::convert(const Kernels &kernels, const OperandLayout &layout, int64_t group, int64_t first, int64_t size,
                      int64_t from, int64_t to, uint8_t *out) const {
   constexpr int64_t kColumns = 512;  // at a time, so that what tiled rows share stays in the L1 cache until it is whole

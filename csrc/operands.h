@@ -9,6 +9,8 @@
 namespace microscale {
 
 inline int64_t element_bytes(int dtype) { return dtype == MS_FP32 ? 4 : 2; }
+// Sums [m][stride], n of them a row, times their rows' multipliers: factor[row[i]], or factor[i] where `row` is null.
+void scale_rows(float *sums, int64_t stride, int64_t m, int64_t n, const float *factor, const int64_t *row);
 inline int64_t padded_k(int64_t k) { return (k + 31) / 32 * 32; }
 // Rows for which there must be room where products put sums: kernels may store whole tiles of 16.
 inline int64_t whole_rows(int64_t m) { return (m + 15) / 16 * 16; }

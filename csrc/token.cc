@@ -66,7 +66,7 @@ struct Token {
 
   int linear(const ms_step &step) const {
     const auto &s = step.of.linear;
-    return ms_linear(level, s.w, s.outer, dtype, s.x, s.k, m, s.bias, s.y, threads);
+    return ms_linear(level, s.w, s.outer, dtype, s.x, s.k, nullptr, m, s.bias, s.y, threads);
   }
 
   // `heads` heads from x, normed and turned, to y, `y_step` bytes from one to the next.
@@ -133,8 +133,8 @@ struct Token {
 
   int moe(const ms_step &step) const {
     const auto &s = step.of.moe;
-    return ms_moe(level, s.w13, s.outer13, s.w2, s.outer2, dtype, s.x, m, s.ids, s.weights, s.chosen, &s.activation,
-                  s.b13, s.b2, 0, s.y, threads);
+    return ms_moe(level, s.w13, s.outer13, s.w2, s.outer2, dtype, s.x, nullptr, m, s.ids, s.weights, s.chosen,
+                  &s.activation, s.b13, s.b2, 0, s.y, threads);
   }
 
   int run(const ms_step &step) const {

@@ -106,7 +106,8 @@ class Bench {
     const float *b13 = s_.oai ? biases_[0].data_ptr<float>() : nullptr;
     const float *b2 = s_.oai ? biases_[1].data_ptr<float>() : nullptr;
     return timed([&](size_t layer) {
-      ms_moe(ms_level(), packed_[0][layer], nullptr, packed_[1][layer], nullptr, MS_BF16, c.x.data(), m, c.ids.data(),
+      ms_moe(ms_level(), packed_[0][layer], nullptr, packed_[1][layer], nullptr, MS_BF16, c.x.data(), nullptr, m,
+             c.ids.data(),
              c.weights.data(), s_.top_k, &activation, b13, b2, 0, y.data(), kThreads);
     });
   }

@@ -116,10 +116,11 @@ inline void stored_by(int dtype, const void *x, int64_t n, int to, void *y, Roun
   }
 }
 
-inline void small_stored(int format, int dtype, const void *x, int64_t n, int to, void *y) {
+inline void small_stored(int format, int dtype, const void *x, int64_t n, int to, void *y, float *outer) {
   if (format == MS_NVFP4) {
-    const float row = multiplier(greatest_of_row(dtype, x, n));
-    stored_by<1>(dtype, x, n, to, y, [row](f32x16(&v)[1]) { as_nvfp4(v, row); });
+    const float row = multiplier(greatest_of_row(dtype, x, n)), rest = outer ? 1.0f : row;
+    if (outer) *outer = row;
+    stored_by<1>(dtype, x, n, to, y, [row, rest](f32x16(&v)[1]) { as_nvfp4(v, row, rest); });
   } else if (format == MS_FP8_BLOCK128) {
     stored_by<8>(dtype, x, n, to, y, as_group);
   } else {

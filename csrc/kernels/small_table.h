@@ -28,8 +28,9 @@ struct Small {
   void (*gate)(int dtype, const struct ms_activation *activation, const void *gate, const void *up, int64_t n, void *y);
   void (*load)(int dtype, const void *x, int64_t n, float *out);  // n numbers of `dtype` to float32
   void (*round)(int dtype, float *v, int64_t n);                  // to the nearest numbers of `dtype`
-  // y of dtype `to` = x of `dtype` as it reads back from a format of ms_stored.
-  void (*stored)(int format, int dtype, const void *x, int64_t n, int to, void *y);
+  // y of dtype `to` = x of `dtype` as it reads back from a format of ms_stored, but for NVFP4's multiplier where
+  // `outer` is not null, and takes it.
+  void (*stored)(int format, int dtype, const void *x, int64_t n, int to, void *y, float *outer);
 };
 
 extern const Small plain_small, avx2_small, avx512_small;

@@ -83,8 +83,9 @@ inline float multiplier(float amax) {
   return found > 0.0f ? found : 1.0f;
 }
 
-// 16 numbers as E2M1 beside an E4M3 scale and the row's multiplier; NaN where one of them is not finite.
-inline void as_nvfp4(f32x16 (&v)[1], float row) {
+// 16 numbers as E2M1 beside an E4M3 scale and the row's multiplier, which they are then multiplied by, too, or
+// (`outer` 1) not; NaN where one of them is not finite.
+inline void as_nvfp4(f32x16 (&v)[1], float row, float outer) {
   const Grid &codes = kGrids[MS_MXFP4], &scales = kGrids[MS_MXFP8_E4M3];
   const uint32_t amax = greatest(v);
   if (amax >= 0x7f800000u) {
@@ -97,7 +98,7 @@ inline void as_nvfp4(f32x16 (&v)[1], float row) {
   const float scale = on_grid(splat(wanted), scales, one, one)[0];
   float step = scale * row;
   if (step < 0x1p-149f) step = 0x1p-149f;  // beside a tiny multiplier it may be 0, and 0 / 0 is no code
-  v[0] = on_grid(v[0] / splat(step), codes, one, one) * scale * row;
+  v[0] = on_grid(v[0] / splat(step), codes, one, one) * scale * outer;
 }
 
 }  // namespace

@@ -125,17 +125,18 @@ float loaded(const std::vector<uint8_t> &bytes, int dtype, int64_t i) {
 
 void test_linear(int level, int format, int dtype, int64_t m, int64_t n, int64_t k) {
   const Weights w(format, 1, n, k, static_cast<unsigned>(n + k));
-  const auto x = numbers(m * k, 1), bias = numbers(n, 2);
+  const auto x = numbers(m * k, 1), bias = numbers(n, 2), factors = numbers(m, 4);  // factors: of rows
   const auto in = stored(x, dtype);
   std::vector<uint8_t> out(static_cast<size_t>(m * n * (dtype == MS_FP32 ? 4 : 2)), 0xff);  // NaN
-  CHECK(ms_linear(level, w.packed.data(), nullptr, dtype, in.data(), k, m, bias.data(), out.data(), 2) == MS_OK);
+  CHECK(ms_linear(level, w.packed.data(), nullptr, dtype, in.data(), k, factors.data(), m, bias.data(), out.data(),
+                  2) == MS_OK);
   int wrong = 0;
   for (int64_t i = 0; i < m; ++i)
     for (int64_t c = 0; c < n; ++c) {
       double sum = double(bias[static_cast<size_t>(c)]), magnitude = std::abs(sum);
       for (int64_t j = 0; j < k; ++j) {
         // The values that arrive: bfloat16 rounds halves of 1/64 away.
-        const double a = double(loaded(in, dtype, i * k + j)) * w.at(0, c, j);
+        const double a = double(loaded(in, dtype, i * k + j)) * double(factors[static_cast<size_t>(i)]) * w.at(0, c, j);
         sum += a;
         magnitude += std::abs(a);
       }
@@ -154,7 +155,7 @@ void test_rows(int level, int format, int dtype) {
   const auto in = stored(numbers(kMost * kK, 9), dtype);
   const auto out = [&](int64_t m) {
     std::vector<uint8_t> y(static_cast<size_t>(m * kN * (dtype == MS_FP32 ? 4 : 2)));
-    CHECK(ms_linear(level, w.packed.data(), nullptr, dtype, in.data(), kK, m, nullptr, y.data(), 2) == MS_OK);
+    CHECK(ms_linear(level, w.packed.data(), nullptr, dtype, in.data(), kK, nullptr, m, nullptr, y.data(), 2) == MS_OK);
     return y;
   };
   const auto all = out(kMost);
@@ -182,8 +183,8 @@ void test_moe(int level, int format, int dtype, int64_t m, int64_t width, int64_
   std::vector<uint8_t> out(in.size(), 0xff), alone(row, 0xff);
   const auto moe = [&](int64_t first, int64_t rows, uint8_t *y, int with) {
     CHECK(ms_moe(level, w13.packed.data(), nullptr, w2.packed.data(), nullptr, dtype,
-                 in.data() + static_cast<size_t>(first) * row, rows, ids.data() + first * kRoutes, weights.data(),
-                 kRoutes, &activation, b13.data(), b2.data(), 0, y, with) == MS_OK);
+                 in.data() + static_cast<size_t>(first) * row, nullptr, rows, ids.data() + first * kRoutes,
+                 weights.data(), kRoutes, &activation, b13.data(), b2.data(), 0, y, with) == MS_OK);
   };
   moe(0, m, out.data(), threads);
   moe(m - 1, 1, alone.data(), 3 - threads);
@@ -230,10 +231,10 @@ void test_refusals() {
   Buffer broken(w.packed.bytes);
   std::memcpy(broken.data(), w.packed.data(), static_cast<size_t>(w.packed.bytes));
   broken.data()[0] ^= 1;
-  CHECK(ms_linear(0, broken.data(), nullptr, MS_FP32, x, 32, 1, nullptr, y, 1) == MS_BAD_HEADER);
-  CHECK(ms_linear(MS_LEVELS, w.packed.data(), nullptr, MS_FP32, x, 32, 1, nullptr, y, 1) == MS_BAD_LEVEL);
-  CHECK(ms_linear(0, w.packed.data(), nullptr, MS_DTYPES, x, 32, 1, nullptr, y, 1) == MS_BAD_ARGUMENT);
-  CHECK(ms_linear(0, w.packed.data(), nullptr, MS_FP32, x, 32, -1, nullptr, y, 1) == MS_BAD_ARGUMENT);
+  CHECK(ms_linear(0, broken.data(), nullptr, MS_FP32, x, 32, nullptr, 1, nullptr, y, 1) == MS_BAD_HEADER);
+  CHECK(ms_linear(MS_LEVELS, w.packed.data(), nullptr, MS_FP32, x, 32, nullptr, 1, nullptr, y, 1) == MS_BAD_LEVEL);
+  CHECK(ms_linear(0, w.packed.data(), nullptr, MS_DTYPES, x, 32, nullptr, 1, nullptr, y, 1) == MS_BAD_ARGUMENT);
+  CHECK(ms_linear(0, w.packed.data(), nullptr, MS_FP32, x, 32, nullptr, -1, nullptr, y, 1) == MS_BAD_ARGUMENT);
 }
 
 }  // namespace

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -101,6 +103,17 @@ def stored(x: Tensor, act: Format | None, dtype: torch.dtype) -> Tensor:
     if not autograd.wanted(x) and (torch.compiler.is_compiling() or autograd.plain(x)):
         return y
     return y + (x - x.detach()).to(dtype)  # + 0, and NaN only where y is
+
+
+def stored_apart(x: Tensor, act: Format, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """As `stored`, for NVFP4 and without gradients: numbers without their rows' multipliers, and these, float32 [...].
+
+    bfloat16 holds the numbers, which have six significant bits.
+    """
+    q = quantize(x.detach()[..., None, :], act)
+    assert q.tensor_scale is not None
+    y = dequantize(replace(q, tensor_scale=torch.ones_like(q.tensor_scale)), dtype)
+    return y.squeeze(-2), q.tensor_scale.squeeze(-1)
 
 
 def _integers(what: str, t: Tensor) -> Tensor:

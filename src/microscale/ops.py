@@ -13,13 +13,27 @@ from microscale.backends import cpu_core
 
 
 @torch.library.custom_op("microscale::linear", mutates_args=())
-def linear(x: Tensor, packed: Tensor, outer: Tensor | None, n: int, bias: Tensor | None) -> Tensor:
-    """[..., K] -> [..., N]; `packed` and `outer` as in `backends.cpu.Packed`."""
-    return cpu_core.linear(x, packed, outer, n, bias)
+def linear(
+    x: Tensor,
+    packed: Tensor,
+    outer: Tensor | None,
+    n: int,
+    bias: Tensor | None,
+    x_outer: Tensor | None = None,
+) -> Tensor:
+    """[..., K] -> [..., N]; `packed` and `outer` as in `backends.cpu.Packed`, `x_outer` as `cpu_core.linear` has it."""
+    return cpu_core.linear(x, packed, outer, n, bias, x_outer)
 
 
 @linear.register_fake
-def _(x: Tensor, packed: Tensor, outer: Tensor | None, n: int, bias: Tensor | None) -> Tensor:
+def _(
+    x: Tensor,
+    packed: Tensor,
+    outer: Tensor | None,
+    n: int,
+    bias: Tensor | None,
+    x_outer: Tensor | None = None,
+) -> Tensor:
     return x.new_empty((*x.shape[:-1], n))
 
 
@@ -70,11 +84,12 @@ def moe(
     expert_map: Tensor | None,
     weight_on_input: bool,
     stored: str = "",
+    x_outer: Tensor | None = None,
 ) -> Tensor:
-    """[M, H] -> [M, N]; the activation's fields one by one. `stored`: as `cpu_core.moe` has it."""
+    """[M, H] -> [M, N]; the activation's fields one by one. `stored`, `x_outer`: as `cpu_core.moe` has them."""
     activation = Activation(kind, gated, interleaved, alpha, beta, limit)
     weights = (packed13, outer13, packed2, outer2, experts, n)
-    rest = (b13, b2, expert_map, weight_on_input, stored)
+    rest = (b13, b2, expert_map, weight_on_input, stored, x_outer)
     return cpu_core.moe(x, topk_ids, topk_weights, *weights, activation, *rest)
 
 
@@ -100,5 +115,6 @@ def _(
     expert_map: Tensor | None,
     weight_on_input: bool,
     stored: str = "",
+    x_outer: Tensor | None = None,
 ) -> Tensor:
     return x.new_empty((x.shape[0], n))

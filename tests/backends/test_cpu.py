@@ -19,7 +19,7 @@ from microscale.backends import BACKENDS, emulation
 from microscale.backends.cpu_rules import refuse
 from microscale.canary import Placer
 from microscale.errors import BackendError, SettingError
-from microscale.formats import FORMATS
+from microscale.formats import FORMATS, get_format
 from microscale.invented import INVENTED
 from microscale.machine import CORE, detect
 from microscale.oracle import Problem, choose
@@ -139,7 +139,7 @@ def test_ids_out_of_range(cpu: Any, bad: int) -> None:
 def test_the_core_itself_refuses_a_buffer_of_something_else(cpu: Any) -> None:
     x, y = torch.randn(2, 32), torch.empty(2, 16)
     w = torch.zeros(4096, dtype=torch.uint8)
-    rest = (0, 2, x.data_ptr(), 32, 2, 0, y.data_ptr(), 1)
+    rest = (0, 2, x.data_ptr(), 32, 0, 2, 0, y.data_ptr(), 1)
     with pytest.raises(ValueError, match="does not hold a tensor that this core packed"):
         cpu.cpu_core._core.linear(0, w.data_ptr(), *rest)
     with pytest.raises(ValueError, match="packed_bytes"):
@@ -240,18 +240,21 @@ def test_a_forked_child_runs_on_threads_of_its_own(cpu: Any, threads: Any) -> No
     assert torch.equal(cpu.linear(x, w), wanted)
 
 
-def test_torch_compile_sees_one_graph(cpu: Any) -> None:
+@pytest.mark.parametrize("name", [None, "mxfp8_e4m3", "nvfp4", "fp8_group128"])
+def test_torch_compile_sees_one_graph(cpu: Any, name: str | None) -> None:
+    act = None if name is None else get_format(name)
     w = cpu.pack(quantize(torch.randn(24, 64), "nvfp4"))
     w13, w2 = (cpu.pack(quantize(torch.randn(4, n, 64), "mxfp4")) for n in (128, 64))
     bias = torch.randn(24)
 
     def both(x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return cpu.linear(x, w, bias) * 2, cpu.moe(x, ids, weights, w13, w2, GPT_OSS) + 1
+        y = cpu.moe(x, ids, weights, w13, w2, GPT_OSS, act=act)
+        return cpu.linear(x, w, bias, act=act) * 2, y + 1
 
     compiled = torch.compile(both, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
         for m in (3, 5):
-            x, ids, weights = torch.randn(m, 64), torch.randint(4, (m, 2)), torch.rand(m, 2)
+            x, ids, weights = torch.randn(m, 64).bfloat16(), torch.randint(4, (m, 2)), torch.rand(m, 2)
             for found, wanted in zip(compiled(x, ids, weights), both(x, ids, weights), strict=True):
                 assert torch.equal(found, wanted)
 
@@ -292,8 +295,11 @@ def test_operators_keep_what_they_promise_torch(cpu: Any) -> None:
     x, bias = torch.randn(3, 64), torch.randn(24)
     ops = torch.ops.microscale
     torch.library.opcheck(ops.linear.default, (x, w.buffer, w.outer, 24, bias))
+    torch.library.opcheck(ops.linear.default, (x, w.buffer, w.outer, 24, bias, torch.rand(3)))
     a = GPT_OSS
     fields = (a.kind, a.gated, a.interleaved, a.alpha, a.beta, a.limit)
     weights = (w13.buffer, None, w2.buffer, None, 4, 64)
     routes = (torch.randint(4, (3, 2)), torch.rand(3, 2))
     torch.library.opcheck(ops.moe.default, (x, *routes, *weights, *fields, None, None, None, False))
+    stored = (None, None, None, False, "nvfp4", torch.rand(3))
+    torch.library.opcheck(ops.moe.default, (x, *routes, *weights, *fields, *stored))

@@ -16,7 +16,7 @@ from microscale.conformance import Case, cases, run
 from microscale.elements import pack_codes
 from microscale.formats import FORMATS, FP8_GROUP128, Format, get_format
 from microscale.machine import detect
-from microscale.operands import stored
+from microscale.operands import stored, stored_apart
 from microscale.quant import QuantTensor, dequantize, quantize
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -111,6 +111,24 @@ def test_activations_are_stored_as_quantize_does(
                 torch.testing.assert_close(y, wanted, rtol=0, atol=0, equal_nan=True)
                 assert torch.equal(y.signbit() & ~y.isnan(), wanted.signbit() & ~wanted.isnan())
     assert cpu.cpu_core.stored(torch.zeros(0, 5, dtype=dtype), act, torch.float32).shape == (0, 5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_multipliers_of_rows_are_those_of_quantize(
+    cpu: Any, level: str, dtype: torch.dtype, seed: int
+) -> None:
+    """What is left of NVFP4's numbers without them has as many bits as bfloat16."""
+    generator, act = torch.Generator().manual_seed(seed), FORMATS["nvfp4"]
+    for k in (1, 16, 33, 1100):
+        x = odd_numbers(k, dtype, generator)
+        numbers, outer = stored_apart(x, act, torch.bfloat16)
+        torch.testing.assert_close(
+            numbers.float() * outer[:, None], stored(x, act, torch.float32), rtol=0, atol=0, equal_nan=True
+        )
+        found = torch.empty(len(x))
+        y = cpu.cpu_core.stored(x, act, torch.bfloat16, found)
+        torch.testing.assert_close(y, numbers, rtol=0, atol=0, equal_nan=True)
+        assert torch.equal(found, outer)
 
 
 def scale_values(fmt: Format) -> torch.Tensor:

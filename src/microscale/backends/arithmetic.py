@@ -15,7 +15,7 @@ from microscale.oracle import Problem
 def cpu(problem: Problem) -> str:
     """The C++ core's, by level."""
     level, act = problem.version(CORE), problem.act
-    short = problem.dtype == "bf16" and (act == "a16" or get_format(act).scale == "e8m0")
+    short = problem.dtype == "bf16" and (act == "a16" or get_format(act).scale != "f32")
     if short and level == "amx":
         return "decoded: weights become bf16 in registers, and AMX tiles multiply them"
     if short and level == "avx512_bf16":

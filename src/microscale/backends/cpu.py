@@ -14,7 +14,7 @@ from microscale.backends import autograd, cpu_core, emulation
 from microscale.backends.cpu_core import DTYPE_IDS, FORMAT_IDS
 from microscale.errors import BackendError
 from microscale.formats import Format
-from microscale.operands import check_linear, check_moe, stored
+from microscale.operands import check_linear, check_moe, stored, stored_apart
 from microscale.quant import QuantTensor
 
 REPACKS = True  # see `contract.Contract`
@@ -73,7 +73,7 @@ def linear(x: Tensor, w: Packed, bias: Tensor | None = None, *, act: Format | No
 
     Numerics: float32 accumulation; a row's result depends neither on other rows nor on the number of threads. Stored
     activations are multiplied as the numbers that they stand for, in bfloat16 where that holds them and x, else in
-    float32.
+    float32. It holds NVFP4's without their rows' multipliers, which multiply sums.
     """
     check_linear(x, w.shape, bias)
     _check(x)
@@ -82,7 +82,8 @@ def linear(x: Tensor, w: Packed, bias: Tensor | None = None, *, act: Format | No
     def fast(x: Tensor, bias: Tensor | None) -> Tensor:
         if act is None:
             return product(x, w.buffer, w.outer, w.shape[0], bias)
-        return product(_numbers(x, act), w.buffer, w.outer, w.shape[0], bias).to(x.dtype)
+        rows, x_outer = _numbers(x, act)
+        return product(rows, w.buffer, w.outer, w.shape[0], bias, x_outer).to(x.dtype)
 
     if torch.compiler.is_compiling() or autograd.plain(x, bias):
         return fast(x, bias)
@@ -133,12 +134,12 @@ def moe(
         )
 
     def fast(x: Tensor, topk_weights: Tensor, b13: Tensor | None, b2: Tensor | None) -> Tensor:
-        dtype = x.dtype
+        dtype, x_outer = x.dtype, None
         if act is not None:
             if weight_on_input:  # a token has one route, and is rounded with its weight
                 x, topk_weights = x.float() * topk_weights, torch.ones_like(topk_weights)
-            x = _numbers(x, act)
-        rest = (b13, b2, expert_map, weight_on_input, "" if act is None else act.name)
+            x, x_outer = _numbers(x, act)
+        rest = (b13, b2, expert_map, weight_on_input, "" if act is None else act.name, x_outer)
         if not autograd.recorded():
             return cpu_core.moe(x, topk_ids, topk_weights, *weights, activation, *rest).to(dtype)
         a = activation
@@ -153,13 +154,19 @@ def moe(
     return autograd.run(fast, slow, x, topk_weights, b13, b2)
 
 
-def _numbers(x: Tensor, act: Format) -> Tensor:
-    """x as it reads back from `act`: in bfloat16 where that holds it and x, else in float32."""
-    short = x.dtype == torch.bfloat16 and act.scale == "e8m0"
-    dtype = torch.bfloat16 if short else torch.float32
-    if autograd.recorded() or act.name not in cpu_core.STORED_IDS:
-        return stored(x, act, dtype)
-    return cpu_core.stored(x, act, dtype)
+def _numbers(x: Tensor, act: Format) -> tuple[Tensor, Tensor | None]:
+    """x as it reads back from `act`: in bfloat16 where that holds it and x, else in float32.
+
+    And what its rows are still to be multiplied by, if anything: NVFP4's multipliers, without which bfloat16 holds it.
+    """
+    slow = autograd.recorded() or act.name not in cpu_core.STORED_IDS
+    dtype = torch.bfloat16 if x.dtype == torch.bfloat16 and act.scale != "f32" else torch.float32
+    if dtype == torch.bfloat16 and act.tensor_scale:
+        if slow:
+            return stored_apart(x, act, dtype)
+        outer = torch.empty(x.shape[:-1], dtype=torch.float32, device="cpu")
+        return cpu_core.stored(x, act, dtype, outer), outer
+    return (stored(x, act, dtype) if slow else cpu_core.stored(x, act, dtype)), None
 
 
 def _check(x: Tensor) -> None:

@@ -114,8 +114,15 @@ def unpack(packed: Tensor, codes: Tensor, scales: Tensor) -> None:
         _core.unpack(packed.data_ptr(), packed.numel(), *args)
 
 
-def linear(x: Tensor, packed: Tensor, outer: Tensor | None, n: int, bias: Tensor | None) -> Tensor:
-    """[..., K] -> [..., N]; see `ms_linear`."""
+def linear(
+    x: Tensor,
+    packed: Tensor,
+    outer: Tensor | None,
+    n: int,
+    bias: Tensor | None,
+    x_outer: Tensor | None = None,
+) -> Tensor:
+    """[..., K] -> [..., N]; see `ms_linear`. `x_outer`: float32 [...], contiguous."""
     k = x.shape[-1]
     y = torch.empty((*x.shape[:-1], n), dtype=x.dtype, device=_CPU)
     m = y.numel() // n if n else 0
@@ -132,6 +139,7 @@ def linear(x: Tensor, packed: Tensor, outer: Tensor | None, n: int, bias: Tensor
         DTYPE_IDS[x.dtype],
         rows.data_ptr(),
         stride,
+        _address(x_outer),
         m,
         _address(b),
         y.data_ptr(),
@@ -167,10 +175,13 @@ def dense(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
     return y
 
 
-def stored(x: Tensor, act: Format, dtype: torch.dtype) -> Tensor:
+def stored(x: Tensor, act: Format, dtype: torch.dtype, outer: Tensor | None = None) -> Tensor:
     """x [..., K] in `dtype` as it reads back from one of `STORED_IDS`; see `ms_stored`.
 
-    The slow twin is `operands.stored`.
+    Args:
+        outer: float32 [...], contiguous: where rows' multipliers go, instead of into the result (NVFP4 alone).
+
+    The slow twins are `operands.stored` and `operands.stored_apart`.
     """
     k = x.shape[-1]
     y = torch.empty(x.shape, dtype=dtype, device=_CPU)
@@ -179,9 +190,8 @@ def stored(x: Tensor, act: Format, dtype: torch.dtype) -> Tensor:
     rows, stride = _rows(x, k)
     types = DTYPE_IDS[x.dtype], DTYPE_IDS[dtype]
     size = rows.data_ptr(), stride, y.numel() // k, k
-    _run.stored(
-        level(), STORED_IDS[act.name], types[0], *size, types[1], y.data_ptr(), torch.get_num_threads()
-    )
+    out = types[1], y.data_ptr(), _address(outer)
+    _run.stored(level(), STORED_IDS[act.name], types[0], *size, *out, torch.get_num_threads())
     return y
 
 
@@ -277,11 +287,11 @@ def moe(
     expert_map: Tensor | None,
     weight_on_input: bool,
     stored: str = "",
+    x_outer: Tensor | None = None,
 ) -> Tensor:
     """[M, H] -> [M, N]; see `ms_moe`. No dimension of the weights is 0.
 
-    `stored`: one of
-    `STORED_IDS`, of the intermediate; any but an MX format with float32 x.
+    `stored`: one of `STORED_IDS`, of the intermediate; FP8 only with float32 x. `x_outer`: float32 [M], contiguous.
     """
     ids = local_ids(topk_ids, expert_map, experts).contiguous()
     m, t = ids.shape
@@ -301,6 +311,7 @@ def moe(
         _address(outer2),
         DTYPE_IDS[x.dtype],
         rows.data_ptr(),
+        _address(x_outer),
         m,
         ids.data_ptr(),
         weights.data_ptr(),
