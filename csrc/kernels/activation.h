@@ -73,11 +73,11 @@ MS_INLINE Several<T, N> reciprocal(const Several<T, N> &v) {
 
 // Below, V is a vector or several of them.
 
-// e^v within 1.5 ulp, and at most 2^127: the usual reduction by ln 2 and a degree 6 polynomial (Cody and Waite;
-// coefficients of Cephes' expf).
+// e^v within 1.5 ulp, down to subnormals and 0, and at most e^most: the usual reduction by ln 2 and a degree 6
+// polynomial (Cody and Waite; coefficients of Cephes' expf).
 template <class V>
-MS_INLINE V exponential(V v) {
-  v = between(-87.33f, v, 88.02f);
+MS_INLINE V exponential(V v, float most = 88.02f) {
+  v = between(-105.0f, v, most);
   const V n = nearest_integer(v * 1.44269504f);
   V r = v - n * 0.693359375f;
   r = r + n * 2.12194440e-4f;
@@ -90,9 +90,11 @@ MS_INLINE V exponential(V v) {
   return times_power_of_two(p, n);
 }
 
+// Not 1 / (1 + e^-v), which stays above 0 where e^-v has no room: -1e30 times it would be no silu.
 template <class V>
 MS_INLINE V sigmoid(V v) {
-  return reciprocal(1.0f + exponential(-v));
+  const V e = exponential(v, 40.0f);
+  return e * reciprocal(1.0f + e);
 }
 
 // Of each lane a where v is less than the limit, else b.

@@ -202,6 +202,10 @@ def test_biases_and_routing_weights_of_any_dtype(cpu: Any) -> None:
     assert torch.equal(cpu.moe(x, ids.int(), weights, w13, w2, GPT_OSS, b13=b13, b2=b2), wanted)
     spread = x.repeat_interleave(2, 1)[:, ::2]
     assert torch.equal(cpu.moe(spread, ids, weights, w13, w2, GPT_OSS, b13=b13, b2=b2), wanted)
+    one = {"weight_on_input": True, "act": FORMATS["mxfp8_e4m3"]}
+    wanted = cpu.moe(x, ids[:, :1], weights[:, :1].float(), w13, w2, GPT_OSS, **one)
+    for dtype in (torch.bfloat16, torch.float64):
+        assert torch.equal(cpu.moe(x, ids[:, :1], weights[:, :1].to(dtype), w13, w2, GPT_OSS, **one), wanted)
 
 
 @pytest.mark.parametrize("act", [None, "mxfp8_e4m3", "nvfp4"])

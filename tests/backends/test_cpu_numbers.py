@@ -12,12 +12,13 @@ import torch
 from odd_numbers import odd_numbers
 
 from microscale.activations import GPT_OSS, Activation
-from microscale.conformance import Case, cases, run
+from microscale.conformance import ACTIVATIONS, Case, cases, run
 from microscale.elements import pack_codes
 from microscale.formats import FORMATS, FP8_GROUP128, Format, get_format
 from microscale.machine import detect
 from microscale.operands import stored, stored_apart
 from microscale.quant import QuantTensor, dequantize, quantize
+from microscale.tolerance import moe_budget
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 ACTS = (*(n for n, f in FORMATS.items() if f.block[0] == 1), FP8_GROUP128.name)  # formats of activations
@@ -69,6 +70,19 @@ def test_every_level_is_within_the_kernel_error_budget(cpu: Any, level: str, cas
 @pytest.mark.parametrize("case", LARGE, ids=lambda c: c.name)
 def test_experts_of_a_real_size_at_the_widest_level(cpu: Any, case: Case, seed: int) -> None:
     assert run(case, cpu, "cpu", torch.Generator().manual_seed(seed)) <= 1.0
+
+
+@pytest.mark.parametrize(
+    "activation", [a for a in ACTIVATIONS if a.kind.startswith(("silu", "swiglu", "situ"))], ids=str
+)
+def test_gates_may_be_far_below_zero(cpu: Any, level: str, activation: Activation) -> None:
+    """A sigmoid that stays above 0 there is a number again once it is times 2^40; nothing else is in these sums."""
+    w13, w2 = (quantize(torch.randn(2, *s), "mxfp8_e4m3") for s in ((activation.rows(1), 64), (24, 1)))
+    packed, ids, weights = (cpu.pack(w13), cpu.pack(w2)), torch.randint(2, (20, 1)), torch.rand(20, 1)
+    for dtype in (torch.bfloat16, torch.float32):
+        x = (torch.randn(20, 64) * torch.exp2(2.0 * torch.arange(20))[:, None]).to(dtype)
+        y = cpu.moe(x, ids, weights, *packed, activation)
+        assert moe_budget(x, ids, weights, w13, w2, activation).worst(y) <= 1.0, dtype
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -137,7 +137,7 @@ def moe(
         dtype, x_outer = x.dtype, None
         if act is not None:
             if weight_on_input:  # a token has one route, and is rounded with its weight
-                x, topk_weights = x.float() * topk_weights, torch.ones_like(topk_weights)
+                x, topk_weights = x.float() * topk_weights.float(), torch.ones_like(topk_weights)
             x, x_outer = _numbers(x, act)
         rest = (b13, b2, expert_map, weight_on_input, "" if act is None else act.name, x_outer)
         if not autograd.recorded():
