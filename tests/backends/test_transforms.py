@@ -67,6 +67,46 @@ def test_vmap(cpu: Any) -> None:
     torch.testing.assert_close(found, reference.linear(x, q), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("placed", [True, False])
+def test_transforms_of_a_layer(cpu: Any, placed: bool) -> None:
+    """The first call places it, where a transform wraps the memory that tensors are made in."""
+    q, x, direction = quantize(torch.randn(24, 64), "nvfp4"), torch.randn(5, 64), torch.randn(5, 64)
+    wanted = dequantize(q)
+    transforms = {
+        "grad": lambda f: torch.func.grad(lambda rows: f(rows).sum())(x) - wanted.sum(dim=0),
+        "vmap": lambda f: torch.func.vmap(f)(x) - x @ wanted.T,
+        "jacrev": lambda f: torch.func.jacrev(f)(x[0]) - wanted,
+        "jacfwd": lambda f: torch.func.jacfwd(f)(x[0]) - wanted,
+        "jvp": lambda f: torch.func.jvp(f, (x,), (direction,))[1] - direction @ wanted.T,
+        "hessian": lambda f: (
+            torch.func.hessian(lambda row: f(row).square().sum())(x[0]) - 2 * wanted.T @ wanted
+        ),
+        "functionalize": lambda f: torch.func.functionalize(f)(x) - x @ wanted.T,
+    }
+    for name, wrong in transforms.items():
+        layer = QuantLinear(q, None, Placer(force="cpu"))
+        if placed:
+            layer(x)
+        assert wrong(layer).abs().max() < 1e-3, name
+        assert torch.equal(layer(x), cpu.linear(x, cpu.pack(q))), name
+
+
+def test_gradients_of_experts_by_a_transform(cpu: Any) -> None:
+    w13, w2 = (quantize(torch.randn(4, n, 64), "mxfp4") for n in (128, 64))
+    ids, weights = torch.randint(4, (5, 2)), torch.rand(5, 2)
+
+    def gradients(backend: Any) -> Any:
+        packed = backend.pack(w13), backend.pack(w2)
+        wanted = torch.func.grad(
+            lambda x, weights: backend.moe(x, ids, weights, *packed, GPT_OSS).sum(), argnums=(0, 1)
+        )
+        return wanted(x, weights)
+
+    x = torch.randn(5, 64)
+    for found, wanted in zip(gradients(cpu), gradients(emulation), strict=True):
+        assert torch.equal(found, wanted)
+
+
 def test_a_gradient_of_a_gradient_is_refused_and_not_left_out(cpu: Any) -> None:
     w, x = cpu.pack(quantize(torch.randn(24, 64), "nvfp4")), torch.randn(5, 64, requires_grad=True)
     (gradient,) = torch.autograd.grad(cpu.linear(x, w).square().sum(), x, create_graph=True)

@@ -61,10 +61,11 @@ def unpack(packed: Packed) -> QuantTensor:
     """What was packed, bit for bit, in new memory."""
     fmt, shape = packed.format, packed.shape
     *lead, n, k = shape
-    codes = torch.empty((*lead, n, fmt.packed_columns(k)), dtype=torch.uint8, device="cpu")
     scale_dtype = torch.float32 if fmt.scale == "f32" else torch.uint8
-    scales = torch.empty((*lead, *fmt.scale_shape(n, k)), dtype=scale_dtype, device="cpu")
-    cpu_core.unpack(packed.buffer, codes, scales)
+    with autograd.untransformed():
+        codes = torch.empty((*lead, n, fmt.packed_columns(k)), dtype=torch.uint8, device="cpu")
+        scales = torch.empty((*lead, *fmt.scale_shape(n, k)), dtype=scale_dtype, device="cpu")
+        cpu_core.unpack(packed.buffer, codes, scales)
     return QuantTensor(fmt, shape, codes, scales, packed.tensor_scale, packed.rule)
 
 
