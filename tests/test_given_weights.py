@@ -122,6 +122,8 @@ def test_a_placed_linear_is_exported(either: Placer, strict: bool) -> None:
     y = linear(x)
     with torch.no_grad():
         assert torch.equal(torch.export.export(linear, (x,), strict=strict).module()(x), y)
+    trained = torch.nn.Sequential(torch.nn.Linear(K, K), linear)
+    assert torch.equal(torch.export.export(trained, (x,), strict=strict).module()(x), trained(x))
 
 
 def test_a_shallow_copy_of_a_linear_is_emptied_alone(either: Placer) -> None:

@@ -22,6 +22,7 @@ from microscale.errors import BackendError, SettingError
 from microscale.formats import FORMATS, get_format
 from microscale.invented import INVENTED
 from microscale.machine import CORE, detect
+from microscale.nn import QuantLinear
 from microscale.oracle import Problem, choose
 from microscale.quant import quantize
 
@@ -261,6 +262,22 @@ def test_torch_compile_sees_one_graph(cpu: Any, name: str | None) -> None:
             x, ids, weights = torch.randn(m, 64).bfloat16(), torch.randint(4, (m, 2)), torch.rand(m, 2)
             for found, wanted in zip(compiled(x, ids, weights), both(x, ids, weights), strict=True):
                 assert torch.equal(found, wanted)
+
+
+def test_torch_compile_keeps_gradients(cpu: Any) -> None:
+    """With a break in its graph: it sees operators of the core, which have none."""
+    layer = QuantLinear(quantize(torch.randn(24, 64), "nvfp4"), torch.randn(24), Placer(force="cpu"))
+    w13, w2 = (cpu.pack(quantize(torch.randn(4, n, 64), "mxfp4")) for n in (128, 64))
+    x, ids, weights = torch.randn(5, 64), torch.randint(4, (5, 2)), torch.rand(5, 2)
+
+    def both(x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        return layer(2 * x).square().sum() + cpu.moe(x + 1, ids, weights, w13, w2, GPT_OSS).square().sum()
+
+    leaves = x.requires_grad_(), weights.requires_grad_()
+    compiled = torch.compile(both, backend="aot_eager")
+    grads = [torch.autograd.grad(function(*leaves), leaves) for function in (compiled, both)]
+    for found, wanted in zip(*grads, strict=True):
+        assert torch.equal(found, wanted)
 
 
 def test_what_is_recorded_is_computed_when_it_is_replayed(cpu: Any) -> None:

@@ -50,6 +50,12 @@ def _transformed() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _uncompiled(fast: Callable[..., Tensor], slow: Callable[..., Tensor], *args: Tensor | None) -> Tensor:
+    """`run`, where torch.compile breaks its graph: it cannot see into either."""
+    return run(fast, slow, *args)
+
+
 @contextmanager
 def untransformed() -> Iterator[None]:
     """Tensors made within are memory, which under a transform of `torch.func` they are not."""
@@ -64,12 +70,16 @@ def untransformed() -> Iterator[None]:
 
 def run(fast: Callable[..., Tensor], slow: Callable[..., Tensor], *args: Tensor | None) -> Tensor:
     """`fast(*args)`; its gradient, where one is asked for, is that of `slow(*args)`. Transforms see `slow` itself."""
-    if not torch.compiler.is_compiling():
-        if plain(*args):
-            return fast(*args)
-        if _transformed():
-            return slow(*args)
-        args = tuple(None if t is None else t.resolve_neg() for t in args)
+    if torch.compiler.is_compiling():
+        if wanted(*args) and not torch.compiler.is_exporting():  # what is exported infers, and is one graph
+            uncompiled: Tensor = _uncompiled(fast, slow, *args)
+            return uncompiled
+        return fast(*args)
+    if plain(*args):
+        return fast(*args)
+    if _transformed():
+        return slow(*args)
+    args = tuple(None if t is None else t.resolve_neg() for t in args)
     if wanted(*args):
         result: Tensor = _Recomputed.apply(fast, slow, *args)  # type: ignore[no-untyped-call]
         return result
