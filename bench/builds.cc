@@ -102,8 +102,9 @@ class Bench {
         const size_t layer = next_++ % layers_;
         const double start = now();
         builds_[b]->moe(builds_[b]->level(), packed_[0][layer], nullptr, packed_[1][layer], nullptr, MS_BF16, x.data(),
-                        nullptr, m, ids.data(), weights.data(), s_.top_k, &activation, s_.oai ? biases_[0].data() : nullptr,
-                        s_.oai ? biases_[1].data() : nullptr, 0, y[b].data(), kThreads);
+                        nullptr, m, ids.data(), weights.data(), s_.top_k, &activation,
+                        s_.oai ? biases_[0].data() : nullptr, s_.oai ? biases_[1].data() : nullptr, 0, y[b].data(),
+                        kThreads);
         seconds = now() - start;
       }
       times[b].push_back(seconds);

@@ -111,8 +111,8 @@ class Bench {
     const size_t layer = format.next++ % format.packed[0].size();
     const ms_activation activation{s_.oai ? MS_SWIGLU_OAI : MS_SILU, 1, s_.oai, 1.702f, 1.0f, s_.oai ? 7.0f : INFINITY};
     const double start = now();
-    ms_moe(ms_level(), format.packed[0][layer], nullptr, format.packed[1][layer], nullptr, MS_BF16, x_.data(),
-           nullptr, m, ids_.data(), weights_.data(), s_.top_k, &activation, s_.oai ? biases_[0].data() : nullptr,
+    ms_moe(ms_level(), format.packed[0][layer], nullptr, format.packed[1][layer], nullptr, MS_BF16, x_.data(), nullptr,
+           m, ids_.data(), weights_.data(), s_.top_k, &activation, s_.oai ? biases_[0].data() : nullptr,
            s_.oai ? biases_[1].data() : nullptr, 0, y_.data(), kThreads);
     return now() - start;
   }

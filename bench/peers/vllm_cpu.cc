@@ -107,8 +107,7 @@ class Bench {
     const float *b2 = s_.oai ? biases_[1].data_ptr<float>() : nullptr;
     return timed([&](size_t layer) {
       ms_moe(ms_level(), packed_[0][layer], nullptr, packed_[1][layer], nullptr, MS_BF16, c.x.data(), nullptr, m,
-             c.ids.data(),
-             c.weights.data(), s_.top_k, &activation, b13, b2, 0, y.data(), kThreads);
+             c.ids.data(), c.weights.data(), s_.top_k, &activation, b13, b2, 0, y.data(), kThreads);
     });
   }
   double peer(int64_t m, const Call &c, std::vector<uint16_t> &y) {

@@ -86,9 +86,6 @@ def linear(x: Tensor, w: Packed, bias: Tensor | None = None, *, act: Format | No
         rows, x_outer = _numbers(x, act)
         return product(rows, w.buffer, w.outer, w.shape[0], bias, x_outer).to(x.dtype)
 
-    if (torch.compiler.is_compiling() and not autograd.wanted(x, bias)) or autograd.plain(x, bias):
-        return fast(x, bias)
-
     def slow(x: Tensor, bias: Tensor | None) -> Tensor:
         return emulation.linear(x, emulation.Packed(unpack(w)), bias, act=act)
 

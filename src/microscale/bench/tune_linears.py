@@ -162,14 +162,14 @@ def tune_linear(name: str, fmt: Format, say: Callable[[str], None]) -> Iterator[
         n, k = _SIZES[what]
         return [gpu.random_weights(of.name, n, k) for _ in range(max(4, int(3.5e8 / (n * k))))]
 
+    checked = cache(Checked)
     rows = cuts.table()[name][0]
     for row in rows:
         if len(row.cuts) > 1:
-            yield _several(row, rows, fmt, Checked(fmt))
+            yield _several(row, rows, fmt, checked(fmt))
             say(f"{name}, linear, to {row.tokens} tokens: {len(row.cuts)} cuts, of which the sizes choose")
             continue
         of = format_of(row, fmt)
-        checked = Checked(of)
         m, of_row = timed_with(rows, row, of)
         times: dict[Cut, dict[str, float]] = {}
         for cut in dict.fromkeys([*row.cuts, *candidates(of, m, tail=False), *wide_candidates(of, m)]):
@@ -178,7 +178,7 @@ def tune_linear(name: str, fmt: Format, say: Callable[[str], None]) -> Iterator[
                 x = torch.randn(m, _SIZES[what][1], device="cuda").bfloat16()
                 used = weights(of, what) if m <= 128 else weights(of, what)[:4]
                 found[f"{what} M={m}"] = timed([partial(hopper.linear, x, w, None, cut) for w in used])
-            if max(found.values()) < inf and checked.linear(cut):
+            if max(found.values()) < inf and checked(of).linear(cut):
                 times[cut] = found
         best = least_loss(times)
         say(f"{name}, linear, to {row.tokens} tokens: {best}, before {row.cuts[0]}")

@@ -89,9 +89,13 @@ def _linear_kernel(
             copy_weights(held, at, s, s, STEPS, CHUNKS, T, C, ELEMENT, SCALE, EVEN)
         TOKENS: gl.constexpr = gl.BlockedLayout([1, 8], [4 // C, 8 * C], [WARPS, 1], [1, 0])
         m = block_m * BLOCK_M + gl.arange(0, BLOCK_M, gl.SliceLayout(1, TOKENS))
+        rows = (m % M).to(gl.int64)
+        real = None
+        if not ALL:
+            real = m < M
         acc = product(
-            x, (m % M).to(gl.int64), m < M, held, at, ratios, matrix, first, second,
-            TILES, STEPS, CHUNKS, K, ELEMENT, SCALE, EVEN, BLOCK_M, T, C, STAGES, OVERLAP, ODD, PARTS, ALL,
+            x, rows, real, held, at, ratios, matrix, first, second,
+            TILES, STEPS, CHUNKS, K, ELEMENT, SCALE, EVEN, BLOCK_M, T, C, STAGES, OVERLAP, ODD, PARTS,
         )  # fmt: skip
         _store(y, acc, first, second, block_m * BLOCK_M, *out, ROW_SCALE, HAS_BIAS, BLOCK_M, T)
 

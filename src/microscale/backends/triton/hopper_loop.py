@@ -143,7 +143,7 @@ def copy_weights(
 @gluon.jit
 def _copy_tokens(
     xs, token_pointers, real, step, slot, STEPS, K,
-    C: gl.constexpr, EVEN: gl.constexpr, PARTS: gl.constexpr, ALL: gl.constexpr,
+    C: gl.constexpr, EVEN: gl.constexpr, PARTS: gl.constexpr,
 ):  # fmt: skip
     if EVEN:
         mask = step < STEPS
@@ -151,7 +151,7 @@ def _copy_tokens(
         WARPS: gl.constexpr = gl.num_warps()
         TOKENS: gl.constexpr = gl.BlockedLayout([1, 8], [4 // C, 8 * C], [WARPS, 1], [1, 0])
         mask = (step * (C * 64) + gl.arange(0, C * 64, gl.SliceLayout(0, TOKENS)) < K)[None, :]
-    if not ALL:
+    if real is not None:
         mask = real[:, None] & mask
     for p in gl.static_range(PARTS):
         load_shared(xs.index(slot * PARTS + p), token_pointers + (p * K + step * (C * 64)), mask=mask)
@@ -190,14 +190,14 @@ def next_slot(slot, STAGES: gl.constexpr):
 def _refill(
     xs, held, token_pointers, real, at, step, slot, STEPS, CHUNKS, K, PENDING: gl.constexpr,
     T: gl.constexpr, C: gl.constexpr, ELEMENT: gl.constexpr, SCALE: gl.constexpr, EVEN: gl.constexpr,
-    PARTS: gl.constexpr, ALL: gl.constexpr,
+    PARTS: gl.constexpr,
 ):  # fmt: skip
     """`step` into a slot that this thread is done with; all but the last PENDING steps asked for are here then."""
     async_copy.wait_group(PENDING)
     # Here for all threads, and all are done with the slot.
     barrier()
     copy_weights(held, at, step, slot, STEPS, CHUNKS, T, C, ELEMENT, SCALE, EVEN)
-    _copy_tokens(xs, token_pointers, real, step, slot, STEPS, K, C, EVEN, PARTS, ALL)
+    _copy_tokens(xs, token_pointers, real, step, slot, STEPS, K, C, EVEN, PARTS)
     async_copy.commit_group()
 
 
@@ -237,13 +237,12 @@ def product(
     ELEMENT: gl.constexpr, SCALE: gl.constexpr, EVEN: gl.constexpr,
     BLOCK_M: gl.constexpr, T: gl.constexpr, C: gl.constexpr,
     STAGES: gl.constexpr, OVERLAP: gl.constexpr, ODD: gl.constexpr, PARTS: gl.constexpr,
-    ALL: gl.constexpr,
 ):  # fmt: skip
     """float32 [T * 64, BLOCK_M], slots of rows. The weights of the first STAGES - 1 steps are on their way.
 
     Args:
         x: bfloat16 [*, PARTS, K], activations as a sum of parts; rows: int64 [BLOCK_M].
-        real, ALL: which of these are tokens, nothing being copied of others; or all are, or repeat them.
+        real: which of these are tokens, nothing being copied of others; None: all are, or repeat them.
         held, at: as in `copy_weights`; ratios: of all matrices; matrix, first, second, TILES: as in `pointers`.
     """
     WARPS: gl.constexpr = gl.num_warps()
@@ -264,7 +263,7 @@ def product(
             ratio1, ratio3 = ratio_at(rp, 1, CHUNKS), ratio_at(rp, 3, CHUNKS)
     tp = x + rows[:, None] * (PARTS * K) + gl.arange(0, C * 64, gl.SliceLayout(0, TOKENS))[None, :]
     for s in gl.static_range(STAGES - 1):
-        _copy_tokens(xs, tp, real, s, s, STEPS, K, C, EVEN, PARTS, ALL)
+        _copy_tokens(xs, tp, real, s, s, STEPS, K, C, EVEN, PARTS)
         async_copy.commit_group()
     acc = gl.zeros([T * 64, BLOCK_M], gl.float32, ACC)
     slot, free = 0, STAGES - 1
@@ -284,7 +283,7 @@ def product(
             acc, odd0, odd1 = warpgroup_mma_wait(PARTS, deps=[sums, odd0, odd1])
             _refill(
                 xs, held, tp, real, at, ahead, free, STEPS, CHUNKS, K, STAGES - 3,
-                T, C, ELEMENT, SCALE, EVEN, PARTS, ALL,
+                T, C, ELEMENT, SCALE, EVEN, PARTS,
             )  # fmt: skip
             free = slot
             slot = next_slot(slot, STAGES)
@@ -304,7 +303,7 @@ def product(
             acc, even0, even1 = warpgroup_mma_wait(PARTS, deps=[sums, even0, even1])
             _refill(
                 xs, held, tp, real, at, ahead + 1, free, STEPS, CHUNKS, K, STAGES - 3,
-                T, C, ELEMENT, SCALE, EVEN, PARTS, ALL,
+                T, C, ELEMENT, SCALE, EVEN, PARTS,
             )  # fmt: skip
             free = slot
             slot = next_slot(slot, STAGES)
@@ -335,7 +334,7 @@ def product(
             ahead = step + STAGES - 1
             _refill(
                 xs, held, tp, real, at, ahead, free, STEPS, CHUNKS, K, STAGES - 2,
-                T, C, ELEMENT, SCALE, EVEN, PARTS, ALL,
+                T, C, ELEMENT, SCALE, EVEN, PARTS,
             )  # fmt: skip
             loaded = _load(held, slot, T, C, ELEMENT, SCALE)
             for half in gl.static_range(HALVES):

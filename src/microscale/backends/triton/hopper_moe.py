@@ -70,8 +70,8 @@ def _first(
         place = gl.minimum(start + gl.arange(0, BLOCK_M, gl.SliceLayout(1, TOKENS)), end - 1)
         token = (routes_at(order, place, DIRECT) // top_k).to(gl.int64)
         sums = product(
-            x[0], token, place >= 0, held, at, ratios, expert, first, second, TILES, STEPS, CHUNKS, K,
-            ELEMENT, SCALE, EVEN, BLOCK_M, T, C, STAGES, OVERLAP, ODD, PARTS, True,
+            x[0], token, None, held, at, ratios, expert, first, second, TILES, STEPS, CHUNKS, K,
+            ELEMENT, SCALE, EVEN, BLOCK_M, T, C, STAGES, OVERLAP, ODD, PARTS,
         )  # fmt: skip
         accs = (sums,)
     activated(
@@ -180,8 +180,8 @@ def _second(
         TOKENS: gl.constexpr = gl.BlockedLayout([1, 8], [4 // C, 8 * C], [gl.num_warps(), 1], [1, 0])
         rows = gl.minimum(start + gl.arange(0, BLOCK_M, gl.SliceLayout(1, TOKENS)), end - 1).to(gl.int64)
         sums = product(
-            h[0], rows, rows >= 0, held, at, ratios, expert, first, first + T // 2, TILES, STEPS, CHUNKS, K,
-            ELEMENT, SCALE, EVEN, BLOCK_M, T, C, STAGES, OVERLAP, ODD, PARTS, True,
+            h[0], rows, None, held, at, ratios, expert, first, first + T // 2, TILES, STEPS, CHUNKS, K,
+            ELEMENT, SCALE, EVEN, BLOCK_M, T, C, STAGES, OVERLAP, ODD, PARTS,
         )  # fmt: skip
         accs = (sums,)
     weighted(
